@@ -1,0 +1,48 @@
+# `make demo` and `make test` install what they need in .venv first; nothing else is to be done by hand.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+DEMO := runs/demo
+
+.PHONY: demo test test-slow check format bench clean
+
+demo: .venv/core
+	rm -rf $(DEMO) $(DEMO)-images
+	$(BIN)/vitrail train digits --out $(DEMO)
+	$(BIN)/vitrail evaluate $(DEMO) digits
+	$(BIN)/python scripts/sample_digits.py $(DEMO)-images
+	$(BIN)/vitrail predict $(DEMO) $(DEMO)-images
+
+test: .venv/dev
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
+
+test-slow: .venv/dev
+	$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+check: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/dev
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv build *.egg-info src/*.egg-info
+
+.venv/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vitrail needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/core: .venv/python pyproject.toml constraints.txt
+	$(PIP) -e .
+	touch $@
+
+.venv/dev: .venv/python pyproject.toml constraints.txt
+	$(PIP) -e ".[dev]"
+	touch $@ .venv/core

@@ -1,0 +1,24 @@
+"""What all tests share: the oracles made importable, and a quiet, repeatable torch."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
+
+import pytest
+import torch
+
+# torchvision's own build of these two is missing with PyTorch's CPU build; its import only looks the names up.
+_library = torch.library.Library("torchvision", "DEF")
+for _signature in (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+):
+    try:
+        _library.define(_signature)
+    except RuntimeError:  # a full torchvision has defined it
+        break
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
