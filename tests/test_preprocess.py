@@ -1,0 +1,172 @@
+import functools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from timm.data import create_transform
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms._presets import ImageClassification
+
+from vitrail.errors import VitrailError
+from vitrail.pixels import BadImage
+from vitrail.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small tensors: waking threads costs more than it saves
+    yield
+    torch.set_num_threads(threads)
+
+
+@functools.cache
+def photographs() -> dict[str, Image.Image]:
+    photos = {
+        "china": load_sample_image("china.jpg"),
+        "flower": load_sample_image("flower.jpg"),
+        "astronaut": skimage.data.astronaut(),
+        "coffee": skimage.data.coffee(),
+        "chelsea": skimage.data.chelsea(),
+    }
+    images = {name: Image.fromarray(np.ascontiguousarray(pixels)) for name, pixels in photos.items()}
+    images["wide"] = images["china"].crop((0, 100, 640, 223))
+    images["tall"] = images["coffee"].crop((200, 0, 301, 400))
+    images["tiny"] = images["chelsea"].resize((31, 23))
+    images["odd"] = images["flower"].crop((3, 5, 260, 262))
+    images["large"] = images["astronaut"].resize((1024, 1021), Image.Resampling.BICUBIC)
+    return images
+
+
+SETTINGS = [
+    ((224, 224), "bicubic", 0.875, "center"),
+    ((224, 224), "bicubic", 0.9, "center"),
+    ((224, 224), "bilinear", 0.875, "center"),
+    ((224, 224), "bilinear", 0.965, "center"),
+    ((224, 224), "bicubic", 1.0, "squash"),
+    ((224, 224), "lanczos", 0.95, "squash"),
+    ((224, 224), "bicubic", 1.0, "border"),
+    ((256, 256), "bilinear", 0.9, "border"),
+    ((384, 384), "bicubic", 1.0, "center"),
+    ((192, 320), "bicubic", 0.9, "center"),
+    ((320, 192), "bilinear", 1.0, "center"),
+    ((97, 161), "bicubic", 0.77, "squash"),
+    ((97, 161), "bicubic", 0.9, "border"),
+    ((224, 224), "nearest", 0.875, "center"),
+    ((64, 64), "box", 0.9, "center"),
+    ((64, 64), "hamming", 1.0, "border"),
+    ((32, 32), "bicubic", 0.875, "center"),
+]
+
+
+@pytest.mark.parametrize(("size", "interpolation", "crop_pct", "crop_mode"), SETTINGS)
+def test_equals_timm(size, interpolation, crop_pct, crop_mode):
+    mean, std = ((0.5, 0.4, 0.6), (0.5, 0.25, 0.2)) if crop_pct == 0.9 else (IMAGENET_MEAN, IMAGENET_STD)
+    settings = {"interpolation": interpolation, "crop_pct": crop_pct, "crop_mode": crop_mode, "mean": mean, "std": std}
+    theirs, ours = create_transform((3, *size), **settings), Preprocess(size=size, **settings)
+    for name, image in photographs().items():
+        expected, got = theirs(image), ours(image)
+        assert got.shape == (3, *size)
+        assert got.dtype == torch.float32
+        # On the scale 0..1, where one grey level is 1/255. The bound promised is 1/255; the operations are the same.
+        gap = (got - expected).abs() * torch.tensor(std)[:, None, None]
+        assert gap.max() < 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("size", "resize", "mode"), [(224, 256, "bilinear"), (224, 232, "bilinear"), (384, 384, "bicubic")]
+)
+def test_equals_torchvision(size, resize, mode):
+    theirs = ImageClassification(crop_size=size, resize_size=resize, interpolation=InterpolationMode(mode))
+    # A hair less than the quotient, so that rounding cannot carry the floor one pixel down.
+    ours = Preprocess(
+        size=(size, size), interpolation=mode, crop_pct=min(1.0, size / (resize + 0.5)) if resize > size else 1
+    )
+    for name, image in photographs().items():
+        gap = (ours(image) - theirs(image)).abs() * torch.tensor(IMAGENET_STD)[:, None, None]
+        assert gap.max() <= 1 / 255, name
+        assert gap.mean() <= 1e-3, name
+
+
+def test_grey():
+    image = photographs()["china"]
+    ours = Preprocess(size=(64, 64), mean=(0.3,), std=(0.2,), channels=1, crop_mode="border")
+    theirs = create_transform(
+        (1, 64, 64), interpolation="bicubic", crop_pct=1.0, crop_mode="border", mean=(0.3,), std=(0.2,)
+    )
+    assert (ours(image) - theirs(image.convert("L"))).abs().max() * 0.2 < 1e-5
+
+
+def test_any_mode_is_made_plain_first():
+    ours = Preprocess(size=(32, 32))
+    white = ours(Image.new("RGB", (40, 40), "white"))
+    assert torch.equal(ours(Image.new("RGBA", (40, 40), (10, 200, 30, 0))), white)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = photographs()["china"].resize((64, 32))
+    turned = image.transpose(Image.Transpose.ROTATE_90)
+    turned.info["exif"] = exif.tobytes()
+    assert torch.equal(ours(turned), ours(image))
+    with pytest.raises(BadImage, match="floats from"):
+        ours(Image.fromarray(np.full((40, 40), 1e6, dtype=np.float32)))
+
+
+def test_normalize_batches():
+    p = Preprocess(size=(8, 8))
+    batch = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    expected = (batch.double() / 255 - mean) / std
+    before = batch.clone()
+    assert (p.normalize(batch) - expected).abs().max() < 1e-6
+    floats = batch.to(torch.float32)
+    assert (p.normalize(floats) - expected).abs().max() < 1e-6
+    assert torch.equal(batch, before)
+    assert torch.equal(floats, before.to(torch.float32))
+
+
+def test_keeps():
+    assert Preprocess(size=(8, 8)).keeps(8, 8)
+    assert not Preprocess(size=(8, 8)).keeps(9, 8)
+    assert not Preprocess(size=(8, 8), crop_pct=0.875).keeps(8, 8)
+
+
+def test_records_round_trip():
+    p = Preprocess(size=(192, 320), crop_pct=0.9, crop_mode="border", interpolation="bilinear")
+    assert Preprocess.from_dict(p.to_dict()) == p
+    assert Preprocess.from_timm(p.to_timm()) == p
+    assert hash(Preprocess.from_dict(p.to_dict())) == hash(p)
+    assert Preprocess.from_timm({"input_size": (3, 224, 224)}).crop_pct == 0.875
+    assert p.replace(size=(8, 8)).size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"size": [224]}, "size"),
+        ({"size": [0, 3]}, "size"),
+        ({"interpolation": "cubic"}, "bicubic"),
+        ({"crop_mode": "pad"}, "border"),
+        ({"crop_pct": 0}, "crop_pct"),
+        ({"crop_pct": "much"}, "crop_pct"),
+        ({"channels": 1}, "channels"),
+        ({"std": [0.2, 0.0, 0.2]}, "std"),
+        ({"mean": [float("nan"), 0, 0]}, "means"),
+        ({"crop_pc": 0.9}, "crop_pct"),
+    ],
+)
+def test_nonsense_is_refused(change, word):
+    record = Preprocess(size=(224, 224)).to_dict() | change
+    with pytest.raises(VitrailError, match=word) as error:
+        Preprocess.from_dict(record)
+    assert "\n" not in str(error.value)
+
+
+def test_import_needs_no_heavy_library():
+    code = "import sys, vitrail.preprocess; print([m for m in ('torch', 'numpy', 'PIL') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
