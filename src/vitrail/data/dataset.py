@@ -1,0 +1,200 @@
+"""Datasets: named splits of (image, label) with class names.
+
+Letters: N images, H height, W width, C channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from vitrail.data.decode import AtLeast, decode
+from vitrail.errors import VitrailError, did_you_mean
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Labels = npt.NDArray[np.int64]
+Pixels = npt.NDArray[np.uint8]
+Skipped = dict[str, str]  # {"path", "reason"}
+
+
+class Split(Protocol):
+    """Some of a dataset's images. `labels` is int64 (N,)."""
+
+    labels: Labels
+
+    def __len__(self) -> int: ...
+
+    def image(self, i: int, at_least: AtLeast | None = None) -> Image.Image:
+        """Image i in the dataset's mode ("RGB" or "L"). `at_least` is decode's. Raises BadImage."""
+        ...
+
+    def name(self, i: int) -> str:
+        """A path, or such as "digits/test/17"."""
+        ...
+
+
+@dataclass
+class ArraySplit:
+    """Images of one size, kept in memory: uint8 N H W (grey) or N H W C."""
+
+    images: Pixels
+    labels: Labels
+    prefix: str = "image"
+    numbers: npt.NDArray[np.int64] | None = None  # position in the official split, where this is a part of it
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != np.uint8 or self.images.ndim not in (3, 4):
+            raise ValueError(f"images must be uint8 N H W or N H W C, not {self.images.dtype} {self.images.shape}")
+        if len(self.images) != len(self.labels):
+            raise ValueError(f"{len(self.images)} images with {len(self.labels)} labels")
+        self.labels = np.asarray(self.labels, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def channels(self) -> int:
+        return 1 if self.images.ndim == 3 else int(self.images.shape[3])
+
+    def image(self, i: int, at_least: AtLeast | None = None) -> Image.Image:
+        from PIL import Image
+
+        pixels = self.images[i]
+        return Image.fromarray(
+            pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else np.ascontiguousarray(pixels)
+        )
+
+    def name(self, i: int) -> str:
+        return f"{self.prefix}/{i if self.numbers is None else self.numbers[i]}"
+
+
+@dataclass
+class FileSplit:
+    """Images in files, decoded when they are asked for."""
+
+    paths: list[str]
+    labels: Labels
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        if len(self.paths) != len(self.labels):
+            raise ValueError(f"{len(self.paths)} paths with {len(self.labels)} labels")
+        self.labels = np.asarray(self.labels, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def image(self, i: int, at_least: AtLeast | None = None) -> Image.Image:
+        return decode(self.paths[i], self.channels, at_least)
+
+    def name(self, i: int) -> str:
+        return self.paths[i]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the images are. Sizes are (height, width); aspect is width / height at the 5th, 50th and 95th
+    percentile.
+    """
+
+    count: int
+    median: tuple[int, int]
+    smallest: tuple[int, int]
+    largest: tuple[int, int]
+    aspect: tuple[float, float, float]
+
+    @classmethod
+    def of(cls, sizes: npt.NDArray[np.int64]) -> Sizes:
+        """From an (N, 2) array of (height, width), N > 0. Smallest and largest are by area."""
+        area = sizes.prod(axis=1)
+        low, high = sizes[area.argmin()], sizes[area.argmax()]
+        middle = np.median(sizes, axis=0)
+        aspect = np.percentile(sizes[:, 1] / sizes[:, 0], [5, 50, 95])
+        return cls(
+            count=len(sizes),
+            median=(round(float(middle[0])), round(float(middle[1]))),
+            smallest=(int(low[0]), int(low[1])),
+            largest=(int(high[0]), int(high[1])),
+            aspect=(float(aspect[0]), float(aspect[1]), float(aspect[2])),
+        )
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all images have one size."""
+        return self.smallest == self.largest
+
+
+@dataclass
+class Dataset:
+    """What a model is trained and judged on.
+
+    mean, std: one a channel, on the scale 0..1; None means ImageNet's. skipped: files that were left out, each
+    {"path", "reason"}. how_split says in words where the splits come from.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    splits: dict[str, Split]
+    sizes: Sizes
+    channels: int = 3
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    how_split: str = ""
+    skipped: list[Skipped] = field(default_factory=list)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def eval_split(self) -> str:
+        """The split whose figure is reported: "test" where there is one, else "val", else what there is."""
+        return next((name for name in ("test", "val") if name in self.splits), next(iter(self.splits)))
+
+    def split(self, name: str) -> Split:
+        """A split by name. Raises VitrailError where the dataset has none of that name."""
+        if name not in self.splits:
+            raise VitrailError(f"{self.name} has no {name!r} split; it has {', '.join(self.splits)}")
+        return self.splits[name]
+
+    def counts(self) -> dict[str, int]:
+        """Images in each split."""
+        return {name: len(split) for name, split in self.splits.items()}
+
+    def relabel(self, class_names: Sequence[str]) -> Dataset:
+        """The same images with labels that count in `class_names`, a model's classes, matched by name.
+
+        Raises VitrailError where the dataset has a class that the model lacks.
+        """
+        if tuple(class_names) == self.class_names:
+            return self
+        position = {name: i for i, name in enumerate(class_names)}
+        for name in self.class_names:
+            if name not in position:
+                raise VitrailError(
+                    f"{self.name} has the class {name!r}, which the model does not know{did_you_mean(name, position)}"
+                )
+        table = np.array([position[name] for name in self.class_names], dtype=np.int64)
+        splits: dict[str, Split] = {}
+        for name, split in self.splits.items():
+            assert isinstance(split, ArraySplit | FileSplit)
+            splits[name] = dataclasses.replace(split, labels=table[split.labels])
+        return dataclasses.replace(self, class_names=tuple(class_names), splits=splits)
+
+
+def take(split: ArraySplit, rows: npt.NDArray[np.int64]) -> ArraySplit:
+    """Some images of a split, in the order given. They keep their names."""
+    numbers = rows if split.numbers is None else split.numbers[rows]
+    if (
+        split.images.ndim == 4
+    ):  # planes first, as batches are wanted: for CIFAR, whose images are so in memory, a plain copy
+        images = np.ascontiguousarray(split.images.transpose(0, 3, 1, 2)[rows]).transpose(0, 2, 3, 1)
+    else:
+        images = split.images[rows]
+    return ArraySplit(images, split.labels[rows], split.prefix, numbers)

@@ -1,0 +1,52 @@
+import math
+
+import numpy as np
+import pytest
+
+from vitrail.data.splits import stratified
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.05, 0.1, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("counts", [[1], [1, 2, 3], [100, 7, 1], [60] * 10, [3] * 50])
+def test_quotas(fraction, counts):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    kept, held = stratified(labels, fraction, 0, "val")
+    assert sorted([*kept, *held]) == list(range(len(labels)))
+    assert (np.diff(kept) > 0).all()
+    assert (np.diff(held) > 0).all()
+    for c, count in enumerate(counts):
+        out = int((labels[held] == c).sum())
+        assert out < count  # one is always kept
+        if fraction == 0:
+            assert out == 0
+        elif count >= 3:
+            assert out >= 1
+            assert out <= max(1, math.ceil(count * fraction))
+    if min(counts) >= 20 and fraction:
+        assert len(held) == math.ceil(sum(counts) * fraction - 1e-9)
+
+
+def test_seeds_streams_and_names():
+    labels = np.arange(200) % 4
+    held = stratified(labels, 0.1, 0, "val")[1]
+    assert held.tolist() == stratified(labels, 0.1, 0, "val")[1].tolist()
+    assert held.tolist() != stratified(labels, 0.1, 1, "val")[1].tolist()
+    assert held.tolist() != stratified(labels, 0.1, 0, "test")[1].tolist()
+    names = [f"image{i}" for i in range(200)]
+    order = np.random.default_rng(0).permutation(200)
+    a = {names[i] for i in stratified(labels, 0.1, 0, "val", names=names)[1]}
+    b = stratified(labels[order], 0.1, 0, "val", names=[names[i] for i in order])[1]
+    assert a == {names[order[i]] for i in b}
+    with pytest.raises(ValueError, match="fraction"):
+        stratified(labels, 1.0, 0, "val")
+
+
+def test_no_place_is_favoured():
+    labels = np.zeros(1000, dtype=np.int64)
+    times = np.zeros(1000)
+    for seed in range(200):
+        times[stratified(labels, 0.1, seed, "val")[1]] += 1
+    assert times.mean() == 20
+    assert times.min() > 3
+    assert times.max() < 40
+    assert abs(times[:500].mean() - 20) < 0.5
