@@ -1,0 +1,86 @@
+"""Multi-head self-attention: the fused path, and the explicit twin that shows its weights.
+
+Vaswani et al., "Attention Is All You Need", 2017 (https://arxiv.org/abs/1706.03762); for images,
+Dosovitskiy et al., "An Image is Worth 16x16 Words", 2020 (https://arxiv.org/abs/2010.11929), equations 5 to 8.
+
+Letters: B batch, N tokens, Q tokens that ask (Q <= N), C width, H heads, D = C / H width of one head.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(D) + bias) v in one fused kernel.
+
+    Args:
+        q: B H Q D.
+        k, v: B H N D.
+        bias: added to the scores, any shape that broadcasts to B H Q N; -inf forbids a pair.
+        dropout: probability with which a weight is set to zero.
+
+    Returns:
+        B H Q D.
+    """
+    out: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+    return out
+
+
+def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The weights that `attend` uses and never shows: softmax(q k^T / sqrt(D) + bias), B H Q N, rows sum to 1."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    weights: Tensor = (scores if bias is None else scores + bias).softmax(dim=-1)
+    return weights
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """B N C -> B H N D."""
+    heads: Tensor = x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    return heads
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """B H N D -> B N C."""
+    return x.transpose(1, 2).flatten(2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens B N C, with one matrix for queries, keys and values (`qkv`)."""
+
+    def __init__(
+        self, dim: int, num_heads: int, qkv_bias: bool = True, attn_drop: float = 0.0, proj_drop: float = 0.0
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"a width of {dim} does not divide into {num_heads} heads")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.attn_drop = attn_drop
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def project(self, x: Tensor, queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries B H Q D of the first `queries` tokens (None: of all), keys and values B H N D of all."""
+        if queries is None or queries == x.shape[1]:
+            qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # B N 3 H D
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            return q, k, v
+        dim = x.shape[-1]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q = F.linear(x[:, :queries], weight[:dim], None if bias is None else bias[:dim])
+        kv = F.linear(x, weight[dim:], None if bias is None else bias[dim:])
+        k, v = kv.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return split_heads(q, self.num_heads), k, v
+
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """B N C -> B Q C: what the first `queries` tokens (None: all) gather from all tokens."""
+        q, k, v = self.project(x, queries)
+        out = attend(q, k, v, dropout=self.attn_drop if self.training else 0.0)
+        projected: Tensor = self.proj_drop(self.proj(merge_heads(out)))
+        return projected
+
+    def explain(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The explicit twin of `forward`, without dropout: its output B N C and its weights B H N N."""
+        q, k, v = self.project(x)
+        weights = attention_weights(q, k)
+        return self.proj(merge_heads(weights @ v)), weights

@@ -1,0 +1,101 @@
+"""From an image to tokens: patch embedding, the convolutional stem, position embedding and its resampling.
+
+Letters: B batch, I channels of the image, H W its height and width, P side of a patch, h = H / P and w = W / P the grid,
+N = h w patches, C width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """B I H W -> B N (I P P): each patch as one row, in the order in which a convolution's kernel is laid out.
+
+    Raises:
+        ValueError: a side is no multiple of the patch size.
+    """
+    _, _, height, width = images.shape
+    check_divides(height, width, patch_size)
+    p = patch_size
+    grid = images.unflatten(2, (height // p, p)).unflatten(4, (width // p, p))  # B I h P w P
+    rows: Tensor = grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return rows
+
+
+def check_divides(height: int, width: int, patch_size: int) -> None:
+    """Raise ValueError unless both sides are whole numbers of patches."""
+    if height % patch_size or width % patch_size or not height or not width:
+        raise ValueError(
+            f"an image of {height}x{width} does not divide into patches of {patch_size}: "
+            f"use sides that are multiples of {patch_size}, for example "
+            f"{max(1, round(height / patch_size)) * patch_size}x{max(1, round(width / patch_size)) * patch_size}"
+        )
+
+
+class PatchEmbed(nn.Module):
+    """Cut into patches and project each: B I H W -> B N C (ViT's equation 1, https://arxiv.org/abs/2010.11929).
+
+    The weight is that of a convolution whose stride equals its kernel (`proj`). `patchify` and a matrix product give the
+    same numbers; a test holds the two together.
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
+        # LeCun normal over the patch, as ViT's own code does: what counts is the fan-in of the matrix product.
+        nn.init.trunc_normal_(self.proj.weight, std=(in_chans * patch_size**2) ** -0.5)
+        nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]  # bias=True
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_divides(x.shape[2], x.shape[3], self.patch_size)
+        tokens: Tensor = self.proj(x).flatten(2).transpose(1, 2)
+        return tokens
+
+
+class ConvStem(nn.Module):
+    """Overlapping 3x3 convolutions in place of the patch projection: B I H W -> B N C, one token a patch, as before.
+
+    Xiao et al., "Early Convolutions Help Transformers See Better", 2021 (https://arxiv.org/abs/2106.14881). The first
+    convolution keeps the size, each next one halves it, and a 1x1 convolution goes to the model's width. What it gives
+    on few small images is told in `vitrail.models.catalog`.
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
+        super().__init__()
+        halvings = int(math.log2(patch_size))
+        if 2**halvings != patch_size or not halvings:
+            raise ValueError(f"a convolutional stem needs a patch size of 2, 4, 8, ..., not {patch_size}")
+        self.patch_size = patch_size
+        widths = [dim // 2 ** (halvings - step) for step in range(halvings + 1)]
+        layers: list[nn.Module] = []
+        for step, width in enumerate(widths):
+            before = in_chans if step == 0 else widths[step - 1]
+            layers += [
+                nn.Conv2d(before, width, 3, stride=2 if step else 1, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+            ]
+        self.convs = nn.Sequential(*layers)
+        self.proj = nn.Conv2d(widths[-1], dim, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_divides(x.shape[2], x.shape[3], self.patch_size)
+        tokens: Tensor = self.proj(self.convs(x)).flatten(2).transpose(1, 2)
+        return tokens
+
+
+def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int = 0) -> Tensor:
+    """Position embedding 1 (prefix + h w) C of the grid `old`, resampled to the grid `new`; prefix rows are kept.
+
+    Bicubic with antialiasing in float32, which is what timm does (`timm.layers.resample_abs_pos_embed`).
+    """
+    if old == new:
+        return table
+    head, grid = table[:, :prefix], table[:, prefix:]
+    image = grid.transpose(1, 2).unflatten(2, old).float()  # 1 C h w
+    image = F.interpolate(image, size=new, mode="bicubic", antialias=True)
+    return torch.cat([head, image.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)

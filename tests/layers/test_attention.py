@@ -1,0 +1,52 @@
+"""The fused attention against its explicit twin, against PyTorch's own module, and with fewer queries."""
+
+import pytest
+import torch
+from torch import nn
+
+from vitrail.layers.attention import Attention, attend, attention_weights
+
+
+@pytest.mark.parametrize("bias", [None, "shared", "masked"])
+def test_fused_attention_equals_the_explicit_weights(bias: str | None) -> None:
+    q, k, v = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 6, 8), torch.randn(2, 3, 6, 8)
+    added = None if bias is None else torch.randn(1, 3, 4, 6)
+    if bias == "masked":
+        added[..., 4:] = float("-inf")
+    weights = attention_weights(q, k, added)
+    torch.testing.assert_close(attend(q, k, v, added), weights @ v, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, 4))
+    assert bias != "masked" or (weights[..., 4:] == 0).all()
+
+
+def test_attention_equals_pytorchs_module() -> None:
+    ours, theirs = Attention(12, 3), nn.MultiheadAttention(12, 3, batch_first=True)
+    theirs.in_proj_weight.data, theirs.in_proj_bias.data = ours.qkv.weight.data, ours.qkv.bias.data
+    theirs.out_proj.load_state_dict(ours.proj.state_dict())
+    x = torch.randn(2, 5, 12)
+    expected, weights = theirs(x, x, x, average_attn_weights=False)
+    torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-6)
+    out, ours_weights = ours.explain(x)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours_weights, weights, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("queries", [1, 2, 5])
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_fewer_queries_give_the_first_rows_of_all(queries: int, qkv_bias: bool) -> None:
+    attention = Attention(12, 3, qkv_bias)
+    x = torch.randn(2, 5, 12)
+    torch.testing.assert_close(attention(x, queries), attention(x)[:, :queries], rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    attention = Attention(12, 3, attn_drop=0.5)
+    x = torch.randn(2, 5, 12)
+    assert not torch.equal(attention(x), attention(x))
+    attention.eval()
+    torch.testing.assert_close(attention(x), attention.explain(x)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_width_that_the_heads_do_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="10 does not divide into 3 heads"):
+        Attention(10, 3)

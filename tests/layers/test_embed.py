@@ -1,0 +1,57 @@
+"""Patch embedding by convolution and by matrix product, the convolutional stem, and resampled positions."""
+
+import pytest
+import torch
+from timm.layers import resample_abs_pos_embed
+
+from vitrail.layers.embed import ConvStem, PatchEmbed, patchify, resample_positions
+
+
+@pytest.mark.parametrize(("size", "patch"), [((8, 8), 4), ((6, 9), 3), ((28, 14), 14)])
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_convolution_equals_patchify_and_a_matrix_product(size: tuple[int, int], patch: int, in_chans: int) -> None:
+    embed = PatchEmbed(patch, in_chans, 5)
+    torch.nn.init.normal_(embed.proj.bias)
+    x = torch.randn(2, in_chans, *size)
+    expected = patchify(x, patch) @ embed.proj.weight.flatten(1).t() + embed.proj.bias
+    torch.testing.assert_close(embed(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_patches_stand_row_by_row() -> None:
+    image = torch.arange(24.0).view(1, 1, 4, 6)
+    expected = [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11], [12, 13, 18, 19], [14, 15, 20, 21], [16, 17, 22, 23]]
+    assert patchify(image, 2)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("size", [(9, 8), (8, 9), (3, 8)])
+@pytest.mark.parametrize("embed", [PatchEmbed, ConvStem])
+def test_a_size_that_does_not_divide_is_refused_with_one_that_does(
+    embed: type[PatchEmbed | ConvStem], size: tuple[int, int]
+) -> None:
+    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} does not divide into patches of 4.* (8x8|4x8)$"):
+        embed(4, 3, 8)(torch.zeros(1, 3, *size))
+
+
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_the_stem_gives_one_token_a_patch(patch: int) -> None:
+    stem = ConvStem(patch, 1, 16).eval()
+    assert stem(torch.randn(2, 1, 16, 24)).shape == (2, 16 * 24 // patch**2, 16)
+
+
+@pytest.mark.parametrize("patch", [1, 3, 6])
+def test_a_stem_needs_a_power_of_two(patch: int) -> None:
+    with pytest.raises(ValueError, match="2, 4, 8"):
+        ConvStem(patch, 3, 16)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize("new", [(7, 7), (3, 9), (2, 2)])
+def test_positions_are_resampled_as_in_timm(new: tuple[int, int], prefix: int) -> None:
+    table = torch.randn(1, prefix + 4 * 5, 6)
+    expected = resample_abs_pos_embed(table, list(new), [4, 5], num_prefix_tokens=prefix)
+    torch.testing.assert_close(resample_positions(table, (4, 5), new, prefix), expected)
+
+
+def test_positions_of_the_same_grid_are_left_alone() -> None:
+    table = torch.randn(1, 21, 6)
+    assert resample_positions(table, (4, 5), (4, 5), 1) is table

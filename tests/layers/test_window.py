@@ -1,0 +1,140 @@
+"""Windows: partition, relative positions, shift, masks; and the fused attention against its explicit twin."""
+
+import pytest
+import timm.models.swin_transformer as timm_swin
+import torch
+
+from vitrail.layers import window as window_module
+from vitrail.layers.window import (
+    WindowAttention,
+    Windows,
+    plan_windows,
+    relative_position_index,
+    window_partition,
+    window_reverse,
+)
+
+CPU = torch.device("cpu")
+# size of the feature map, window, shifted: whole windows, padding, maps smaller than the window, one row
+CASES = [
+    ((8, 8), (4, 4), False),
+    ((8, 12), (4, 4), True),
+    ((9, 6), (4, 4), False),
+    ((9, 6), (4, 4), True),
+    ((5, 7), (3, 2), True),
+    ((3, 9), (4, 4), True),
+    ((2, 3), (4, 4), True),
+    ((1, 9), (4, 4), True),
+]
+
+
+def test_partition_and_reverse_are_timms() -> None:
+    x = torch.randn(2, 6, 8, 5)
+    windows = window_partition(x, (3, 2))
+    assert torch.equal(windows, timm_swin.window_partition(x, (3, 2)).flatten(1, 2))
+    assert torch.equal(window_reverse(windows, (3, 2), (6, 8)), x)
+
+
+@pytest.mark.parametrize("window", [(7, 7), (3, 5), (1, 4)])
+def test_relative_position_index_is_timms(window: tuple[int, int]) -> None:
+    assert torch.equal(relative_position_index(window), timm_swin.get_relative_position_index(*window))
+
+
+@pytest.mark.parametrize(("size", "window", "shifted"), CASES)
+def test_cut_is_pad_then_roll_then_partition(size: tuple[int, int], window: tuple[int, int], shifted: bool) -> None:
+    plan = plan_windows(size, window, shifted, CPU)
+    x = torch.randn(2, *size, 3)
+    bottom, right = -size[0] % plan.window[0], -size[1] % plan.window[1]
+    padded = torch.nn.functional.pad(x, (0, 0, 0, right, 0, bottom), value=float("nan"))
+    expected = window_partition(padded.roll((-plan.shift[0], -plan.shift[1]), (1, 2)), plan.window)
+    cut = plan.cut(x)
+    assert cut.shape == expected.shape
+    assert torch.equal(cut[~expected.isnan()], expected[~expected.isnan()])
+    assert torch.equal(plan.join(cut, 2), x)
+
+
+def allowed_pairs(plan: Windows) -> set[tuple[int, int]]:
+    """Pairs of tokens (row by row) that may attend to each other, read from the plan."""
+    n = plan.window[0] * plan.window[1]
+    places = {int(place): token for token, place in enumerate(plan.places)}
+    pairs = set()
+    for start in range(0, len(plan.slots), n):
+        for i in range(n):
+            for j in range(n):
+                if plan.mask is None or plan.mask[start // n, i, j] == 0:
+                    pairs.add((places.get(start + i, -1), places.get(start + j, -1)))
+    return pairs
+
+
+@pytest.mark.parametrize(("size", "window", "shifted"), CASES)
+def test_no_token_attends_across_an_edge_or_to_padding(
+    size: tuple[int, int], window: tuple[int, int], shifted: bool
+) -> None:
+    """Checked by the definition: windows on an endless grid, moved by the shift, and cut off at the image's edges."""
+    shift = [w // 2 if shifted and s > w else 0 for s, w in zip(size, window, strict=True)]
+    window_of = {
+        (row, column): ((row - shift[0]) // window[0], (column - shift[1]) // window[1])
+        for row in range(size[0])
+        for column in range(size[1])
+    }
+    tokens = list(window_of)  # row by row
+    expected = {(i, j) for i, a in enumerate(tokens) for j, b in enumerate(tokens) if window_of[a] == window_of[b]}
+    pairs = allowed_pairs(plan_windows(size, window, shifted, CPU))
+    assert {pair for pair in pairs if pair[0] >= 0} == expected
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("size", "window", "shifted"), CASES)
+def test_fused_attention_equals_its_explicit_twin(
+    size: tuple[int, int], window: tuple[int, int], shifted: bool, training: bool
+) -> None:
+    attention = WindowAttention(12, 3, window).train(training)
+    torch.nn.init.normal_(attention.relative_position_bias_table)
+    plan = plan_windows(size, window, shifted, CPU)
+    x = torch.randn(2, *size, 12)
+    with torch.set_grad_enabled(training):  # with gradients, another path runs on the CPU
+        fused = plan.join(attention(plan.cut(x), plan), 2)
+    twin, weights = attention.explain(plan.cut(x), plan)
+    torch.testing.assert_close(fused, plan.join(twin, 2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+    if plan.mask is not None:
+        forbidden = plan.mask.isinf().repeat(2, 1, 1)[:, None].expand_as(weights)
+        assert forbidden.any()
+        assert (weights[forbidden] == 0).all()
+
+
+@pytest.mark.parametrize(("size", "window", "shifted"), CASES)
+def test_gradients_equal_the_explicit_twins(size: tuple[int, int], window: tuple[int, int], shifted: bool) -> None:
+    attention = WindowAttention(12, 3, window).double()
+    plan = plan_windows(size, window, shifted, CPU)
+    x = torch.randn(2, *size, 12, dtype=torch.double, requires_grad=True)
+    target = torch.randn(2, *size, 12, dtype=torch.double)
+    inputs = [x, *attention.parameters()]
+    fused = torch.autograd.grad((plan.join(attention(plan.cut(x), plan), 2) * target).sum(), inputs)
+    twin = torch.autograd.grad((plan.join(attention.explain(plan.cut(x), plan)[0], 2) * target).sum(), inputs)
+    for ours, expected in zip(fused, twin, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_attention_dropout_drops_weights_in_training_alone() -> None:
+    attention = WindowAttention(8, 2, (2, 2), attn_drop=0.5)
+    plan = plan_windows((4, 4), (2, 2), True, CPU)
+    x = plan.cut(torch.randn(1, 4, 4, 8))
+    assert not torch.equal(attention(x, plan), attention(x, plan))
+    attention.eval()
+    torch.testing.assert_close(attention(x, plan), attention.explain(x, plan)[0])
+
+
+def test_a_plan_is_made_once_for_a_size_and_serves_training_after_inference() -> None:
+    window_module._plans.clear()
+    with torch.inference_mode():
+        plan = plan_windows((9, 6), (4, 4), True, CPU)
+    assert plan_windows((9, 6), (4, 4), True, CPU) is plan
+    assert not plan.slots.is_inference()
+    attention = WindowAttention(8, 2, (4, 4))
+    attention(plan.cut(torch.randn(1, 9, 6, 8)), plan).sum().backward()
+
+
+def test_a_width_that_the_heads_do_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="10 does not divide into 3 heads"):
+        WindowAttention(10, 3, (2, 2))
