@@ -184,7 +184,7 @@ def _mismatch(part: Path, sha256: str | None, md5: str | None) -> str:
             with part.open("rb") as file:
                 while chunk := file.read(1 << 20):
                     digest.update(chunk)
-            if digest.hexdigest() != expected.lower():
+            if not digest.hexdigest().startswith(expected.lower()):  # some publish only the first digits
                 return f"{name} {digest.hexdigest()[:12]}..., not {expected[:12]}..."
     return ""
 

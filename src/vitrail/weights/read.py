@@ -1,0 +1,202 @@
+"""Reading a checkpoint file that a stranger may have made. No code in it ever runs.
+
+What a file is, is told by its first bytes and not by its name: safetensors, NumPy's .npz, or what `torch.save` wrote.
+The last is a pickle, and only tensors and plain containers are taken from it.
+"""
+
+import argparse
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from vitrail.errors import VitrailError
+from vitrail.weights.tensors import listing, show
+
+_MOST_INFLATED = 200  # an archive that says it holds more than so many times its own size is a bomb
+_LARGEST_JSON = 64 << 20  # bytes
+
+
+def read_file(path: str | Path) -> Mapping[Any, Any]:
+    """The content of a checkpoint file: tensors by name, or containers with such in them (see `unwrap.py`).
+
+    Raises:
+        VitrailError: no such file, cut short, damaged, of no known kind, or in need of code.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(128)
+    except OSError as error:
+        raise VitrailError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from None
+    if not size:
+        raise VitrailError(f"{path} is empty: download or copy it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise VitrailError(f"{path} is a pointer of Git LFS and not the file itself: run 'git lfs pull' beside it")
+    if start.startswith(b"PK"):
+        return _read_zip(path, size)
+    if start[8:9] == b"{":
+        return _read_safetensors(path)
+    if start[:1] == b"\x80" or b"ustar" in start or _is_tar(path):
+        return _read_pickle(path)
+    raise VitrailError(f"{path} is no checkpoint: it is none of safetensors, .npz and what torch.save writes")
+
+
+def read_shards(index: str | Path) -> dict[str, torch.Tensor]:
+    """A checkpoint in several files, as its index (`*.index.json`) lists them; they lie beside it.
+
+    Raises:
+        VitrailError: a file is missing, or its name leads out of the folder, or the index does not hold what it says.
+    """
+    index = Path(index)
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(x, str) for pair in table.items() for x in pair):
+        raise VitrailError(f"{index} is no index of a checkpoint: it has no weight_map from names to files")
+    tensors: dict[str, torch.Tensor] = {}
+    for name in sorted(set(table.values())):
+        shard = read_file(index.parent / plain_name(name, index))
+        for key, tensor in shard.items():
+            if key not in table:
+                raise VitrailError(f"{index.parent / name} holds {show(str(key))}, of which {index.name} does not know")
+            if isinstance(tensor, torch.Tensor) and table[key] == name:
+                tensors[key] = tensor
+    if missing := [key for key in table if key not in tensors]:
+        raise VitrailError(f"{index} promises tensors that its files do not hold: {listing(missing)}")
+    return tensors
+
+
+def plain_name(name: str, where: Path) -> str:
+    """`name`, if it names a file in the same folder.
+
+    Raises:
+        VitrailError: it leads elsewhere.
+    """
+    if not name or name in (".", "..") or any(sign in name for sign in "/\\\0:"):
+        raise VitrailError(f"{where} names the file {show(name)!r}, which leads out of its folder: do not trust it")
+    return name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        VitrailError: it does not.
+    """
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise VitrailError(f"{path} is far too long for a config: do not trust it")
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise VitrailError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from None
+    except (ValueError, RecursionError) as error:
+        raise VitrailError(f"{path} is no JSON: {one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise VitrailError(f"{path} holds a {type(content).__name__} and no config")
+    return content
+
+
+def one_line(error: object, limit: int = 200) -> str:
+    """An error of another library's in one line."""
+    return show(" ".join(str(error).split()), limit) or type(error).__name__
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        MemoryError,
+        OverflowError,
+    ) as error:
+        raise VitrailError(f"{path} is damaged, cut short or no safetensors file: {one_line(error)}") from None
+
+
+def _read_zip(path: Path, size: int) -> Mapping[Any, Any]:
+    """Both .npz and torch's files are zip archives; torch's holds a data.pkl."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise VitrailError(f"{path} is damaged or cut short: {one_line(error)}") from None
+    if sum(entry.file_size for entry in entries) > _MOST_INFLATED * size:
+        raise VitrailError(f"{path} would unpack to more than {_MOST_INFLATED} times its size: do not trust it")
+    names = [entry.filename for entry in entries]
+    if any(name.endswith("/data.pkl") or name == "data.pkl" for name in names):
+        if any("/code/" in name or name.endswith("constants.pkl") for name in names):
+            raise VitrailError(
+                f"{path} is a TorchScript program and not a checkpoint: save its state_dict() where it is trusted"
+            )
+        return _read_pickle(path)
+    if names and all(name.endswith(".npy") for name in names):
+        return _read_npz(path)
+    raise VitrailError(f"{path} is a zip archive, but neither .npz nor what torch.save writes")
+
+
+def _read_npz(path: Path) -> dict[str, torch.Tensor]:
+    tensors = {}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            for name in archive.files:
+                array = archive[name]
+                if array.dtype.kind not in "biuf":
+                    raise VitrailError(f"{path} holds {show(name)} of dtype {array.dtype}: only numbers are read")
+                tensors[name] = torch.from_numpy(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="))))
+    except (zipfile.BadZipFile, OSError, ValueError, TypeError, KeyError, EOFError, MemoryError) as error:
+        hint = "; it holds Python objects, which are never read" if "allow_pickle" in str(error) else ""
+        raise VitrailError(
+            f"{path} is damaged, cut short or no .npz of numbers{hint}: {one_line(error, 120)}"
+        ) from None
+    return tensors
+
+
+def _read_pickle(path: Path) -> Mapping[Any, Any]:
+    """With PyTorch's restricted unpickler. A training script's settings (argparse.Namespace) are plain data too."""
+    try:
+        # torch.load goes by the suffix too; an open file has none, and only zip archives can be mapped.
+        mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"
+        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+            content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise VitrailError(_needs_code(path, error)) from None
+    except Exception as error:  # torch raises every kind on a damaged file
+        raise VitrailError(f"{path} is damaged or cut short: {one_line(error, 120)}") from None
+    if not isinstance(content, Mapping):
+        what = type(content).__name__
+        raise VitrailError(f"{path} holds a {what} and no state dict: save model.state_dict() where it is trusted")
+    return content
+
+
+def _needs_code(path: Path, error: Exception) -> str:
+    found: list[str] = []
+    if zipfile.is_zipfile(path):
+        try:
+            found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        except Exception:  # then the names stay unknown
+            found = []
+    if not found and "Unsupported" not in str(error) and "GLOBAL" not in str(error):
+        return f"{path} is damaged or no checkpoint: {one_line(error, 120)}"
+    what = f" ({listing(found, 4)})" if found else ""
+    return (
+        f"{path} needs Python code to be read{what}, and code from a file is never run here: where you trust it, load "
+        f"it with torch.load(..., weights_only=False) and save its state_dict() as safetensors"
+    )
+
+
+def _is_tar(path: Path) -> bool:
+    """torch's format of before 2018."""
+    with path.open("rb") as file:
+        file.seek(257)
+        return file.read(5) == b"ustar"

@@ -1,0 +1,89 @@
+"""What became of every tensor when weights were loaded."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vitrail.weights.tensors import listing, shape_words, show
+
+STATES = ("loaded", "resized", "adapted", "new", "unused")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor. `name` is the model's (the file's, for an unused one), `file` what the file calls it where that
+    differs, `old` and `new` its shapes in the file and in the model, `how` what was done to it and why."""
+
+    name: str
+    state: str
+    old: tuple[int, ...] | None = None
+    new: tuple[int, ...] | None = None
+    how: str = ""
+    file: str = ""
+
+
+@dataclass
+class Report:
+    """All entries, the model's in its own order and then the unused ones; where the weights came from; warnings."""
+
+    entries: list[Entry]
+    source: str = ""
+    layout: str = ""
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def of(self, state: str) -> list[Entry]:
+        """The entries of one state, of `STATES`."""
+        return [entry for entry in self.entries if entry.state == state]
+
+    def __str__(self) -> str:
+        """One line."""
+        parts = [f"{len(self.of('loaded'))} tensors loaded"]
+        for state in ("resized", "adapted"):
+            if entries := self.of(state):
+                parts.append(f"{len(entries)} {state} ({_alike(entries)})")
+        if new := self.of("new"):
+            parts.append(f"{len(new)} new ({listing((entry.name for entry in new), 4)}: {_how(new)})")
+        if unused := self.of("unused"):
+            parts.append(f"{len(unused)} unused ({_how(unused)})")
+        text = "; ".join(parts)
+        origin = " from " + self.source if self.source else ""
+        return f"weights{origin}: {text}" + "".join(f"; warning: {warning}" for warning in self.warnings)
+
+    def table(self) -> str:
+        """A line for each tensor: state, name, shapes, how, and the file's name where that differs."""
+        rows = [
+            (
+                entry.state,
+                show(entry.name),
+                _shapes(entry),
+                "; ".join(part for part in (entry.how, entry.file and f"in the file {show(entry.file, 200)}") if part),
+            )
+            for entry in self.entries
+        ]
+        widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
+        lines = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
+            for row in rows
+        ]
+        return "\n".join([str(self), *self.notes, *lines])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+
+def _shapes(entry: Entry) -> str:
+    old, new = (shape_words(shape) if shape is not None else "" for shape in (entry.old, entry.new))
+    return old if old == new or not new else f"{old} -> {new}" if old else new
+
+
+def _alike(entries: list[Entry]) -> str:
+    """The first of them, and how many are like it."""
+    first = entries[0]
+    more = f" and {len(entries) - 1} more" if len(entries) > 1 else ""
+    return f"{first.name} {_shapes(first)}{more}, {_how(entries)}"
+
+
+def _how(entries: Iterable[Entry]) -> str:
+    return "; ".join(dict.fromkeys(entry.how for entry in entries if entry.how))

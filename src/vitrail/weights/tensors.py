@@ -1,0 +1,56 @@
+"""Tensors by name, as they travel from a file to a model, remembering what the file called them."""
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+
+class Tensors(dict[str, Tensor]):
+    """A state dict with its history.
+
+    origin: name here -> the file's name (names joined by " + " where several were put together). Only what was renamed.
+    unused: the file's name -> why the model has no use for that tensor. Those tensors are not among the items.
+    notes: sentences for the report, such as which of a checkpoint's state dicts was taken.
+    outside: names without the wrapper's prefix that the others have.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] = ()) -> None:
+        super().__init__(tensors)
+        self.origin: dict[str, str] = {}
+        self.unused: dict[str, str] = {}
+        self.notes: list[str] = []
+        self.outside: set[str] = set()
+        if isinstance(tensors, Tensors):
+            self.origin |= tensors.origin
+            self.unused |= tensors.unused
+            self.notes += tensors.notes
+            self.outside |= tensors.outside
+
+    def called(self, name: str) -> str:
+        """What the file calls the tensor `name`."""
+        return self.origin.get(name, name)
+
+    def heir(self) -> "Tensors":
+        """No tensors yet, and this one's notes and unused tensors."""
+        empty = Tensors()
+        empty.unused |= self.unused
+        empty.notes += self.notes
+        return empty
+
+
+def shape_words(shape: Iterable[int]) -> str:
+    """3x4x5; "a number" for a tensor of no dimensions."""
+    return "x".join(str(size) for size in shape) or "a number"
+
+
+def show(name: str, limit: int = 120) -> str:
+    """A stranger's name made fit for one line of text: no control characters, and not without end."""
+    plain = "".join(c if c.isprintable() else "?" for c in name)
+    return plain if len(plain) <= limit else plain[: limit - 3] + "..."
+
+
+def listing(names: Iterable[str], limit: int = 8) -> str:
+    """The first names, and how many more there are."""
+    names = [show(name) for name in names]
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
