@@ -7,6 +7,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
 import pytest
 import torch
 
+torch.set_num_threads(1)  # the models are so small that threads cost more than they bring; tests run in parallel
+
 # torchvision's own build of these two is missing with PyTorch's CPU build; its import only looks the names up.
 _library = torch.library.Library("torchvision", "DEF")
 for _signature in (

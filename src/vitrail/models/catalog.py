@@ -1,0 +1,162 @@
+"""The catalog: every named variant in one table. Names are timm's. Importing this imports no torch."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from vitrail.errors import VitrailError, did_you_mean
+from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig
+from vitrail.preprocess import Preprocess
+from vitrail.weights.published import PUBLISHED
+from vitrail.weights.record import WeightsRecord
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row: a name, its config, what it costs, and the weights that are published for it."""
+
+    family: str
+    name: str
+    config: ModelConfig
+    params: int  # exact; a test counts again
+    gmacs: float  # 1e9 multiply-accumulates for one image, every token in every block, as the papers count
+
+    @property
+    def weights(self) -> tuple[WeightsRecord, ...]:
+        """What is published for this variant, the default first."""
+        return PUBLISHED.get(self.name, ())
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """That of the default weights; without any, a plain one at the variant's own size and channels."""
+        if self.weights:
+            return self.weights[0].preprocess
+        channels = self.config.in_chans
+        return Preprocess(size=self.config.img_size, mean=(0.5,) * channels, std=(0.5,) * channels, channels=channels)
+
+
+_SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
+}
+_DEIT3 = {"no_embed_class": True, "init_values": 1e-6}
+_DINOV2 = {"init_values": 1e-5, "num_classes": 0}
+_REGISTERS = {"reg_tokens": 4, "no_embed_class": True}
+
+
+def _vit(size: str, patch: int, side: int, **options: Any) -> ViTConfig:
+    return ViTConfig(patch_size=patch, img_size=(side, side), **_SIZES[size], **options)
+
+
+def _small(dim: int, heads: int, patch: int, side: int, depth: int = 6) -> ViTConfig:
+    return ViTConfig(
+        patch_size=patch,
+        img_size=(side, side),
+        embed_dim=dim,
+        depth=depth,
+        num_heads=heads,
+        mlp_ratio=2.0,
+        stem="conv",
+        num_classes=10,
+    )
+
+
+def _swin(dim: int, depth: int, window: int, side: int) -> SwinConfig:
+    heads = tuple(dim // 32 * 2**stage for stage in range(4))
+    return SwinConfig(
+        embed_dim=dim, depths=(2, 2, depth, 2), num_heads=heads, window_size=window, img_size=(side, side)
+    )
+
+
+_ROWS = (
+    # ViT: Dosovitskiy et al., 2020 (https://arxiv.org/abs/2010.11929); Ti and S: Steiner et al., 2021
+    # (https://arxiv.org/abs/2106.10270)
+    Variant("vit", "vit_tiny_patch16_224", _vit("tiny", 16, 224), 5_717_416, 1.254),
+    Variant("vit", "vit_tiny_patch16_384", _vit("tiny", 16, 384), 5_790_376, 4.682),
+    Variant("vit", "vit_small_patch16_224", _vit("small", 16, 224), 22_050_664, 4.599),
+    Variant("vit", "vit_small_patch16_384", _vit("small", 16, 384), 22_196_584, 15.490),
+    Variant("vit", "vit_base_patch32_224", _vit("base", 32, 224), 88_224_232, 4.409),
+    Variant("vit", "vit_base_patch32_384", _vit("base", 32, 384), 88_297_192, 13.044),
+    Variant("vit", "vit_base_patch16_224", _vit("base", 16, 224), 86_567_656, 17.564),
+    Variant("vit", "vit_base_patch16_384", _vit("base", 16, 384), 86_859_496, 55.484),
+    Variant("vit", "vit_large_patch32_224", _vit("large", 32, 224), 306_535_400, 15.378),
+    Variant("vit", "vit_large_patch32_384", _vit("large", 32, 384), 306_632_680, 45.276),
+    Variant("vit", "vit_large_patch16_224", _vit("large", 16, 224), 304_326_632, 61.555),
+    Variant("vit", "vit_large_patch16_384", _vit("large", 16, 384), 304_715_752, 191.066),
+    Variant("vit", "vit_huge_patch14_224", _vit("huge", 14, 224), 632_045_800, 167.295),
+    # DeiT: Touvron et al., 2020 (https://arxiv.org/abs/2012.12877)
+    Variant("deit", "deit_tiny_patch16_224", _vit("tiny", 16, 224), 5_717_416, 1.254),
+    Variant("deit", "deit_small_patch16_224", _vit("small", 16, 224), 22_050_664, 4.599),
+    Variant("deit", "deit_base_patch16_224", _vit("base", 16, 224), 86_567_656, 17.564),
+    Variant("deit", "deit_base_patch16_384", _vit("base", 16, 384), 86_859_496, 55.484),
+    Variant("deit", "deit_tiny_distilled_patch16_224", _vit("tiny", 16, 224, dist_token=True), 5_910_800, 1.261),
+    Variant("deit", "deit_small_distilled_patch16_224", _vit("small", 16, 224, dist_token=True), 22_436_432, 4.624),
+    Variant("deit", "deit_base_distilled_patch16_224", _vit("base", 16, 224, dist_token=True), 87_338_192, 17.657),
+    Variant("deit", "deit_base_distilled_patch16_384", _vit("base", 16, 384, dist_token=True), 87_630_032, 55.591),
+    # DeiT III: Touvron et al., 2022 (https://arxiv.org/abs/2204.07118)
+    Variant("deit3", "deit3_small_patch16_224", _vit("small", 16, 224, **_DEIT3), 22_059_496, 4.599),
+    Variant("deit3", "deit3_small_patch16_384", _vit("small", 16, 384, **_DEIT3), 22_205_416, 15.490),
+    Variant("deit3", "deit3_base_patch16_224", _vit("base", 16, 224, **_DEIT3), 86_585_320, 17.564),
+    Variant("deit3", "deit3_base_patch16_384", _vit("base", 16, 384, **_DEIT3), 86_877_160, 55.484),
+    Variant("deit3", "deit3_large_patch16_224", _vit("large", 16, 224, **_DEIT3), 304_374_760, 61.555),
+    Variant("deit3", "deit3_large_patch16_384", _vit("large", 16, 384, **_DEIT3), 304_763_880, 191.066),
+    # DINOv2: Oquab et al., 2023 (https://arxiv.org/abs/2304.07193); registers: Darcet et al., 2023
+    # (https://arxiv.org/abs/2309.16588). Published without a head.
+    Variant("dinov2", "vit_small_patch14_dinov2", _vit("small", 14, 518, **_DINOV2), 22_056_192, 46.697),
+    Variant("dinov2", "vit_base_patch14_dinov2", _vit("base", 14, 518, **_DINOV2), 86_579_712, 151.574),
+    Variant("dinov2", "vit_large_patch14_dinov2", _vit("large", 14, 518, **_DINOV2), 304_367_616, 506.804),
+    Variant(
+        "dinov2", "vit_small_patch14_reg4_dinov2", _vit("small", 14, 518, **_DINOV2, **_REGISTERS), 22_057_344, 46.883
+    ),
+    Variant(
+        "dinov2", "vit_base_patch14_reg4_dinov2", _vit("base", 14, 518, **_DINOV2, **_REGISTERS), 86_582_016, 152.116
+    ),
+    Variant(
+        "dinov2", "vit_large_patch14_reg4_dinov2", _vit("large", 14, 518, **_DINOV2, **_REGISTERS), 304_370_688, 508.551
+    ),
+    # Swin: Liu et al., 2021 (https://arxiv.org/abs/2103.14030)
+    Variant("swin", "swin_tiny_patch4_window7_224", _swin(96, 6, 7, 224), 28_288_354, 4.491),
+    Variant("swin", "swin_small_patch4_window7_224", _swin(96, 18, 7, 224), 49_606_258, 8.741),
+    Variant("swin", "swin_base_patch4_window7_224", _swin(128, 18, 7, 224), 87_768_224, 15.431),
+    Variant("swin", "swin_large_patch4_window7_224", _swin(192, 18, 7, 224), 196_532_476, 34.476),
+    Variant("swin", "swin_base_patch4_window12_384", _swin(128, 18, 12, 384), 87_903_584, 47.083),
+    Variant("swin", "swin_large_patch4_window12_384", _swin(192, 18, 12, 384), 196_735_516, 103.919),
+    # For small images and few of them, from scratch: a convolutional stem, narrow and shallow (see `ViTConfig.stem`).
+    Variant("vit", "vit_nano_patch2_8", _small(64, 4, 2, 8), 226_410, 0.003981),
+    Variant("vit", "vit_nano_patch2_16", _small(64, 4, 2, 16), 229_482, 0.017688),
+    Variant("vit", "vit_mini_patch4_28", _small(128, 4, 4, 28), 912_938, 0.051868),
+    Variant("vit", "vit_mini_patch4_32", _small(128, 4, 4, 32), 914_858, 0.068979),
+    Variant("vit", "vit_small_patch8_64", _small(256, 8, 8, 64), 3_637_290, 0.281810),
+    # The CNN baselines. ResNet: He et al., 2015 (https://arxiv.org/abs/1512.03385); ConvNeXt: Liu et al., 2022
+    # (https://arxiv.org/abs/2201.03545)
+    Variant("resnet", "resnet18", ResNetConfig(block="basic", layers=(2, 2, 2, 2)), 11_689_512, 1.814),
+    Variant("resnet", "resnet34", ResNetConfig(block="basic", layers=(3, 4, 6, 3)), 21_797_672, 3.664),
+    Variant("resnet", "resnet50", ResNetConfig(layers=(3, 4, 6, 3)), 25_557_032, 4.089),
+    Variant("resnet", "resnet101", ResNetConfig(layers=(3, 4, 23, 3)), 44_549_160, 7.801),
+    Variant("convnext", "convnext_tiny", ConvNeXtConfig(), 28_589_128, 4.456),
+)
+
+VARIANTS: dict[str, Variant] = {row.name: row for row in _ROWS}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names that match `pattern`: a shell pattern (`swin*`), or else any part of a name (`distilled`)."""
+    if not any(sign in pattern for sign in "*?["):
+        pattern = f"*{pattern}*"
+    return [name for name in VARIANTS if fnmatchcase(name, pattern)]
+
+
+def variant(name: str) -> Variant:
+    """The row with that name.
+
+    Raises:
+        VitrailError: there is none; the nearest names are told.
+    """
+    if name not in VARIANTS:
+        raise VitrailError(
+            f"no model is called {name!r}{did_you_mean(name, VARIANTS)}; `vitrail models` lists them all"
+        )
+    return VARIANTS[name]

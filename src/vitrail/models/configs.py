@@ -1,0 +1,96 @@
+"""One frozen config for each architecture. Field names are the arguments of timm's constructors.
+
+Importing this imports no torch, so that the catalog can be read in an instant.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Pool = Literal["token", "avg"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What every architecture has."""
+
+    img_size: tuple[int, int] = (224, 224)  # height, width
+    in_chans: int = 3
+    num_classes: int = 1000  # 0: no head
+    drop_rate: float = 0.0  # dropout before the head
+    drop_path_rate: float = 0.0  # stochastic depth at the last block; it grows linearly from 0 at the first
+
+    def __post_init__(self) -> None:
+        if min(self.img_size) < 1 or self.in_chans < 1 or self.num_classes < 0:
+            raise ValueError(f"img_size and in_chans are at least 1, num_classes at least 0: {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig(ModelConfig):
+    """Vision Transformer and its kin (ViT, DeiT, DeiT III, DINOv2)."""
+
+    patch_size: int = 16
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    class_token: bool = True
+    dist_token: bool = False  # DeiT's distillation token
+    dist_head: bool = True  # the distillation token has a head of its own, if there is such a token
+    reg_tokens: int = 0  # registers (https://arxiv.org/abs/2309.16588)
+    no_embed_class: bool = False  # the position embedding covers the patches alone, not the prefix tokens
+    init_values: float | None = None  # LayerScale's first value; None leaves LayerScale out
+    global_pool: Pool = "token"
+    fc_norm: bool = False  # the norm stands after pooling (pre-head) and not before it
+    stem: Literal["patch", "conv"] = "patch"  # conv: a small convolutional stem in place of the patch projection
+    pos_drop_rate: float = 0.0
+    proj_drop_rate: float = 0.0
+    attn_drop_rate: float = 0.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.global_pool == "token" and not self.class_token:
+            raise ValueError("global_pool='token' needs class_token=True; without one use global_pool='avg'")
+        if self.dist_token and (not self.class_token or self.global_pool != "token" or self.reg_tokens):
+            raise ValueError("dist_token=True goes with class_token=True, global_pool='token' and reg_tokens=0")
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: class, distillation, registers."""
+        return self.class_token + self.dist_token + self.reg_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwinConfig(ModelConfig):
+    """Swin Transformer, version 1."""
+
+    patch_size: int = 4
+    embed_dim: int = 96
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    num_heads: tuple[int, ...] = (3, 6, 12, 24)
+    window_size: int = 7
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    proj_drop_rate: float = 0.0
+    attn_drop_rate: float = 0.0
+    drop_path_rate: float = 0.1
+    norm_eps: float = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResNetConfig(ModelConfig):
+    """ResNet, version 1.5: the stride of a bottleneck is in its 3x3 convolution."""
+
+    block: Literal["basic", "bottleneck"] = "bottleneck"
+    layers: tuple[int, int, int, int] = (3, 4, 6, 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvNeXtConfig(ModelConfig):
+    """ConvNeXt, version 1."""
+
+    depths: tuple[int, int, int, int] = (3, 3, 9, 3)
+    dims: tuple[int, int, int, int] = (96, 192, 384, 768)
+    ls_init_value: float = 1e-6
+    norm_eps: float = 1e-6

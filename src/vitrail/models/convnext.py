@@ -1,0 +1,139 @@
+"""ConvNeXt: Liu et al., "A ConvNet for the 2020s", 2022 (https://arxiv.org/abs/2201.03545).
+
+Letters: B batch, I channels of the image, H W height and width of the image or of a feature map, C channels, K classes.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitrail.layers.block import DropPath, Mlp, drop_path_rates, init_linear
+from vitrail.models.base import ImageModel, head_layer
+from vitrail.models.configs import ConvNeXtConfig
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of B C H W."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalised = F.layer_norm(x.movedim(1, -1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return normalised.movedim(-1, 1)
+
+
+class ConvNeXtBlock(nn.Module):
+    """x + gamma * MLP(norm(7x7 depthwise convolution(x))), on a feature map B C H W."""
+
+    def __init__(self, dim: int, drop_path: float, config: ConvNeXtConfig) -> None:
+        super().__init__()
+        self.conv_dw = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.mlp = Mlp(dim, 4 * dim)
+        self.gamma = nn.Parameter(torch.full((dim,), config.ls_init_value))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch: Tensor = self.mlp(self.norm(self.conv_dw(x).movedim(1, -1))) * self.gamma  # B H W C
+        out: Tensor = x + self.drop_path(branch.movedim(-1, 1))
+        return out
+
+
+class ConvNeXtStage(nn.Module):
+    """A 2x2 convolution that halves the feature map (in all stages but the first), then blocks."""
+
+    def __init__(self, before: int, dim: int, drop_paths: list[float], config: ConvNeXtConfig) -> None:
+        super().__init__()
+        self.downsample = (
+            nn.Identity()
+            if before == dim
+            else nn.Sequential(ChannelNorm(before, eps=config.norm_eps), nn.Conv2d(before, dim, 2, stride=2))
+        )
+        self.blocks = nn.Sequential(*(ConvNeXtBlock(dim, rate, config) for rate in drop_paths))
+
+    def forward(self, x: Tensor, run_block: Callable[..., Tensor]) -> Tensor:
+        """B C H W -> B C' H/2 W/2; `run_block(block, x)` calls a block (the model's, for gradient checkpointing)."""
+        x = self.downsample(x)
+        for block in self.blocks:
+            x = run_block(block, x)
+        return x
+
+
+class NormHead(nn.Module):
+    """Average pooling of a feature map B C H W, norm, dropout, and a linear layer (`fc`)."""
+
+    def __init__(self, dim: int, config: ConvNeXtConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.drop = nn.Dropout(config.drop_rate)
+        self.fc = head_layer(dim, config.num_classes)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.drop(self.norm(x.mean(dim=(2, 3))))
+        logits: Tensor = x if pre_logits else self.fc(x)
+        return logits
+
+
+class ConvNeXt(ImageModel):
+    """Images B I H W to logits B K. Sides need no divisor, but must be 32 at least."""
+
+    config: ConvNeXtConfig
+
+    def __init__(self, config: ConvNeXtConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = config.num_classes
+        self.num_features = config.dims[-1]
+        first = config.dims[0]
+        self.stem = nn.Sequential(
+            nn.Conv2d(config.in_chans, first, 4, stride=4), ChannelNorm(first, eps=config.norm_eps)
+        )
+        rates = iter(drop_path_rates(config.drop_path_rate, sum(config.depths)))
+        self.stages = nn.Sequential()
+        before = first
+        for dim, depth in zip(config.dims, config.depths, strict=True):
+            self.stages.append(ConvNeXtStage(before, dim, [next(rates) for _ in range(depth)], config))
+            before = dim
+        self.head = NormHead(self.num_features, config)
+        self.apply(init_linear)
+        self.apply(_init_conv)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images B I H W to the last feature map B C H/32 W/32, not normalised: the norm follows pooling."""
+        if min(x.shape[2:]) < 32:
+            raise ValueError(f"an image of {x.shape[2]}x{x.shape[3]} is too small: ConvNeXt needs sides of 32 or more")
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x, self.run_block)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        logits: Tensor = self.head(x, pre_logits)
+        return logits
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.head.fc = head_layer(self.num_features, num_classes).to(self.head.norm.weight)
+        self.head.fc.apply(init_linear)
+
+    def layer_ids(self) -> dict[str, int]:
+        """0 for the stem, one for each block, a last one for the head; a downsampling belongs to the block after it."""
+        return {name: self._layer_of(name.split(".")) for name, _ in self.named_parameters()}
+
+    def _layer_of(self, path: list[str]) -> int:
+        match path:
+            case ["stem", *_]:
+                return 0
+            case ["stages", stage, "blocks", block, *_]:
+                return 1 + sum(self.config.depths[: int(stage)]) + int(block)
+            case ["stages", stage, "downsample", *_]:
+                return 1 + sum(self.config.depths[: int(stage)])
+        return 1 + sum(self.config.depths)
+
+
+def _init_conv(module: nn.Module) -> None:
+    """For `nn.Module.apply`: convolutions as the linear layers, as in the paper's code."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,55 @@
+"""DeiT with its distillation token: Touvron et al., "Training data-efficient image transformers & distillation through
+attention", 2020 (https://arxiv.org/abs/2012.12877). DeiT without the token is a plain ViT (`vit.py`).
+
+Letters: B batch, N tokens, C width, K classes.
+"""
+
+import torch
+from torch import Tensor
+
+from vitrail.layers.block import init_linear
+from vitrail.models.base import head_layer
+from vitrail.models.configs import ViTConfig
+from vitrail.models.vit import VisionTransformer
+
+
+class DistilledVisionTransformer(VisionTransformer):
+    """A ViT with a second token that learns from a teacher, and a head for each of the two.
+
+    In training `forward` gives both heads' logits (class, distillation), B K each; in inference their mean, B K.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__(config)
+        self.head_dist = head_layer(config.embed_dim, config.num_classes)
+        self.head_dist.apply(init_linear)
+
+    @property
+    def _read_tokens(self) -> int:
+        return 2
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Tokens B N C to B 2 C: the class and the distillation token."""
+        normalised: Tensor = self.fc_norm(x[:, :2])
+        return normalised
+
+    def forward_heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens B N C to both heads' logits, B K each."""
+        class_token, dist_token = self.head_drop(self.pool(x)).unbind(dim=1)
+        return self.head(class_token), self.head_dist(dist_token)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens B N C to the mean of both tokens B C (`pre_logits`), or to the mean of both heads' logits B K."""
+        if pre_logits:
+            mean: Tensor = self.head_drop(self.pool(x)).mean(dim=1)
+            return mean
+        return torch.stack(self.forward_heads(x)).mean(dim=0)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        tokens = self.encode(x, self._read_tokens)
+        return self.forward_heads(tokens) if self.training else self.forward_head(tokens)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        super().reset_classifier(num_classes)
+        self.head_dist = head_layer(self.num_features, num_classes).to(self.pos_embed)
+        self.head_dist.apply(init_linear)

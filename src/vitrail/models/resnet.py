@@ -1,0 +1,166 @@
+"""ResNet, version 1.5: He et al., "Deep Residual Learning for Image Recognition", 2015 (https://arxiv.org/abs/1512.03385).
+
+In 1.5 the stride of a bottleneck is in its 3x3 convolution, not in the first 1x1 (https://arxiv.org/abs/1706.02677).
+
+Letters: B batch, I channels of the image, H W height and width of the image or of a feature map, C channels, K classes.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vitrail.layers.block import DropPath, drop_path_rates
+from vitrail.models.base import ImageModel, head_layer
+from vitrail.models.configs import ResNetConfig
+
+STAGES = ("layer1", "layer2", "layer3", "layer4")
+WIDTHS = (64, 128, 256, 512)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut: B C H W -> B C' H/stride W/stride."""
+
+    expansion = 1
+
+    def __init__(self, dim: int, width: int, stride: int, drop_path: float) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, width, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = shortcut(dim, width, stride)
+        self.act = nn.ReLU(inplace=True)
+        self.drop_path = DropPath(drop_path)
+        nn.init.zeros_(self.bn2.weight)  # each block begins as the identity (https://arxiv.org/abs/1706.02677)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act(self.bn1(self.conv1(x)))
+        out = self.drop_path(self.bn2(self.conv2(out)))
+        out += x if self.downsample is None else self.downsample(x)
+        activated: Tensor = self.act(out)
+        return activated
+
+
+class Bottleneck(nn.Module):
+    """Convolutions 1x1, 3x3 and 1x1 beside a shortcut, narrow in the middle: B C H W -> B 4C' H/stride W/stride."""
+
+    expansion = 4
+
+    def __init__(self, dim: int, width: int, stride: int, drop_path: float) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, self.expansion * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(self.expansion * width)
+        self.downsample = shortcut(dim, self.expansion * width, stride)
+        self.act = nn.ReLU(inplace=True)
+        self.drop_path = DropPath(drop_path)
+        nn.init.zeros_(self.bn3.weight)  # each block begins as the identity (https://arxiv.org/abs/1706.02677)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act(self.bn1(self.conv1(x)))
+        out = self.act(self.bn2(self.conv2(out)))
+        out = self.drop_path(self.bn3(self.conv3(out)))
+        out += x if self.downsample is None else self.downsample(x)
+        activated: Tensor = self.act(out)
+        return activated
+
+
+def shortcut(dim: int, out: int, stride: int) -> nn.Sequential | None:
+    """A 1x1 convolution with a norm where the shape changes, else None: the shortcut is the identity."""
+    if stride == 1 and dim == out:
+        return None
+    return nn.Sequential(nn.Conv2d(dim, out, 1, stride=stride, bias=False), nn.BatchNorm2d(out))
+
+
+class ResNet(ImageModel):
+    """Images B I H W of any size to logits B K."""
+
+    config: ResNetConfig
+
+    def __init__(self, config: ResNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = config.num_classes
+        self.conv1 = nn.Conv2d(config.in_chans, WIDTHS[0], 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
+        self.act = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        blocks: dict[str, type[BasicBlock] | type[Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
+        block = blocks[config.block]
+        rates = iter(drop_path_rates(config.drop_path_rate, sum(config.layers)))
+        dim = WIDTHS[0]
+        for stage, width, depth in zip(STAGES, WIDTHS, config.layers, strict=True):
+            layers = nn.Sequential()
+            for index in range(depth):
+                stride = 2 if index == 0 and stage != STAGES[0] else 1
+                layers.append(block(dim, width, stride, next(rates)))
+                dim = block.expansion * width
+            self.add_module(stage, layers)
+        self.num_features = dim
+        self.head_drop = nn.Dropout(config.drop_rate)
+        self.fc = head_layer(dim, config.num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """The residual blocks of all stages, in order."""
+        for stage in STAGES:
+            yield from self.get_submodule(stage).children()
+
+    def run_block(self, block: Callable[..., Tensor], *args: Any) -> Tensor:
+        """As everywhere; but when a block is computed again, its norms' statistics must not move a second time."""
+        if not (self.grad_checkpointing and self.training and isinstance(block, nn.Module)):
+            return super().run_block(block, *args)
+        out: Tensor = checkpoint(
+            block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_at_rest(block))
+        )
+        return out
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images B I H W to the last feature map B C H/32 W/32."""
+        x = self.maxpool(self.act(self.bn1(self.conv1(x))))
+        for block in self.blocks():
+            x = self.run_block(block, x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.head_drop(x.mean(dim=(2, 3)))
+        logits: Tensor = x if pre_logits else self.fc(x)
+        return logits
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.fc = head_layer(self.num_features, num_classes).to(self.conv1.weight)
+
+    def layer_ids(self) -> dict[str, int]:
+        """0 for the stem, one for each block, a last one for the head."""
+        return {name: self._layer_of(name.split(".")) for name, _ in self.named_parameters()}
+
+    def _layer_of(self, path: list[str]) -> int:
+        match path:
+            case ["fc", *_]:
+                return 1 + sum(self.config.layers)
+            case [stage, block, *_] if stage in STAGES:
+                return 1 + sum(self.config.layers[: STAGES.index(stage)]) + int(block)
+        return 0
+
+
+@contextmanager
+def _statistics_at_rest(block: nn.Module) -> Iterator[None]:
+    """Within, the block's batch norms normalise as in training and leave their running statistics as they are."""
+    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, batches

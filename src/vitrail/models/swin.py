@@ -1,0 +1,192 @@
+"""Swin Transformer: Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", 2021
+(https://arxiv.org/abs/2103.14030).
+
+Letters: B batch, I channels of the image, H W height and width of the image or of a feature map, C width, M windows,
+n tokens of a window, A heads, K classes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitrail.layers.block import DropPath, Mlp, drop_path_rates, init_linear
+from vitrail.layers.embed import PatchEmbed
+from vitrail.layers.window import Pair, WindowAttention, Windows, plan_windows
+from vitrail.models.base import ImageModel, head_layer
+from vitrail.models.configs import SwinConfig
+
+
+class SwinPatchEmbed(PatchEmbed):
+    """Patches B I H W -> B H W C with a norm. An image that is no whole number of patches is padded with zeros."""
+
+    def __init__(self, patch_size: int, in_chans: int, dim: int, norm_eps: float) -> None:
+        super().__init__(patch_size, in_chans, dim)
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _pad_to_multiple(x, self.patch_size)
+        tokens: Tensor = self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return tokens
+
+
+class PatchMerging(nn.Module):
+    """Each 2x2 tokens become one of twice the width: B H W C -> B H/2 W/2 2C. An odd side is padded with zeros."""
+
+    def __init__(self, dim: int, norm_eps: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim, eps=norm_eps)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _pad_to_multiple(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+        batch, height, width, dim = x.shape
+        x = x.reshape(batch, height // 2, 2, width // 2, 2, dim)
+        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # the column within the 2x2 comes before the row, as published
+        merged: Tensor = self.reduction(self.norm(x))
+        return merged
+
+
+class SwinBlock(nn.Module):
+    """x + window attention(norm(x)), then x + MLP(norm(x)), on a feature map B H W C; equation 3 of the paper."""
+
+    def __init__(
+        self, dim: int, num_heads: int, window: Pair, shifted: bool, drop_path: float, config: SwinConfig
+    ) -> None:
+        super().__init__()
+        self.shifted = shifted
+        self.norm1 = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.attn = WindowAttention(
+            dim, num_heads, window, config.qkv_bias, config.attn_drop_rate, config.proj_drop_rate
+        )
+        self.drop_path1 = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.mlp = Mlp(dim, int(dim * config.mlp_ratio), config.proj_drop_rate)
+        self.drop_path2 = DropPath(drop_path)
+
+    def windows(self, x: Tensor) -> Windows:
+        """How this block cuts the feature map x, B H W C."""
+        return plan_windows((x.shape[1], x.shape[2]), self.attn.window, self.shifted, x.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = self.windows(x)
+        attended = windows.join(self.attn(windows.cut(self.norm1(x)), windows), len(x))
+        x = x + self.drop_path1(attended)
+        out: Tensor = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return out
+
+    def explain(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The explicit twin of `forward` in inference: its output and its attention weights (B M) A n n.
+
+        `self.windows(x)` tells which tokens stand in which window.
+        """
+        windows = self.windows(x)
+        attended, weights = self.attn.explain(windows.cut(self.norm1(x)), windows)
+        x = x + windows.join(attended, len(x))
+        return x + self.mlp(self.norm2(x)), weights
+
+
+class SwinStage(nn.Module):
+    """Patch merging (in all stages but the first), then blocks, every second one with shifted windows."""
+
+    def __init__(self, index: int, size: Pair, drop_paths: list[float], config: SwinConfig) -> None:
+        super().__init__()
+        dim = config.embed_dim * 2**index
+        window = (min(size[0], config.window_size), min(size[1], config.window_size))
+        self.downsample = PatchMerging(dim // 2, config.norm_eps) if index else nn.Identity()
+        self.blocks = nn.Sequential(
+            *(
+                SwinBlock(dim, config.num_heads[index], window, position % 2 == 1, rate, config)
+                for position, rate in enumerate(drop_paths)
+            )
+        )
+
+    def forward(self, x: Tensor, run_block: Callable[..., Tensor]) -> Tensor:
+        """B H W C -> B H' W' C'; `run_block(block, x)` calls a block (the model's, for gradient checkpointing)."""
+        x = self.downsample(x)
+        for block in self.blocks:
+            x = run_block(block, x)
+        return x
+
+
+class PoolHead(nn.Module):
+    """Average pooling of a feature map B H W C, dropout, and a linear layer (`fc`)."""
+
+    def __init__(self, dim: int, num_classes: int, drop: float) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(drop)
+        self.fc = head_layer(dim, num_classes)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.drop(x.mean(dim=(1, 2)))
+        logits: Tensor = x if pre_logits else self.fc(x)
+        return logits
+
+
+class SwinTransformer(ImageModel):
+    """Images B I H W to logits B K, through feature maps B H W C of ever fewer and wider tokens.
+
+    Height and width may be any size. A feature map that is no whole number of windows is padded first and shifted then,
+    and no token attends to padding or across an edge of the image. At a side no longer than the window there is one
+    window of its length and no shift. The sizes of the bias tables follow `config.img_size`, as in timm.
+    """
+
+    config: SwinConfig
+
+    def __init__(self, config: SwinConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = config.num_classes
+        self.num_features = config.embed_dim * 2 ** (len(config.depths) - 1)
+        self.patch_embed = SwinPatchEmbed(config.patch_size, config.in_chans, config.embed_dim, config.norm_eps)
+        rates = iter(drop_path_rates(config.drop_path_rate, sum(config.depths)))
+        self.layers = nn.Sequential()
+        for index, depth in enumerate(config.depths):
+            stride = config.patch_size * 2**index
+            size = (-(-config.img_size[0] // stride), -(-config.img_size[1] // stride))
+            self.layers.append(SwinStage(index, size, [next(rates) for _ in range(depth)], config))
+        self.norm = nn.LayerNorm(self.num_features, eps=config.norm_eps)
+        self.head = PoolHead(self.num_features, config.num_classes, config.drop_rate)
+        self.apply(init_linear)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images B I H W to the last feature map, normalised: B H/32 W/32 C (with patches of 4 and four stages)."""
+        x = self.patch_embed(x)
+        for stage in self.layers:
+            x = stage(x, self.run_block)
+        features: Tensor = self.norm(x)
+        return features
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        logits: Tensor = self.head(x, pre_logits)
+        return logits
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.head.fc = head_layer(self.num_features, num_classes).to(self.norm.weight)
+        self.head.apply(init_linear)
+
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+
+    def layer_ids(self) -> dict[str, int]:
+        """0 for the embedding, one for each block, a last one for norm and head; patch merging belongs to the block
+        that follows it."""
+        return {name: self._layer_of(name.split(".")) for name, _ in self.named_parameters()}
+
+    def _layer_of(self, path: list[str]) -> int:
+        match path:
+            case ["patch_embed", *_]:
+                return 0
+            case ["layers", stage, "blocks", block, *_]:
+                return 1 + sum(self.config.depths[: int(stage)]) + int(block)
+            case ["layers", stage, "downsample", *_]:
+                return 1 + sum(self.config.depths[: int(stage)])
+        return 1 + sum(self.config.depths)
+
+
+def _pad_to_multiple(x: Tensor, step: int) -> Tensor:
+    """B C H W with zeros at the bottom and the right, so that both sides are multiples of `step`."""
+    pad: Any = (0, -x.shape[3] % step, 0, -x.shape[2] % step)
+    return F.pad(x, pad) if any(pad) else x

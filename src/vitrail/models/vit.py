@@ -1,0 +1,145 @@
+"""Vision Transformer: Dosovitskiy et al., "An Image is Worth 16x16 Words", 2020 (https://arxiv.org/abs/2010.11929).
+
+With its options this is also DeiT (https://arxiv.org/abs/2012.12877; the distillation token is in `deit.py`), DeiT III
+(https://arxiv.org/abs/2204.07118) and DINOv2 (https://arxiv.org/abs/2304.07193).
+
+Letters: B batch, I channels of the image, H W its height and width, N tokens (prefix and patches), C width, K classes.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from vitrail.layers.block import Block, drop_path_rates, init_linear
+from vitrail.layers.embed import ConvStem, PatchEmbed, check_divides, resample_positions
+from vitrail.models.base import ImageModel, head_layer
+from vitrail.models.configs import ViTConfig
+
+
+class VisionTransformer(ImageModel):
+    """Images B I H W to logits B K.
+
+    Tokens stand in the order class, distillation, registers, patches (row by row). An image of another size than
+    `config.img_size` is taken too, if its sides are multiples of the patch size: the position embedding is resampled.
+    """
+
+    config: ViTConfig
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = config.num_classes
+        self.num_features = dim = config.embed_dim
+        check_divides(*config.img_size, config.patch_size)
+        self.grid = (config.img_size[0] // config.patch_size, config.img_size[1] // config.patch_size)
+        self.prefix = config.num_prefix_tokens
+
+        embed = {"patch": PatchEmbed, "conv": ConvStem}[config.stem]
+        self.patch_embed = embed(config.patch_size, config.in_chans, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.class_token else None
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.dist_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, config.reg_tokens, dim)) if config.reg_tokens else None
+        positions = self.grid[0] * self.grid[1] + self._embedded_prefix
+        self.pos_embed = nn.Parameter(torch.zeros(1, positions, dim))
+        self.pos_drop = nn.Dropout(config.pos_drop_rate)
+        self.blocks = nn.Sequential(
+            *(
+                Block(
+                    dim,
+                    config.num_heads,
+                    mlp_ratio=config.mlp_ratio,
+                    qkv_bias=config.qkv_bias,
+                    init_values=config.init_values,
+                    attn_drop=config.attn_drop_rate,
+                    proj_drop=config.proj_drop_rate,
+                    drop_path=rate,
+                    norm_eps=config.norm_eps,
+                )
+                for rate in drop_path_rates(config.drop_path_rate, config.depth)
+            )
+        )
+        norm = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.norm = nn.Identity() if config.fc_norm else norm
+        self.fc_norm = norm if config.fc_norm else nn.Identity()
+        self.head_drop = nn.Dropout(config.drop_rate)
+        self.head = head_layer(dim, config.num_classes)
+        self._init_weights()
+
+    @property
+    def _embedded_prefix(self) -> int:
+        """Prefix tokens that have a row in the position embedding."""
+        return 0 if self.config.no_embed_class else self.prefix
+
+    @property
+    def _read_tokens(self) -> int | None:
+        """Tokens, from the first, that the head reads; None for all (average pooling)."""
+        return None if self.config.global_pool == "avg" else 1
+
+    def _init_weights(self) -> None:
+        """As in the papers' code: truncated normal of 0.02 for linear layers and positions, class token near 0."""
+        self.apply(init_linear)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for token in (self.cls_token, self.dist_token, self.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=1e-6)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Images B I H W to the tokens B N C that enter the first block: prefix and patches, with positions."""
+        grid = (x.shape[2] // self.config.patch_size, x.shape[3] // self.config.patch_size)
+        x = self.patch_embed(x)
+        positions = resample_positions(self.pos_embed, self.grid, grid, self._embedded_prefix)
+        prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
+        if self.config.no_embed_class:
+            x = torch.cat([*prefix, x + positions], dim=1)
+        else:
+            x = torch.cat([*prefix, x], dim=1) + positions
+        dropped: Tensor = self.pos_drop(x)
+        return dropped
+
+    def encode(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """Images B I H W to normalised tokens B N C; with `queries`, to the first that many tokens.
+
+        The last block then computes nothing for the others: they are read as keys and values only.
+        """
+        x = self.embed(x)
+        last = len(self.blocks) - 1
+        for index, block in enumerate(self.blocks):
+            x = self.run_block(block, x, queries if index == last else None)
+        normalised: Tensor = self.norm(x if queries is None else x[:, :queries])
+        return normalised
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Tokens B N C to B C: the class token, or the mean of the patches."""
+        x = x[:, 0] if self.config.global_pool == "token" else x[:, self.prefix :].mean(dim=1)
+        pooled: Tensor = self.fc_norm(x)
+        return pooled
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images B I H W to all normalised tokens B N C."""
+        return self.encode(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.head_drop(self.pool(x))
+        logits: Tensor = x if pre_logits else self.head(x)
+        return logits
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Images B I H W to logits B K. Equal to `forward_head(forward_features(x))` and cheaper: see `encode`."""
+        return self.forward_head(self.encode(x, self._read_tokens))
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.head = head_layer(self.num_features, num_classes).to(self.pos_embed)
+        self.head.apply(init_linear)
+
+    def no_weight_decay(self) -> set[str]:
+        tokens = {"pos_embed", "cls_token", "dist_token", "reg_token"}
+        return tokens & {name for name, _ in self.named_parameters()}
+
+    def layer_ids(self) -> dict[str, int]:
+        """0 for the embeddings, 1 to depth for the blocks, depth + 1 for what follows."""
+        return {name: self._layer_of(name) for name, _ in self.named_parameters()}
+
+    def _layer_of(self, name: str) -> int:
+        if name.startswith("blocks."):
+            return int(name.split(".")[1]) + 1
+        return 0 if name.startswith(("patch_embed.", *self.no_weight_decay())) else self.config.depth + 1

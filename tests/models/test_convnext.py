@@ -1,0 +1,28 @@
+"""ConvNeXt's own: sizes and first weights."""
+
+import pytest
+import torch
+
+from vitrail.models.configs import ConvNeXtConfig
+from vitrail.models.convnext import ConvNeXt
+
+
+def small() -> ConvNeXt:
+    return ConvNeXt(ConvNeXtConfig(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=5))
+
+
+def test_sides_need_no_divisor() -> None:
+    assert small().forward_features(torch.randn(1, 3, 70, 33)).shape == (1, 32, 2, 1)
+
+
+def test_an_image_too_small_is_refused() -> None:
+    with pytest.raises(ValueError, match="31x64 is too small"):
+        small()(torch.zeros(1, 3, 31, 64))
+
+
+def test_first_weights_are_the_papers() -> None:
+    model = small()
+    block = model.stages[0].blocks[0]
+    assert torch.equal(block.gamma, torch.full((8,), 1e-6))
+    assert block.conv_dw.weight.std().item() == pytest.approx(0.0176, rel=0.1)
+    assert (block.conv_dw.bias == 0).all()

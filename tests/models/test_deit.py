@@ -1,0 +1,53 @@
+"""DeiT with its distillation token: two outputs in training, their mean in inference."""
+
+import torch
+
+from vitrail.models.configs import ViTConfig
+from vitrail.models.deit import DistilledVisionTransformer
+
+
+def small() -> DistilledVisionTransformer:
+    return DistilledVisionTransformer(
+        ViTConfig(patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5, img_size=(32, 32), dist_token=True)
+    )
+
+
+def test_both_heads_in_training_and_their_mean_in_inference() -> None:
+    model = small()
+    x = torch.randn(2, 3, 32, 32)
+    first, second = model.train()(x)
+    assert first.shape == second.shape == (2, 5)
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close(model.eval()(x), (first + second) / 2)
+
+
+def test_each_head_reads_its_own_token() -> None:
+    model = small().train()
+    x = torch.randn(2, 3, 32, 32)
+    first, second = model(x)
+    tokens = model.forward_features(x)
+    torch.testing.assert_close(first, model.head(tokens[:, 0]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(second, model.head_dist(tokens[:, 1]), rtol=1e-5, atol=1e-6)
+
+
+def test_the_pruned_last_block_is_exact_in_value_and_gradient() -> None:
+    model = small().double().train()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.double, requires_grad=True)
+    inputs = [x, *model.parameters()]
+    pruned, full = torch.stack(model(x)), torch.stack(model.forward_heads(model.forward_features(x)))
+    torch.testing.assert_close(pruned, full)
+    target = torch.randn_like(full)
+    for ours, expected in zip(
+        torch.autograd.grad((pruned * target).sum(), inputs),
+        torch.autograd.grad((full * target).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_a_reset_puts_both_heads_in_place() -> None:
+    model = small()
+    model.reset_classifier(7)
+    first, second = model.train()(torch.randn(2, 3, 32, 32))
+    assert first.shape == second.shape == (2, 7)
+    assert model.no_weight_decay() == {"pos_embed", "cls_token", "dist_token"}

@@ -1,0 +1,85 @@
+"""ViT's own: the pruned last block, sizes, tokens, first weights."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from vitrail.models.configs import ViTConfig
+from vitrail.models.vit import VisionTransformer
+
+SMALL: dict[str, Any] = {
+    "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5, "img_size": (32, 32)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_pruned_last_block_is_exact_in_value_and_gradient(checkpointing: bool) -> None:
+    """Against the head on all tokens, which takes the long way; float64 leaves no room for luck."""
+    model = VisionTransformer(ViTConfig(init_values=0.2, reg_tokens=2, **SMALL)).double().train()
+    model.set_grad_checkpointing(checkpointing)
+    x = torch.randn(3, 3, 32, 32, dtype=torch.double, requires_grad=True)
+    inputs = [x, *model.parameters()]
+    pruned, full = model(x), model.forward_head(model.forward_features(x))
+    torch.testing.assert_close(pruned, full)
+    target = torch.randn_like(full)
+    for ours, expected in zip(
+        torch.autograd.grad((pruned * target).sum(), inputs),
+        torch.autograd.grad((full * target).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_the_last_block_computes_the_class_token_alone() -> None:
+    model = VisionTransformer(ViTConfig(**SMALL))
+    rows: list[int] = []
+    for block in model.blocks:
+        block.mlp.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[1]))
+    model(torch.randn(1, 3, 32, 32))
+    assert rows == [17, 1]
+
+
+@pytest.mark.parametrize("size", [(30, 32), (32, 31)])
+def test_an_image_that_is_no_whole_number_of_patches_is_refused(size: tuple[int, int]) -> None:
+    model = VisionTransformer(ViTConfig(**SMALL))
+    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} does not divide into patches of 8.*32x32"):
+        model(torch.zeros(1, 3, *size))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_token": False}, "needs class_token=True"),
+        ({"dist_token": True, "reg_tokens": 1}, "reg_tokens=0"),
+        ({"in_chans": 0}, "at least 1"),
+        ({"num_classes": -1}, "at least 0"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ViTConfig(**SMALL | options)
+
+
+def test_first_weights_are_the_papers() -> None:
+    model = VisionTransformer(ViTConfig(embed_dim=192, num_heads=3, depth=1, reg_tokens=4))
+    assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.blocks[0].attn.qkv.weight.std().item() == pytest.approx(0.0176, rel=0.05)
+    assert 0 < model.cls_token.abs().max() < 1e-5
+    assert (model.head.bias == 0).all()
+    assert model.no_weight_decay() == {"pos_embed", "cls_token", "reg_token"}
+
+
+def test_position_and_pixel_matter() -> None:
+    model = VisionTransformer(ViTConfig(**SMALL)).eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert not torch.allclose(model(x), model(x.flip(3)), atol=1e-6)
+
+
+def test_positions_dropout_acts_in_training_alone() -> None:
+    model = VisionTransformer(ViTConfig(pos_drop_rate=0.5, **SMALL))
+    x = torch.randn(1, 3, 32, 32)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
