@@ -1,7 +1,7 @@
 """From an image to tokens: patch embedding, the convolutional stem, position embedding and its resampling.
 
-Letters: B batch, I channels of the image, H W its height and width, P side of a patch, h = H / P and w = W / P the grid,
-N = h w patches, C width.
+Letters: B batch, I channels of the image, H W its height and width, P side of a patch, h = H / P and w = W / P the
+grid, N = h w patches, C width.
 """
 
 import math
@@ -38,8 +38,8 @@ def check_divides(height: int, width: int, patch_size: int) -> None:
 class PatchEmbed(nn.Module):
     """Cut into patches and project each: B I H W -> B N C (ViT's equation 1, https://arxiv.org/abs/2010.11929).
 
-    The weight is that of a convolution whose stride equals its kernel (`proj`). `patchify` and a matrix product give the
-    same numbers; a test holds the two together.
+    The weight is that of a convolution whose stride equals its kernel (`proj`). `patchify` and a matrix product give
+    the same numbers; a test holds the two together.
     """
 
     def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
