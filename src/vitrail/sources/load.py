@@ -16,11 +16,11 @@ from vitrail.data.fetch import cache_dir, fetch
 from vitrail.errors import VitrailError, did_you_mean
 from vitrail.models.configs import ViTConfig
 from vitrail.sources.architecture import Architecture, check, of_record
-from vitrail.weights.fit import fit
 from vitrail.sources.folder import CONFIG, USUAL, find_weights, licence_of, read_architecture, read_tensors
+from vitrail.sources.hub import hub_weights
+from vitrail.weights.fit import fit
 from vitrail.weights.formats import to_ours
 from vitrail.weights.heads import HeadPolicy, num_classes_of
-from vitrail.sources.hub import hub_weights
 from vitrail.weights.labels import label_names
 from vitrail.weights.published import PUBLISHED
 from vitrail.weights.record import WeightsRecord
@@ -121,7 +121,7 @@ def _unknown(word: str, model: str | None) -> str:
     if word == "default" or (model and not tags):
         return f"nothing is published for {model or 'a model without a name'}: give a file, a folder or hf:org/repo"
     known = f"{model} has the tags {', '.join(tags)}" if tags else "give a file, a folder, hf:org/repo or a URL"
-    return f"no weights are called {show(word)!r}{did_you_mean(word, tags)}; {known}"
+    return f"no weights are called {show(word)!r}{did_you_mean(word, tags or PUBLISHED)}; {known}"
 
 
 def _by_tag(tag: str, model: str | None) -> WeightsRecord | None:

@@ -1,0 +1,54 @@
+"""Where a model runs, and in which precision."""
+
+import contextlib
+from typing import Any
+
+import torch
+
+from vitrail.errors import VitrailError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this name; "auto" is CUDA, else Apple's MPS, else the CPU.
+
+    Raises:
+        VitrailError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise VitrailError(f"there is no device {name!r}: use auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cpu":
+        return device
+    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 0)
+    if (device.index or 0) >= there:
+        raise VitrailError(f"device {name!r} is not available here: use device=cpu or device=auto")
+    return device
+
+
+def uses_bf16(device: torch.device, amp: str) -> bool:
+    """Whether matrix products run in bfloat16. "auto" says yes only where the hardware has it, and never on a CPU,
+    where results would then differ between machines."""
+    if amp == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return amp == "bf16"
+
+
+def seed_torch(seed: int, device: torch.device) -> None:
+    """Seed what the CPU and this device draw.
+
+    `torch.manual_seed` also seeds, or makes a note to seed, every device that torch knows of; that takes too long here.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
+def precision(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager[Any]:
+    """The context for a forward pass."""
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()

@@ -1,0 +1,175 @@
+"""Runs that are stopped, in every way there is, and go on as if nothing had been."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training import tiny
+from training.runs import KEYS, assert_same, outcome, run
+from vitrail.errors import VitrailError
+from vitrail.training.checkpoint import load_checkpoint
+from vitrail.training.interrupt import Stopped
+from vitrail.training.loop import Trainer
+from vitrail.training.run import train
+from vitrail.training.session import Session
+
+
+@pytest.fixture(autouse=True)
+def _variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.add_variant(monkeypatch)
+
+
+def test_the_same_run_twice_is_the_same(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        run(tmp_path / name)
+    assert_same(outcome(tmp_path / "one"), outcome(tmp_path / "two"))
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing may tidy up after it but what tidies up after a kill, too."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call: int) -> None:
+    """Raise Killed in the given call, from 1, of a method."""
+    original, calls = getattr(owner, name), []
+
+    def patched(self: Any, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            raise Killed
+        return original(self, *args)
+
+    monkeypatch.setattr(owner, name, patched)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the run leaves when nothing interrupts it."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.add_variant(patch)
+        run(folder)
+    return outcome(folder)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [
+        *[(Trainer, "step", call) for call in (1, 4, 6, 12)],  # 12 steps in all; a checkpoint after each third
+        *[(Session, "_validate", call) for call in (1, 3)],
+        *[(Session, "_end_epoch", call) for call in (2, 3)],
+        (Session, "save", 2),
+        (Session, "final_evaluation", 1),
+    ],
+)
+def test_a_killed_run_goes_on_bit_for_bit(
+    owner: type, name: str, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Any]
+) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        kill_at(patch, owner, name, call)
+        with pytest.raises(Killed):
+            run(folder)
+    assert not (folder / "summary.json").exists()
+    train(tiny.dataset(), resume=folder, progress=False)
+    assert_same(outcome(folder), whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_tells_how_to_go_on(
+    number: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, before = tmp_path / "run", signal.getsignal(number)
+    original = Trainer.step
+
+    def step(self: Trainer, batch: Any) -> None:
+        if self.place.steps == 6:
+            os.kill(os.getpid(), number)
+        original(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", step)
+        with pytest.raises(Stopped) as stopped:
+            train(tiny.dataset(), out=folder, **KEYS)
+    assert f"vitrail train --resume {folder}" in str(stopped.value)
+    assert stopped.value.signal == number
+    assert str(stopped.value) in capsys.readouterr().err.replace("\n", "")
+    assert signal.getsignal(number) == before
+    found = load_checkpoint(folder / "checkpoint")
+    assert found is not None
+    assert found.record["place"]["steps"] == 7
+    train(tiny.dataset(), resume=folder, progress=False)
+    assert_same(outcome(folder), whole)
+
+
+def test_going_on_is_refused_where_it_would_be_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(VitrailError, match="holds no run"):
+        train(tiny.dataset(), resume=folder, progress=False)
+    with monkeypatch.context() as patch:
+        kill_at(patch, Trainer, "step", 5)
+        with pytest.raises(Killed):
+            run(folder)
+    with pytest.raises(VitrailError, match=r"epochs=2\.4"):
+        train(tiny.dataset(), resume=folder, epochs=5, progress=False)
+    other = tiny.dataset()
+    other.splits["train"] = tiny.images(53, 0)
+    with pytest.raises(VitrailError, match="images are not those"):
+        train(other, resume=folder, progress=False)
+    with pytest.raises(VitrailError, match=f"--resume {folder}"):
+        run(folder)
+    train(tiny.dataset(), resume=folder, progress=False, workers=1)
+    with pytest.raises(VitrailError, match="is finished"):
+        train(tiny.dataset(), resume=folder, progress=False)
+    with pytest.raises(VitrailError, match="finished run"):
+        run(folder)
+
+
+_VICTIM = """
+import sys
+sys.path.insert(0, {tests!r})
+from training import tiny
+from training.runs import KEYS
+from vitrail.training.run import train
+tiny.VARIANTS[tiny.VARIANT.name] = tiny.VARIANT
+keys = {{**KEYS, "epochs": 30, "checkpoint_every": 4}}
+if {resume!r}:
+    train(tiny.dataset(), resume={out!r}, progress=False)
+else:
+    train(tiny.dataset(), out={out!r}, progress=False, **keys)
+"""
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments(tmp_path: Path) -> None:
+    """A real process, really killed, again and again until a run is finished."""
+
+    def start(out: Path) -> subprocess.Popen[bytes]:
+        resume = (out / "config.toml").exists()
+        code = _VICTIM.format(tests=str(Path(__file__).parents[1]), out=str(out), resume=resume)
+        with (tmp_path / "errors.txt").open("a") as errors:
+            return subprocess.Popen([sys.executable, "-c", code], stderr=errors)
+
+    assert start(tmp_path / "whole").wait() == 0
+    draw, killed, folder = random.Random(0), 0, tmp_path / "run"
+    while not (folder / "summary.json").exists():
+        process, before = start(folder), sorted(folder.glob("checkpoint/step-*"))
+        while process.poll() is None and sorted(folder.glob("checkpoint/step-*")) == before:
+            time.sleep(0.005)  # until it has begun and come further: else a slow start would never end
+        time.sleep(draw.random() * 0.5)
+        process.kill()
+        process.wait()
+        killed += 1
+    assert killed > 3, (tmp_path / "errors.txt").read_text()
+    assert_same(outcome(folder), outcome(tmp_path / "whole"))
