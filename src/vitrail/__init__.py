@@ -1,0 +1,54 @@
+"""vitrail: Vision Transformers on your own images, trained, judged and shipped with one command each.
+
+    clf = vitrail.train("photos/")            # a Classifier
+    clf = vitrail.load("runs/photos")
+    clf.predict(["a.jpg"]); clf.evaluate("photos/")
+    model = vitrail.create_model("vit_base_patch16_224", num_classes=10)  # an nn.Module
+
+Importing this imports no torch; each name below is loaded when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from vitrail.errors import VitrailError
+
+if TYPE_CHECKING:
+    from vitrail.classifier import Classifier, load
+    from vitrail.models.catalog import list_models
+    from vitrail.models.create import create_model
+    from vitrail.preprocess import Preprocess
+    from vitrail.training import train
+
+__version__ = "0.1.0"
+__all__ = [
+    "Classifier",
+    "Preprocess",
+    "VitrailError",
+    "__version__",
+    "create_model",
+    "list_models",
+    "load",
+    "train",
+]
+
+_HOMES = {
+    "Classifier": "vitrail.classifier",
+    "Preprocess": "vitrail.preprocess",
+    "create_model": "vitrail.models.create",
+    "list_models": "vitrail.models.catalog",
+    "load": "vitrail.classifier",
+    "train": "vitrail.training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vitrail' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value  # looked up once
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

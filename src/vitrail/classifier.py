@@ -1,0 +1,301 @@
+"""Classifier: a model, its preprocessing and its class names; what a person trains, saves, loads and predicts with.
+
+Letters: N inputs, K classes, C features.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from vitrail.data.catalog import open_dataset
+from vitrail.data.dataset import Dataset
+from vitrail.errors import VitrailError
+from vitrail.inputs import Crop, Inputs, crops
+from vitrail.model_folder import Contents, is_ours, name_of, read_model_folder, write_model_folder
+from vitrail.models.base import ImageModel
+from vitrail.models.catalog import VARIANTS
+from vitrail.preprocess import Preprocess
+
+if TYPE_CHECKING:
+    from vitrail.sources.pretrained import Pretrained
+    from vitrail.training.metrics import Evaluation
+
+_HELD_OUT = ("val_fraction", "test_fraction", "split_seed")  # how a dataset's images were split
+
+
+@dataclass(frozen=True)
+class Score:
+    """One class and its probability, 0 to 1."""
+
+    label: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one input: the best class and the `top` ones, or the `error` that kept it from reading.
+
+    `path` is None for an image that came from memory.
+    """
+
+    path: str | None
+    label: str | None = None
+    score: float | None = None
+    top: tuple[Score, ...] = ()
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON: `path` and `error`, or `path`, `label`, `score` and `top`."""
+        if self.error is not None:
+            return {"path": self.path, "error": self.error}
+        top = [{"label": score.label, "score": score.score} for score in self.top]
+        return {"path": self.path, "label": self.label, "score": self.score, "top": top}
+
+
+class Classifier:
+    """`model` is an nn.Module in timm's interface, `preprocess` a Preprocess, `class_names` the K names by index.
+
+    `architecture` is the variant's name. `report` is the summary of the run that trained the model, or the account of
+    its weights. `notes` is JSON that is saved along, such as how the training images were split.
+    """
+
+    def __init__(
+        self,
+        model: ImageModel,
+        preprocess: Preprocess,
+        class_names: Sequence[str],
+        report: Any = None,
+        *,
+        architecture: str | None = None,
+        notes: dict[str, Any] | None = None,
+    ) -> None:
+        if len(class_names) != model.num_classes:
+            raise VitrailError(f"{len(class_names)} class names for a model of {model.num_classes} classes")
+        twice = sorted({name for name in class_names if list(class_names).count(name) > 1})
+        if twice:
+            raise VitrailError(f"two classes have the same name: {', '.join(twice[:3])}")
+        self.model = model
+        self.preprocess = preprocess
+        self.class_names = tuple(class_names)
+        self.report = report
+        self.architecture = architecture or name_of(model.config)
+        self.notes = notes or {}
+
+    def __repr__(self) -> str:
+        height, width = self.preprocess.size
+        return f"Classifier({self.architecture}, {len(self.class_names)} classes, {height}x{width} pixels)"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and where batches go."""
+        return next(self.model.parameters()).device
+
+    def to(self, device: str | torch.device) -> Classifier:
+        """Move the model; returns the classifier itself."""
+        self.model.to(device)
+        return self
+
+    def predict(self, inputs: Inputs, top: int = 5, batch_size: int = 64) -> list[Prediction]:
+        """The `top` classes of each image, in the order of `inputs`.
+
+        inputs: one or many paths, folders (searched all the way down), glob patterns, Pillow images, or uint8 arrays
+        H W or H W C. An image that cannot be read becomes a Prediction with `error`, and the others go on.
+        """
+        return list(self.stream(inputs, top, batch_size))
+
+    def stream(self, inputs: Inputs, top: int = 5, batch_size: int = 64) -> Iterator[Prediction]:
+        """`predict`, one at a time as they are ready: images are read while the model runs, and none is kept."""
+        if not self.class_names:
+            raise VitrailError("this model has no classes to predict; use embed() for its features")
+        if top < 1 or batch_size < 1:
+            raise VitrailError(f"top and batch_size are at least 1, not {top} and {batch_size}")
+        for batch, logits in self._run(inputs, batch_size, features=False):
+            scores, indices = logits.softmax(dim=1).topk(min(top, len(self.class_names)), dim=1)
+            rows = zip(scores.tolist(), indices.tolist(), strict=True)
+            for crop in batch:
+                if crop.error is not None:
+                    yield Prediction(crop.path, error=crop.error)
+                    continue
+                best = tuple(Score(self.class_names[k], score) for score, k in zip(*next(rows), strict=True))
+                yield Prediction(crop.path, best[0].label, best[0].score, best)
+
+    def embed(self, inputs: Inputs, batch_size: int = 64) -> npt.NDArray[np.float32]:
+        """The features that the head reads, float32 N C, in the order of `inputs`.
+
+        Raises:
+            VitrailError: an image cannot be read; a row of features must not silently stand for another image.
+        """
+        rows = []
+        for path, features, error in self.stream_features(inputs, batch_size):
+            if features is None:
+                raise VitrailError(f"{path or 'an image'} {error}")
+            rows.append(features)
+        return np.stack(rows) if rows else np.empty((0, self.model.num_features), np.float32)
+
+    def stream_features(
+        self, inputs: Inputs, batch_size: int = 64
+    ) -> Iterator[tuple[str | None, npt.NDArray[np.float32] | None, str | None]]:
+        """(path, features of shape (C,), None) for each image, or (path, None, error) for one that cannot be read."""
+        for batch, features in self._run(inputs, batch_size, features=True):
+            rows = iter(features.numpy())
+            for crop in batch:
+                yield crop.path, next(rows) if crop.error is None else None, crop.error
+
+    def _run(self, inputs: Inputs, batch_size: int, *, features: bool) -> Iterator[tuple[list[Crop], Tensor]]:
+        """Batches of crops and what the model gives for the readable ones, float32 on the CPU."""
+        stream = crops(inputs, self.preprocess, ahead=2 * batch_size)
+        while batch := list(islice(stream, batch_size)):
+            pixels = [crop.pixels for crop in batch if crop.pixels is not None]
+            if pixels:
+                images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+                yield batch, self._forward(images, features)
+            else:
+                yield batch, torch.empty(0, self.model.num_features if features else len(self.class_names))
+
+    def _forward(self, images: Tensor, features: bool) -> Tensor:
+        """Images uint8 B C H W to logits or features; the model is left in the mode that it was in."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.inference_mode():
+                x = self.preprocess.normalize(images.to(self.device).contiguous())
+                if features:
+                    out: Any = self.model.forward_head(self.model.forward_features(x), pre_logits=True)
+                else:
+                    out = self.model(x)
+                return out.float().cpu()  # type: ignore[no-any-return]
+        finally:
+            self.model.train(training)
+
+    def evaluate(
+        self,
+        data: str | Path | Dataset,
+        split: str | None = None,
+        *,
+        data_dir: str | Path | None = None,
+        batch_size: int | None = None,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> Evaluation:
+        """How good the classifier is on a dataset's images: a folder, a name or a Dataset.
+
+        split: "test", "val" or "train"; by default test where there is one, else val. The images are split as they were
+        in training (`notes["split"]`). Classes are matched by name, in any order. on_batch is told how many images
+        each batch had.
+
+        Raises:
+            VitrailError: the data have a class that the model does not know, or no such split.
+        """
+        from vitrail.training.evaluate import evaluate
+
+        if isinstance(data, Dataset):
+            dataset = data.relabel(self.class_names)
+        else:
+            held_out = {key: value for key, value in self.notes.get("split", {}).items() if key in _HELD_OUT}
+            dataset = open_dataset(data, data_dir=data_dir, class_names=self.class_names, **held_out)
+        name = split or dataset.eval_split()
+        result = evaluate(
+            self.model,
+            self.preprocess,
+            dataset.split(name),
+            self.class_names,
+            name=name,
+            batch_size=batch_size,
+            on_batch=on_batch,
+        )
+        result.skipped[:0] = dataset.skipped  # found bad when the folder was opened
+        return result
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a model folder, whole or not at all; see `vitrail.model_folder`."""
+        folder = Path(folder)
+        write_model_folder(
+            folder,
+            Contents(
+                model=self.model,
+                preprocess=self.preprocess,
+                class_names=self.class_names,
+                architecture=self.architecture,
+                notes=self.notes,
+            ),
+        )
+        return folder
+
+
+def load(source: str | Path, device: str | torch.device = "cpu") -> Classifier:
+    """The classifier that `source` names.
+
+    A model folder or a run folder; a name of the catalog, with the default of its published weights; hf:org/repo,
+    timm:name, torchvision:name, an URL; or a checkpoint file or folder of another library.
+
+    Raises:
+        VitrailError: there is none, it is damaged, or its weights do not fit.
+    """
+    return resolve_model(source).to(device)
+
+
+def resolve_model(source: str | Path) -> Classifier:
+    """What the command line calls MODEL. Every kind of source is told apart here, by looking at it."""
+    path = Path(source).expanduser()
+    for folder, summary in ((path, None), (path / "model", path / "summary.json")):
+        if is_ours(folder):
+            return _from_folder(folder, summary and _summary(summary))
+    from vitrail.sources.pretrained import load_pretrained  # a model folder of our own needs none of it
+
+    name = str(source) if str(source) in VARIANTS else None
+    return _from_weights(load_pretrained("default" if name else source, name))
+
+
+def _from_weights(found: Pretrained) -> Classifier:
+    """Classes without known names are called by their numbers."""
+    config = found.model.config
+    names = found.class_names
+    if names is None or len(names) != config.num_classes:
+        names = tuple(str(number) for number in range(config.num_classes))
+    preprocess = found.preprocess
+    if preprocess is None:
+        if config.in_chans != 3:
+            raise VitrailError(
+                f"{found.loaded.source} does not say how images of {config.in_chans} channels are prepared"
+            )
+        guess = f"{found.loaded.source} does not say how images are prepared: ImageNet's mean and deviation are assumed"
+        warnings.warn(guess, stacklevel=4)
+        preprocess = Preprocess(size=config.img_size)
+    return Classifier(
+        found.model,
+        preprocess,
+        names,
+        found.report,
+        architecture=found.name,
+        notes={"source": found.loaded.source, "licence": found.loaded.licence},
+    )
+
+
+def _from_folder(folder: Path, report: Any) -> Classifier:
+    contents = read_model_folder(folder)
+    return Classifier(
+        contents.model,
+        contents.preprocess,
+        contents.class_names,
+        report,
+        architecture=contents.architecture,
+        notes=contents.notes,
+    )
+
+
+def _summary(path: Path) -> Any:
+    """A run's summary, which is what `train` gave as the report; None for a run that has none yet."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
