@@ -1,0 +1,97 @@
+"""The `vitrail` command: its sub-commands, and what becomes of errors. No command's own imports happen here."""
+
+import os
+import sys
+import traceback
+from io import TextIOWrapper
+from typing import Annotated, Any
+
+import typer
+
+from vitrail.cli.evaluate import evaluate
+from vitrail.cli.models import models
+from vitrail.cli.predict import predict
+from vitrail.cli.train import train
+from vitrail.errors import VitrailError
+
+app = typer.Typer(
+    name="vitrail",
+    help="Vision Transformers on your own images: train, judge, predict.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(add_help_option=False)(train)  # it has its own
+for _command in (evaluate, predict, models):
+    app.command()(_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from vitrail import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and leave with its exit status: 0, 2 for an error, 130 for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name need not be text
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    debug = "--debug" in words  # wherever it stands
+    words = [word for word in words if word != "--debug"]
+    try:
+        status = _run(words, debug)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at the end
+        status = 0
+    sys.exit(status)
+
+
+def _run(words: list[str], debug: bool) -> int:
+    try:
+        result: Any = app(words, prog_name="vitrail", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        text = _explain(error)
+        if text is None or debug:
+            traceback.print_exc()
+        print(f"error: {text or _words(error)}", file=sys.stderr)
+        return 2 if text else 1
+
+
+def _explain(error: Exception) -> str | None:
+    """One line for what a person can mend; None for what is a fault of ours."""
+    if isinstance(error, VitrailError):
+        return str(error)
+    if hasattr(error, "format_message"):  # a wrong option or argument, by typer, which names its classes differently
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "vitrail"
+        return f"{error.format_message().rstrip('.')} (see `{command} --help`)"
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror.lower()}"
+    return None
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}; this is a fault in vitrail, please report it with the lines above"

@@ -1,0 +1,70 @@
+"""`vitrail models`."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from vitrail.models.catalog import Variant
+
+
+def models(
+    pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern such as 'swin*'.")] = "*",
+    json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+) -> None:
+    """List the models that there are: size, cost, input, published accuracy and licence.
+
+    Example: `vitrail models 'swin*'`
+    """
+    from vitrail.errors import VitrailError, did_you_mean
+    from vitrail.models.catalog import VARIANTS, list_models
+
+    variants = [VARIANTS[name] for name in list_models(pattern)]
+    if not variants:
+        raise VitrailError(
+            f"no model is called {pattern!r}{did_you_mean(pattern, _beginnings(VARIANTS))}; `vitrail models` lists all"
+        )
+    if json:
+        from json import dumps
+
+        print(dumps([_to_dict(variant) for variant in variants], indent=2))
+        return
+    from vitrail.cli.tables import stdout, table
+
+    headers = [("model", "<"), ("params", ">"), ("GMACs", ">"), ("input", ">"), ("top-1", ">"), ("licence", "<")]
+    stdout().print(table(headers, [_row(variant) for variant in variants]))
+
+
+def _beginnings(names: Iterable[str]) -> list[str]:
+    """swin, swin_tiny, swin_tiny_patch4, ...: what a person who mistyped a part of a name may have meant."""
+    parts = [name.split("_") for name in names]
+    return list(dict.fromkeys("_".join(words[:count]) for words in parts for count in range(1, len(words) + 1)))
+
+
+def _to_dict(variant: "Variant") -> dict[str, Any]:
+    config = variant.config
+    return {
+        "name": variant.name,
+        "family": variant.family,
+        "params": variant.params,
+        "gmacs": variant.gmacs,
+        "input_size": [config.in_chans, *config.img_size],
+        "weights": [
+            {"tag": w.tag, "source": w.source, "licence": w.licence, "top1": w.top1, "classes": w.num_classes}
+            for w in variant.weights
+        ],
+    }
+
+
+def _row(variant: "Variant") -> list[str]:
+    height, width = variant.config.img_size
+    weights = variant.weights[0] if variant.weights else None  # the default ones
+    return [
+        variant.name,
+        f"{variant.params / 1e6:.1f} M",
+        f"{variant.gmacs:.2f}" if variant.gmacs < 1 else f"{variant.gmacs:.1f}",
+        str(height) if height == width else f"{height}x{width}",
+        f"{weights.top1:.1f} %" if weights and weights.top1 else "",
+        (weights.licence or "not stated") if weights else "",
+    ]

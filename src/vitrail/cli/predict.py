@@ -1,0 +1,130 @@
+"""`vitrail predict`."""
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vitrail.errors import VitrailError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vitrail.classifier import Prediction
+
+_TOP = {"text": 3, "json": 5, "csv": 1}  # classes that are shown when --top is not given
+
+
+def predict(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a run folder.", show_default=False)],
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PATH...", help="Images, folders (searched all the way down), patterns such as '*.jpg'."
+        ),
+    ],
+    top: Annotated[int | None, typer.Option(min=1, help="How many classes to show for each image.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV with a header.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto: the best that is there.")] = "auto",
+) -> None:
+    """Say what is on images: labels and scores.
+
+    An image that cannot be read is named as an error and the others go on. The exit status is 0 when at least one image
+    was predicted and 2 when none was.
+
+    Example: `vitrail predict runs/photos holiday/ --top 3`
+    """
+    if json and csv:
+        raise VitrailError("--json and --csv exclude each other")
+    form = "json" if json else "csv" if csv else "text"
+    from vitrail.classifier import load
+    from vitrail.training.device import pick_device
+
+    classifier = load(model, pick_device(device))
+    tally = {"read": 0, "failed": 0}
+    top = top or _TOP[form]
+    _FORMS[form](_count(classifier.stream(paths, top, batch_size), tally), min(top, len(classifier.class_names)))
+    if not tally["read"]:
+        count = tally["failed"]
+        raise VitrailError("the image could not be read" if count == 1 else f"none of the {count} images could be read")
+
+
+def _count(predictions: "Iterator[Prediction]", tally: dict[str, int]) -> "Iterator[Prediction]":
+    for prediction in predictions:
+        tally["read" if prediction.error is None else "failed"] += 1
+        yield prediction
+
+
+def _print_json(predictions: "Iterator[Prediction]", top: int) -> None:
+    from json import dumps
+
+    for prediction in predictions:
+        print(dumps(prediction.to_dict(), ensure_ascii=False), flush=True)
+
+
+def _print_csv(predictions: "Iterator[Prediction]", top: int) -> None:
+    from csv import writer
+
+    out = writer(sys.stdout, lineterminator="\n")
+    more = [f"{word}_{place}" for place in range(2, top + 1) for word in ("label", "score")]
+    out.writerow(["path", "label", "score", "error", *more])
+    for prediction in predictions:
+        others: list[Any] = [value for score in prediction.top[1:] for value in (score.label, score.score)]
+        out.writerow([prediction.path, prediction.label, prediction.score, prediction.error, *others])
+        sys.stdout.flush()
+
+
+def _print_text(predictions: "Iterator[Prediction]", top: int) -> None:
+    from vitrail.cli.progress import progress
+    from vitrail.cli.tables import stderr, stdout
+
+    good: list[Prediction] = []
+    failed: list[Prediction] = []
+    with progress("images read") as advance:
+        for prediction in predictions:
+            advance(1)
+            (good if prediction.error is None else failed).append(prediction)
+    if good:
+        console = stdout()
+        console.print(_table(good, top, console.width))
+    for prediction in failed:
+        stderr().print(f"error: {prediction.path} {prediction.error}", style="red")
+
+
+def _table(predictions: "list[Prediction]", top: int, width: int) -> "Table":
+    """Image, best class and score, and the other classes in what is left of `width` columns."""
+    from rich.cells import cell_len
+    from rich.text import Text
+
+    from vitrail.cli.tables import cut, end_of, percent, table
+
+    cells = [
+        (
+            prediction.path or "",
+            prediction.label or "",
+            percent(100 * (prediction.score or 0)),
+            ", ".join(f"{score.label} {percent(100 * score.score)}" for score in prediction.top[1:]),
+        )
+        for prediction in predictions
+    ]
+    longest = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    label = min(longest[1], max(width // 4, 10))
+    left = width - label - 2 - len("100.0 %") - 2
+    path = max(min(longest[0], left if top == 1 else left * 3 // 5), len("image"))
+    rows: list[list[str | Text]] = [
+        [
+            end_of(image, path),
+            Text(cut(best, label), style="bold"),
+            score,
+            Text(others, style="dim"),
+        ]
+        for image, best, score, others in cells
+    ]
+    headers = [("image", "<"), ("label", "<"), ("score", ">"), ("or", "<")]
+    return table(headers, rows, width) if top > 1 else table(headers[:3], [row[:3] for row in rows])
+
+
+_FORMS = {"text": _print_text, "json": _print_json, "csv": _print_csv}

@@ -1,0 +1,120 @@
+"""`vitrail train`."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def _print_help(context: typer.Context, wanted: bool) -> None:
+    """The usual help, and then every key of the config, read from the config itself."""
+    if not wanted:
+        return
+    if text := context.get_help():  # typer may have printed it already
+        print(text.rstrip())
+    from rich.console import Console
+    from rich.panel import Panel
+
+    from vitrail.training.config import TrainConfig
+
+    options = {parameter.name for parameter in context.command.params}
+    keys = {key: field for key, field in TrainConfig.model_fields.items() if key not in options}
+    panel = Panel(
+        _table({key: (field.default, field.description or "") for key, field in keys.items()}),
+        title="Settings (key=value)",
+        title_align="left",
+        border_style="dim",
+    )
+    Console().print(panel)
+    raise typer.Exit
+
+
+def _table(keys: dict[str, tuple[object, str]]) -> "Table":
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for style in ("cyan", "dim", ""):
+        table.add_column(style=style, overflow="fold")
+    for key, (default, meaning) in keys.items():
+        table.add_row(key, _words(default), meaning)
+    return table
+
+
+def _words(value: object) -> str:
+    """A default as it would be written on the command line."""
+    if isinstance(value, tuple):
+        return ",".join(_words(part) for part in value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value).lower()
+
+
+def train(
+    data: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="DATA", help="A folder of images, CLASS/*.jpg, or a dataset's name.", show_default=False
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="key=value...", help="Any other setting, such as lr=1e-3; see below.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A name from `vitrail models`; by default one that suits.")
+    ] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from the published weights.")] = False,
+    weights: Annotated[str | None, typer.Option(help="Start from these weights.")] = None,
+    out: Annotated[str | None, typer.Option(help="The run folder; by default runs/DATA-MODEL.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the training images.")] = None,
+    budget: Annotated[str | None, typer.Option(help="How long, instead: 90s, 10m, 2h.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of all that is random but the split.  [default: 0]")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A TOML file of settings.")] = None,
+    resume: Annotated[str | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Where a named dataset's files are.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, mps.  [default: the best that is there]")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the run's summary as JSON.")] = False,
+    help: Annotated[  # typer's own would end before the keys
+        bool, typer.Option("--help", "-h", callback=_print_help, is_eager=True, help="Show this message and exit.")
+    ] = False,
+) -> None:
+    """Train a model on images, or fine-tune one, and leave a run folder behind.
+
+    Model and settings suit the images unless you name them. Ctrl-C saves the run; `--resume` goes on.
+
+    Example: `vitrail train photos/ --pretrained --epochs 10 --out runs/photos`
+    """
+    from vitrail.training.config import parse_overrides
+
+    words = list(settings or [])
+    if data is not None and "=" in data and resume is not None:  # no DATA, as the resumed run knows it
+        words, data = [data, *words], None
+    values: dict[str, Any] = parse_overrides(words)
+    named: dict[str, Any] = {
+        "model": model,
+        "pretrained": pretrained or None,
+        "weights": weights,
+        "out": out,
+        "epochs": epochs,
+        "budget": budget,
+        "seed": seed,
+        "recipe": recipe,
+        "resume": resume,
+        "data_dir": data_dir,
+        "device": device,
+    }
+    given = {key: value for key, value in named.items() if value is not None}
+    twice = given.keys() & values.keys()
+    if twice:
+        from vitrail.errors import VitrailError
+
+        name = min(twice)
+        raise VitrailError(f"{name} is given twice: as --{name.replace('_', '-')} and as {name}=")
+    from vitrail.training import train as run
+
+    classifier = run(data, **given, **values)
+    if json:
+        from json import dumps
+
+        print(dumps(classifier.report, indent=2, ensure_ascii=False))

@@ -1,0 +1,406 @@
+"""The command line: outputs that other tools read, and errors in a line."""
+
+import csv
+import errno
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitrail.classifier import Classifier, load
+from vitrail.cli import main
+from vitrail.errors import VitrailError
+from vitrail.models.catalog import VARIANTS
+from vitrail.models.configs import ViTConfig
+from vitrail.models.create import build_model
+from vitrail.preprocess import Preprocess
+
+CONFIG = ViTConfig(img_size=(8, 8), patch_size=2, embed_dim=16, depth=1, num_heads=2, num_classes=10, in_chans=1)
+
+
+class Done(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(*arguments: object) -> Done:
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert isinstance(caught.value.code, int)
+        return Done(caught.value.code, out, err)
+
+    return run
+
+
+def make_model(folder: Path, classes: int = 10) -> Path:
+    torch.manual_seed(1)
+    model = build_model(replace(CONFIG, num_classes=classes))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    preprocess = Preprocess(size=(8, 8), mean=(0.5,), std=(0.3,), channels=1)
+    return Classifier(model, preprocess, [str(k) for k in range(classes)]).save(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Three good images and two broken ones."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.jpg", "ü c.png"):
+        Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).save(folder / name)
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "letter.jpg").write_text("dear aunt")
+    return folder
+
+
+# --- the whole
+
+
+def test_help_has_every_command_and_an_example_for_each(run: Run) -> None:
+    whole = run("--help")
+    assert whole.status == 0
+    for command in ("train", "evaluate", "predict", "models"):
+        assert f" {command} " in whole.out
+        one = run(command, "--help")
+        assert one.status == 0
+        assert f"Example: vitrail {command} " in one.out
+        assert run(command, "-h").out == one.out
+
+
+def test_the_help_of_train_has_every_key_of_the_config(run: Run) -> None:
+    from vitrail.training.config import KEYS
+
+    text = run("train", "--help").out
+    words = set(text.replace("--", " ").replace("-", "_").split())
+    assert set(KEYS) - words == set()
+
+
+def test_the_version(run: Run) -> None:
+    import vitrail
+
+    assert run("--version") == (0, vitrail.__version__ + "\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], r"No such command 'trian'. Did you mean 'train'? (see `vitrail --help`)"),
+        (["predict"], "Missing argument 'MODEL' (see `vitrail predict --help`)"),
+        (["predict", "m"], "Missing argument 'PATH...' (see `vitrail predict --help`)"),
+        (["predict", "m", "x", "--topp", "3"], "No such option: --topp"),
+        (["predict", "m", "x", "--top", "three"], "--top"),
+        (["predict", "m", "x", "--top", "0"], "--top"),
+        (["predict", "no/such/model", "x.jpg"], "there is no no/such/model: check the path"),
+        (["evaluate", "no/such/model", "digits"], "there is no no/such/model"),
+        (["models", "swni_tiny"], "no model is called 'swni_tiny' (did you mean 'swin_tiny'"),
+        (["train"], "nothing to train on"),
+        (["train", "no/such/data"], "no/such/data is neither a folder nor a known dataset"),
+        (["train", "digit"], "did you mean 'digits'?"),
+        (["train", "digits", "--model", "vit_tinny_patch16_224"], "did you mean 'vit_tiny_patch16_224'"),
+        (["train", "digits", "epoch=3"], "there is no training option 'epoch' (did you mean 'epochs'"),
+        (["train", "digits", "lr"], "'lr' is not key=value"),
+        (["train", "digits", "lr=fast"], "training option lr cannot be 'fast'"),
+        (["train", "digits", "--epochs", "3", "epochs=4"], "epochs is given twice: as --epochs and as epochs="),
+        (["train", "digits", "--device", "abacus"], "there is no device 'abacus'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    arguments: list[str], message: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run(*arguments)
+    assert done.status == 2
+    assert done.out == ""
+    (line,) = done.err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_where_an_error_comes_from(run: Run) -> None:
+    for arguments in (["--debug", "models", "nope"], ["models", "nope", "--debug"]):
+        done = run(*arguments)
+        assert done.status == 2
+        assert "Traceback" in done.err
+        assert done.err.splitlines()[-1].startswith("error: no model is called 'nope'")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "last"),
+    [
+        (VitrailError("a line"), 2, "error: a line"),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 2, "error: runs/x: no space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "error: x: permission denied"),
+        (KeyboardInterrupt(), 130, ""),
+        (ZeroDivisionError("oh"), 1, "error: ZeroDivisionError: oh; this is a fault in vitrail, please report it"),
+    ],
+)
+def test_what_becomes_of_an_exception(
+    error: BaseException, status: int, last: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(pattern: str) -> list[str]:
+        raise error
+
+    monkeypatch.setattr("vitrail.models.catalog.list_models", fail)
+    done = run("models")
+    assert done.status == status
+    assert (done.err.splitlines() or [""])[-1].startswith(last)
+    assert ("Traceback" in done.err) == (status == 1)
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """Whether it leaves before the output or amid it."""
+    for code in ("print('x' * 10**6)", "raise BrokenPipeError"):
+        script = (
+            "import vitrail.models.catalog as c\n"
+            "from vitrail.cli import main\n"
+            f"def gone(pattern):\n    {code}\n    return ['resnet18']\n"
+            "c.list_models = gone\n"
+            "main(['models'])"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.communicate(timeout=60)[1] == ""
+
+
+def test_python_m_vitrail_is_vitrail(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "vitrail", "models", "resnet18", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert [row["name"] for row in json.loads(done.stdout)] == ["resnet18"]
+    assert done.stderr == ""
+
+
+# --- models
+
+
+def test_models_as_json(run: Run) -> None:
+    rows = json.loads(run("models", "--json").out)
+    assert [row["name"] for row in rows] == list(VARIANTS)
+    assert {tuple(row) for row in rows} == {("name", "family", "params", "gmacs", "input_size", "weights")}
+    (deit,) = json.loads(run("models", "deit_tiny_patch16_224", "--json").out)
+    assert (deit["family"], deit["params"], deit["input_size"]) == ("deit", 5717416, [3, 224, 224])
+    assert deit["weights"][0]["tag"] == "fb_in1k"
+    assert deit["weights"][0]["licence"] == "apache-2.0"
+    assert 72 < deit["weights"][0]["top1"] < 73
+
+
+def test_models_as_a_table_fits_80_columns(run: Run) -> None:
+    lines = run("models").out.splitlines()
+    assert len(lines) == len(VARIANTS) + 1
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split() == ["model", "params", "GMACs", "input", "top-1", "licence"]
+    (row,) = run("models", "deit_tiny_patch16*").out.splitlines()[1:]
+    assert row.split() == ["deit_tiny_patch16_224", "5.7", "M", "1.3", "224", "72.2", "%", "apache-2.0"]
+    assert len(run("models", "distilled").out.splitlines()) == 5
+
+
+# --- predict
+
+
+def test_predict_as_json_is_an_object_a_line(run: Run, model: Path, photos: Path) -> None:
+    done = run("predict", model, photos, "--json")
+    assert done.status == 0
+    rows = [json.loads(line) for line in done.out.splitlines()]
+    assert [Path(row["path"]).name for row in rows] == ["a.png", "b.jpg", "empty.png", "letter.jpg", "ü c.png"]
+    assert rows == [p.to_dict() for p in load(model).predict(photos)]
+    assert [sorted(row) for row in rows[1:3]] == [["label", "path", "score", "top"], ["error", "path"]]
+    assert [len(row["top"]) for row in rows if "top" in row] == [5, 5, 5]
+    assert done.err == ""
+    assert "ü c.png" in done.out
+
+
+def test_predict_as_csv(run: Run, model: Path, photos: Path) -> None:
+    rows = list(csv.DictReader(io.StringIO(run("predict", model, photos, "--csv").out)))
+    assert list(rows[0]) == ["path", "label", "score", "error"]
+    expected = load(model).predict(photos)
+    assert [row["label"] or None for row in rows] == [p.label for p in expected]
+    assert [float(row["score"]) if row["score"] else None for row in rows] == [p.score for p in expected]
+    assert [row["error"] or None for row in rows] == [p.error for p in expected]
+    rows = list(csv.DictReader(io.StringIO(run("predict", model, photos, "--csv", "--top", 3).out)))
+    assert list(rows[0])[4:] == ["label_2", "score_2", "label_3", "score_3"]
+    assert rows[0]["label_3"] == expected[0].top[2].label
+
+
+def test_predict_for_people(run: Run, model: Path, photos: Path) -> None:
+    done = run("predict", model, photos, "--top", 2)
+    lines = done.out.splitlines()
+    assert lines[0].split() == ["image", "label", "score", "or"]
+    best = load(model).predict(photos / "a.png")[0].top
+    assert lines[1].split() == [
+        str(photos / "a.png"), best[0].label, f"{100 * best[0].score:.1f}", "%",
+        best[1].label, f"{100 * best[1].score:.1f}", "%",
+    ]  # fmt: skip
+    assert len(lines) == 4
+    assert done.err.splitlines() == [
+        f"error: {photos / 'empty.png'} is empty (0 bytes)",
+        f"error: {photos / 'letter.jpg'} is not an image that Pillow can read",
+    ]
+    assert done.status == 0
+
+
+@pytest.mark.parametrize("form", [[], ["--json"], ["--csv"]])
+def test_predict_fails_when_no_image_could_be_read(run: Run, model: Path, photos: Path, form: list[str]) -> None:
+    done = run("predict", model, photos / "empty.png", photos / "*.tiff", "gone.jpg", *form)
+    assert done.status == 2
+    assert done.err.splitlines()[-1] == "error: none of the 3 images could be read"
+    assert len(done.out.splitlines()) == {"": 0, "--json": 3, "--csv": 4}["".join(form)]
+
+
+def test_predict_refuses_two_forms(run: Run, model: Path) -> None:
+    assert run("predict", model, "x.jpg", "--json", "--csv").err == "error: --json and --csv exclude each other\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names are text there")
+def test_a_file_name_that_is_no_text_is_printed_all_the_same(model: Path, photos: Path) -> None:
+    os.rename(os.fsencode(photos / "a.png"), os.fsencode(photos) + b"/caf\xe9.png")
+    command = [sys.executable, "-m", "vitrail", "predict", str(model), str(photos), "--json"]
+    done = subprocess.run(command, capture_output=True, check=True, env={**os.environ, "PYTHONUTF8": "1"})
+    paths = [json.loads(line)["path"] for line in done.stdout.splitlines()]
+    assert os.fsencode(photos) + b"/caf\xe9.png" in [os.fsencode(path) for path in paths]
+
+
+# --- evaluate
+
+
+def test_evaluate_as_json(run: Run, model: Path) -> None:
+    done = run("evaluate", model, "digits", "--json")
+    record = json.loads(done.out)
+    assert {"top1", "top5", "loss", "images", "split", "skipped", "per_class"} <= record.keys()
+    assert record == json.loads(json.dumps(load(model).evaluate("digits").to_dict()))
+    assert (record["images"], record["split"], record["skipped"]) == (360, "test", [])
+    assert done.err == ""
+    assert json.loads(run("evaluate", model, "digits", "--json", "--split", "val").out)["split"] == "val"
+
+
+def test_evaluate_for_people(run: Run, model: Path) -> None:
+    result = load(model).evaluate("digits")
+    lines = run("evaluate", model, "digits").out.splitlines()
+    assert lines[0] == "360 test images of digits"
+    assert lines[2].split() == ["top-1", f"{result.top1:.2f}", "%", "top-5", f"{result.top5:.2f}", "%"]
+    assert lines[3].split()[:2] == ["loss", f"{result.loss:.4f}"]
+    worst = [line.split() for line in lines[6:]]
+    shares = {row["label"]: row["top1"] for row in result.per_class}
+    assert [float(row[2]) for row in worst] == sorted(round(share, 1) for share in shares.values() if share < 100)
+    label = worst[0][0]
+    row = result.confusion[int(label)].copy()
+    row[int(label)] = 0
+    assert worst[0][4] == str(row.argmax())
+    assert worst[0][5].startswith(f"({row.max()})")
+
+
+def test_evaluate_names_what_it_skipped(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    for k in range(2):
+        (folder / str(k)).mkdir(parents=True)
+        for i in range(3):
+            Image.new("L", (8, 8), 40 * i + k).save(folder / str(k) / f"{i}.png")
+    (folder / "0" / "x.png").write_bytes(b"")
+    model = make_model(tmp_path / "model", classes=2)
+    done = run("evaluate", model, folder, "--split", "train")
+    assert done.status == 0
+    assert done.err.splitlines() == [f"skipped: {folder / '0' / 'x.png'} is empty (0 bytes)"]
+
+
+# --- train
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
+    """What `vitrail.train` would be called with."""
+    calls = []
+
+    def train(data: Any, **options: Any) -> SimpleNamespace:
+        calls.append((data, options))
+        return SimpleNamespace(report={"top1": 99.5, "split": "test"})
+
+    monkeypatch.setattr("vitrail.training.run.train", train)
+    return calls
+
+
+def test_train_passes_on_what_was_said_and_nothing_else(run: Run, called: list[tuple[Any, dict[str, Any]]]) -> None:
+    assert run("train", "photos/") == (0, "", "")
+    run("train", "photos/", "lr=1e-3", "--epochs", 2.5, "img_size=32x48", "--pretrained", "--budget", "10m", "flip=0.5")
+    run("train", "digits", "--model", "resnet18", "--out", "r", "--seed", 3, "--device", "cpu", "--data-dir", "d")
+    run("train", "--resume", "runs/x", "workers=2")
+    run("train", "--resume", "runs/x")
+    assert called == [
+        ("photos/", {}),
+        (
+            "photos/",
+            {"lr": 1e-3, "epochs": 2.5, "img_size": (32, 48), "pretrained": True, "budget": "10m", "flip": 0.5},
+        ),
+        ("digits", {"model": "resnet18", "out": "r", "seed": 3, "device": "cpu", "data_dir": "d"}),
+        (None, {"resume": "runs/x", "workers": 2}),
+        (None, {"resume": "runs/x"}),
+    ]
+
+
+def test_train_prints_its_summary_as_json(run: Run, called: list[tuple[Any, dict[str, Any]]]) -> None:
+    assert json.loads(run("train", "photos/", "--json").out) == {"top1": 99.5, "split": "test"}
+
+
+def test_from_training_to_prediction(run: Run, tmp_path: Path) -> None:
+    """The commands hand on to each other what they write."""
+    data = tmp_path / "data"
+    rng = np.random.default_rng(0)
+    for name, low, high in (("dark", 0, 90), ("light", 160, 255)):
+        (data / name).mkdir(parents=True)
+        for i in range(30):
+            Image.fromarray(rng.integers(low, high, (8, 8, 3), dtype=np.uint8)).save(data / name / f"{i:02}.png")
+    out = tmp_path / "run"
+    arguments = ["--model", "vit_nano_patch2_8", "batch_size=16", "--epochs", 3]
+    done = run("train", data, *arguments, "--out", out, "--json", "--device", "cpu")
+    assert done.status == 0, done.err
+    summary = json.loads(done.out)
+    assert summary == json.loads((out / "summary.json").read_text())
+    record = json.loads(run("evaluate", out, data, "--json").out)
+    assert (record["top1"], record["split"]) == (summary["top1"], summary["split"])
+    assert record["top1"] > 80
+    rows = [json.loads(line) for line in run("predict", out, data / "light", "--json").out.splitlines()]
+    assert len(rows) == 30
+    assert sum(row["label"] == "light" for row in rows) > 24
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="no such signals there")
+def test_ctrl_c_saves_the_run_and_leaves_with_130(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "vitrail", "train", "digits", "--model", "vit_nano_patch2_8"]
+    command += ["--out", str(tmp_path / "run"), "--epochs", "1000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("epoch "):  # in the midst of it
+                break
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == 130
+    assert f"--resume {tmp_path / 'run'}" in rest
+    assert "Traceback" not in rest
