@@ -42,6 +42,13 @@ def test_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert err.splitlines() == [f"epoch 1  {describe(trainer)}", "an epoch [1/2]"]
 
 
+def test_of_many_short_epochs_some_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with Reporter() as reporter:
+        for number in range(5):
+            reporter.epoch(f"epoch {number}", last=number == 4)
+    assert capsys.readouterr().err.splitlines() == ["epoch 0", "epoch 4"]
+
+
 def test_silence(capsys: pytest.CaptureFixture[str]) -> None:
     with Reporter(enabled=False) as reporter:
         reporter.say("something")

@@ -51,7 +51,7 @@ def _vit(size: str, patch: int, side: int, **options: Any) -> ViTConfig:
     return ViTConfig(patch_size=patch, img_size=(side, side), **_SIZES[size], **options)
 
 
-def _small(dim: int, heads: int, patch: int, side: int, depth: int = 6) -> ViTConfig:
+def _small(dim: int, depth: int, heads: int, patch: int, side: int) -> ViTConfig:
     return ViTConfig(
         patch_size=patch,
         img_size=(side, side),
@@ -125,11 +125,12 @@ _ROWS = (
     Variant("swin", "swin_base_patch4_window12_384", _swin(128, 18, 12, 384), 87_903_584, 47.083),
     Variant("swin", "swin_large_patch4_window12_384", _swin(192, 18, 12, 384), 196_735_516, 103.919),
     # For small images and few of them, from scratch: a convolutional stem, narrow and shallow (see `ViTConfig.stem`).
-    Variant("vit", "vit_nano_patch2_8", _small(64, 4, 2, 8), 226_410, 0.003981),
-    Variant("vit", "vit_nano_patch2_16", _small(64, 4, 2, 16), 229_482, 0.017688),
-    Variant("vit", "vit_mini_patch4_28", _small(128, 4, 4, 28), 912_938, 0.051868),
-    Variant("vit", "vit_mini_patch4_32", _small(128, 4, 4, 32), 914_858, 0.068979),
-    Variant("vit", "vit_small_patch8_64", _small(256, 8, 8, 64), 3_637_290, 0.281810),
+    Variant("vit", "vit_nano_patch2_8", _small(64, 4, 2, 2, 8), 159_466, 0.002793),
+    Variant("vit", "vit_nano_patch2_16", _small(64, 4, 2, 2, 16), 162_538, 0.012346),
+    Variant("vit", "vit_nano_patch4_28", _small(64, 4, 2, 4, 28), 165_786, 0.010180),
+    Variant("vit", "vit_mini_patch4_28", _small(128, 6, 4, 4, 28), 912_938, 0.051868),
+    Variant("vit", "vit_mini_patch4_32", _small(128, 6, 4, 4, 32), 914_858, 0.068979),
+    Variant("vit", "vit_small_patch8_64", _small(256, 8, 8, 8, 64), 4_691_498, 0.354294),
     # The CNN baselines. ResNet: He et al., 2015 (https://arxiv.org/abs/1512.03385); ConvNeXt: Liu et al., 2022
     # (https://arxiv.org/abs/2201.03545)
     Variant("resnet", "resnet18", ResNetConfig(block="basic", layers=(2, 2, 2, 2)), 11_689_512, 1.814),

@@ -94,7 +94,7 @@ RECIPES = (
         8e4,
         (20, 60),
         2,
-        {**_SMALL, "batch_size": 64, "pad_shift": 1, "rotate": 10.0},
+        {**_SMALL, "lr": 4e-3, "batch_size": 64, "rotate": 12.0, "shear": 6.0, "shift": 0.12, "zoom": (0.88, 1.13)},
     ),
     RecipeRow(
         64,

@@ -16,6 +16,7 @@ from vitrail.training.loop import Trainer
 
 _BAR_SECONDS = 0.25  # between two drawings of the bar
 _LINE_SECONDS = 10.0  # between two lines where there is no terminal
+_EPOCH_SECONDS = 2.0  # there, between two lines on finished epochs
 
 
 class Reporter:
@@ -26,6 +27,7 @@ class Reporter:
         self._bar: Progress | None = None
         self._every = _BAR_SECONDS if self.console.is_terminal else _LINE_SECONDS
         self._last = 0.0
+        self._last_epoch = float("-inf")
         self._enabled = enabled
 
     def say(self, text: str) -> None:
@@ -65,10 +67,10 @@ class Reporter:
             self.say(f"epoch {trainer.place.epoch + 1}  {words}")
 
     def epoch(self, line: str, last: bool) -> None:
-        """A line for a finished epoch; without a terminal, only when the last line is some time ago."""
+        """A line for a finished epoch; without a terminal, not for every one of many short ones."""
         now = time.perf_counter()
-        if self._bar or last or now - self._last >= self._every:
-            self._last = now
+        if self._bar or last or now - self._last_epoch >= _EPOCH_SECONDS:
+            self._last = self._last_epoch = now
             self.say(line)
 
 

@@ -1,0 +1,63 @@
+"""Golden losses: a change that is not meant to change training must not change these.
+
+Where one is meant to, write them anew with `python tests/training/test_golden.py` and say in the commit why.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitrail.data.loader import TrainLoader
+from vitrail.training.loop import Trainer
+from vitrail.training.prepare import prepare
+from vitrail.training.schedule import Schedule
+from vitrail.training.tasks import Classify
+from vitrail.training.views import Viewer
+
+FILE = Path(__file__).parents[1] / "golden" / "losses.json"
+STEPS = 12
+RUNS = {
+    "chosen": {},
+    "deit, mixed": {"model": "deit_tiny_distilled_patch16_224", "img_size": 32, "mixup": 0.8, "cutmix": 1.0, "lr": 1e-3},
+    "swin, erased": {"model": "swin_tiny_patch4_window7_224", "img_size": 32, "erase": 0.25, "layer_decay": 0.8},
+    "resnet, cropped": {"model": "resnet18", "img_size": 32, "crop_scale": (0.5, 1.0), "drop": 0.1},
+}
+
+
+def losses(options: dict[str, object]) -> list[float]:
+    """The mean training loss after each of the first steps on digits, batches of 16."""
+    setup = prepare("digits", {"batch_size": 16, "warmup_epochs": 0.0, **options})
+    config, device = setup.config, torch.device("cpu")
+    loader = TrainLoader(
+        setup.dataset.split("train"),
+        setup.preprocess,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        crop_scale=config.crop_scale,
+        crop_ratio=config.crop_ratio,
+    )
+    view = Viewer(config, setup.preprocess, 10, device)
+    schedule = Schedule(STEPS, 4, 0.0, None)
+    trainer = Trainer(setup.model, Classify(config.label_smoothing), view, schedule, config, device)
+    curve = []
+    for _, batch in zip(range(STEPS), loader.epoch(0), strict=False):
+        trainer.step(batch)
+        curve.append(trainer.mean_loss())
+    return curve
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_losses_are_what_they_were(name: str) -> None:
+    golden = json.loads(FILE.read_text())[name]
+    assert len(golden) == STEPS
+    # Another processor rounds otherwise, and steps add that up: a changed formula differs by far more.
+    assert losses(RUNS[name]) == pytest.approx(golden, rel=2e-4)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    FILE.write_text(json.dumps({name: losses(options) for name, options in RUNS.items()}, indent=1) + "\n")
+    sys.exit()
