@@ -245,7 +245,8 @@ def test_saving_again_replaces_the_folder_and_leaves_nothing_else(tmp_path: Path
     (tmp_path / "m" / "README.md").write_text("of the old model")
     second = make(replace(VIT, num_classes=2))
     write_model_folder(tmp_path / "m", second)
-    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert "of the old model" not in (tmp_path / "m" / "README.md").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     assert read_model_folder(tmp_path / "m").model.config.num_classes == 2
 

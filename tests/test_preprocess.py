@@ -1,4 +1,6 @@
 import functools
+import io
+import math
 import subprocess
 import sys
 
@@ -14,7 +16,8 @@ from torchvision.transforms._presets import ImageClassification
 
 from vitrail.errors import VitrailError
 from vitrail.pixels import BadImage
-from vitrail.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from vitrail.preprocess import CROP_MODES, IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS, Preprocess
+from vitrail.weights.published import PUBLISHED
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +30,7 @@ def _one_thread():
 
 @functools.cache
 def photographs() -> dict[str, Image.Image]:
+    """Real photographs, long and wide, tiny and large, each read from a JPEG or a PNG file."""
     photos = {
         "china": load_sample_image("china.jpg"),
         "flower": load_sample_image("flower.jpg"),
@@ -37,22 +41,30 @@ def photographs() -> dict[str, Image.Image]:
     images = {name: Image.fromarray(np.ascontiguousarray(pixels)) for name, pixels in photos.items()}
     images["wide"] = images["china"].crop((0, 100, 640, 223))
     images["tall"] = images["coffee"].crop((200, 0, 301, 400))
+    images["very wide"] = images["flower"].crop((0, 200, 640, 231))
     images["tiny"] = images["chelsea"].resize((31, 23))
     images["odd"] = images["flower"].crop((3, 5, 260, 262))
     images["large"] = images["astronaut"].resize((1024, 1021), Image.Resampling.BICUBIC)
-    return images
+    forms = [{"format": "JPEG", "quality": 85}, {"format": "PNG"}]
+    return {name: as_file(image, **forms[k % 2]) for k, (name, image) in enumerate(images.items())}
 
 
-SETTINGS = [
-    ((224, 224), "bicubic", 0.875, "center"),
-    ((224, 224), "bicubic", 0.9, "center"),
-    ((224, 224), "bilinear", 0.875, "center"),
+def as_file(image: Image.Image, **form) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, **form)
+    read = Image.open(buffer)
+    read.load()
+    assert (read.format, read.mode, read.size) == (form["format"], "RGB", image.size)
+    return read
+
+
+# Settings beyond those in use: other shapes, modes and interpolations.
+MORE = [
     ((224, 224), "bilinear", 0.965, "center"),
     ((224, 224), "bicubic", 1.0, "squash"),
     ((224, 224), "lanczos", 0.95, "squash"),
     ((224, 224), "bicubic", 1.0, "border"),
     ((256, 256), "bilinear", 0.9, "border"),
-    ((384, 384), "bicubic", 1.0, "center"),
     ((192, 320), "bicubic", 0.9, "center"),
     ((320, 192), "bilinear", 1.0, "center"),
     ((97, 161), "bicubic", 0.77, "squash"),
@@ -62,6 +74,39 @@ SETTINGS = [
     ((64, 64), "hamming", 1.0, "border"),
     ((32, 32), "bicubic", 0.875, "center"),
 ]
+
+
+def published(of_torchvision: bool) -> list[tuple[tuple[int, int], str, float, str]]:
+    """Every setting in the table of published weights."""
+    records = [r for rows in PUBLISHED.values() for r in rows if r.tag.startswith("torchvision") == of_torchvision]
+    return sorted({(p.size, p.interpolation, p.crop_pct, p.crop_mode) for p in (r.preprocess for r in records)})
+
+
+SETTINGS = [*published(of_torchvision=False), *MORE]
+# torchvision's presets: crop, resize, interpolation
+PRESETS = [
+    (224, 256, "bilinear"),
+    (224, 232, "bilinear"),
+    (224, 236, "bilinear"),
+    (224, 242, "bilinear"),
+    (224, 224, "bicubic"),
+    (224, 232, "bicubic"),
+    (224, 238, "bicubic"),
+    (224, 246, "bicubic"),
+    (384, 384, "bicubic"),
+]
+
+
+def test_there_are_at_least_300_combinations_and_all_that_is_in_use_is_among_them():
+    assert len(photographs()) * (len(SETTINGS) + len(PRESETS)) >= 300
+    assert {mode for *_, mode in SETTINGS} == set(CROP_MODES)
+    assert {interpolation for _, interpolation, *_ in SETTINGS} == set(INTERPOLATIONS)
+    sides = [(image.format, *image.size) for image in photographs().values()]
+    assert {form for form, *_ in sides} == {"JPEG", "PNG"}
+    assert max(w / h for _, w, h in sides) > 20
+    assert max(h / w for _, w, h in sides) > 3.9
+    assert min(w * h for _, w, h in sides) < 1000
+    assert max(w * h for _, w, h in sides) > 1e6
 
 
 @pytest.mark.parametrize(("size", "interpolation", "crop_pct", "crop_mode"), SETTINGS)
@@ -78,19 +123,25 @@ def test_equals_timm(size, interpolation, crop_pct, crop_mode):
         assert gap.max() < 1e-5, name
 
 
-@pytest.mark.parametrize(
-    ("size", "resize", "mode"), [(224, 256, "bilinear"), (224, 232, "bilinear"), (384, 384, "bicubic")]
-)
+@pytest.mark.parametrize(("size", "resize", "mode"), PRESETS)
 def test_equals_torchvision(size, resize, mode):
     theirs = ImageClassification(crop_size=size, resize_size=resize, interpolation=InterpolationMode(mode))
-    # A hair less than the quotient, so that rounding cannot carry the floor one pixel down.
-    ours = Preprocess(
-        size=(size, size), interpolation=mode, crop_pct=min(1.0, size / (resize + 0.5)) if resize > size else 1
-    )
+    # The fraction as the table of published weights has it, where it has it; else a hair less than the quotient, so
+    # that rounding cannot carry the floor one pixel down.
+    known = [
+        p for s, m, p, _ in published(of_torchvision=True) if (s[0], m, math.floor(size / p)) == (size, mode, resize)
+    ]
+    crop_pct = known[0] if known else min(1.0, size / (resize + 0.5)) if resize > size else 1.0
+    ours = Preprocess(size=(size, size), interpolation=mode, crop_pct=crop_pct)
     for name, image in photographs().items():
         gap = (ours(image) - theirs(image)).abs() * torch.tensor(IMAGENET_STD)[:, None, None]
         assert gap.max() <= 1 / 255, name
         assert gap.mean() <= 1e-3, name
+
+
+def test_every_published_setting_of_torchvisions_is_one_of_its_presets():
+    for size, interpolation, crop_pct, _ in published(of_torchvision=True):
+        assert (size[0], math.floor(size[0] / crop_pct), interpolation) in PRESETS
 
 
 def test_grey():

@@ -1,4 +1,4 @@
-"""The model folder: a classifier on disk, as `config.json` and `model.safetensors`.
+"""The model folder: a classifier on disk, as `config.json` and `model.safetensors`, and a card for people to read.
 
 The folder is timm's: `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the same logits wherever timm can
 build the architecture. What is ours alone stands under the key "vitrail", and reading goes by that.
@@ -40,8 +40,8 @@ from vitrail.weights.tensors import listing, shape_words
 FORMAT = 1  # of the part under "vitrail"
 # Fields of configs that folders of earlier versions lack; their defaults mean what was so before there was a choice.
 ADDED: frozenset[str] = frozenset()
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-_REPLACEABLE = {CONFIG, WEIGHTS, "README.md"}  # a folder that holds anything else is never replaced
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+_REPLACEABLE = {CONFIG, WEIGHTS, CARD}  # a folder that holds anything else is never replaced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,7 @@ def write_model_folder(folder: Path, contents: Contents) -> None:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(to_json(contents), indent=2, ensure_ascii=False)
         (temporary / CONFIG).write_text(text + "\n", encoding="utf-8")
+        (temporary / CARD).write_text(to_card(contents), encoding="utf-8")
 
 
 def to_json(contents: Contents) -> dict[str, Any]:
@@ -106,6 +107,15 @@ def to_json(contents: Contents) -> dict[str, Any]:
             "notes": contents.notes,
         },
     }
+
+
+def to_card(contents: Contents, repo: str | None = None) -> str:
+    """What stands in README.md; `repo` is "org/name" where it is for a repository of the hub."""
+    from vitrail.card import model_card  # only writing needs it
+
+    config, params = contents.model.config, sum(parameter.numel() for parameter in contents.model.parameters())
+    in_timm = timm_stand_in(config, contents.preprocess.size) is not None
+    return model_card(to_json(contents), params, in_timm=in_timm, repo=repo)
 
 
 def _timm_architecture(name: str, config: ModelConfig, size: tuple[int, int]) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +18,7 @@ class Repo:
     commits: dict[str, dict[str, bytes]]
     revisions: dict[str, str]
     gated: bool = False
+    private: bool = False
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Hub:
         repo.revisions[revision] = commit
 
 
-def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+def downloads(hub: Hub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -62,6 +63,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             hub.requests.append(f"{self.command} {path}")
             if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/(.+)", path):
                 self.find(match[1], match[2], None, body)
+            elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
+                self.find(match[1], "main", None, body)
             elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
                 self.find(match[1], match[2], match[3], body)
             else:
@@ -79,6 +82,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             files = repo.commits[commit]
             if file is None:
                 info = {"id": name, "sha": commit, "siblings": [{"rfilename": f} for f in files], "cardData": {}}
+                info["private"] = repo.private
                 return self.send(json.dumps(info).encode(), commit, body, "application/json")
             if file not in files:
                 return self.refuse(404, "EntryNotFound")
@@ -119,9 +123,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
 
 @contextmanager
-def serving() -> Iterator[Hub]:
+def serving(handler: Callable[[Hub], type[BaseHTTPRequestHandler]] = downloads) -> Iterator[Hub]:
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(hub))
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)

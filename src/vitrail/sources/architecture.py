@@ -130,11 +130,15 @@ def _timm(config: Config, where: str) -> Architecture:
     args = {key: value for key, value in (config.get("model_args") or {}).items() if key not in _HARMLESS}
     base = VARIANTS[name].config
     known = {field.name for field in fields(base)}
+    if args.get("global_pool") == "avg" and "global_pool" not in known:
+        del args["global_pool"]  # what all but our ViT do; timm writes out what it was given
     for key in args.keys() - known:
         raise VitrailError(f"{where}: {name} with {show(str(key))}={show(str(args[key]), 40)} is none of our models")
     args = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
     if isinstance(args.get("img_size"), int):
         args["img_size"] = (args["img_size"],) * 2
+    if isinstance(base, ResNetConfig | ConvNeXtConfig) and preprocess is not None:
+        args["img_size"] = preprocess.size  # timm's have no size of their own
     classes = config.get("num_classes", cfg.get("num_classes", base.num_classes))
     return Architecture(
         name=name,

@@ -74,8 +74,9 @@ def load_pretrained(
     """
     loaded = load_source(source, name)
     known = loaded.architecture
-    name = name or known.name
     config = _agreed(known.config, name, str(source))
+    if name is None and known.name and _differing(config, known.name) is None:
+        name = known.name  # else a file that starts from a model of the catalog and changes it: that has no name
     kept = loaded.num_classes if known.config is None or not known.config.num_classes else known.config.num_classes
     config = configure(
         config,
@@ -104,11 +105,17 @@ def _agreed(found: ModelConfig | None, name: str | None, source: str) -> ModelCo
         return row
     if type(found) is not type(row):
         raise VitrailError(f"{source} holds a {type(found).__name__.removesuffix('Config')}, which {name} is not")
-    for field in fields(row):
-        mine, theirs = getattr(row, field.name), getattr(found, field.name)
-        if field.name not in _FREE and mine != theirs:
-            raise VitrailError(f"{source} is another model than {name}: its {field.name} is {theirs}, not {mine}")
+    if field := _differing(found, name):
+        mine, theirs = getattr(row, field), getattr(found, field)
+        raise VitrailError(f"{source} is another model than {name}: its {field} is {theirs}, not {mine}")
     return found
+
+
+def _differing(config: ModelConfig, name: str) -> str | None:
+    """The first field that makes `config` another network than the catalog's row of that name; None for none."""
+    row = variant(name).config
+    names = [field.name for field in fields(row) if field.name not in _FREE]
+    return next((field for field in names if getattr(config, field, None) != getattr(row, field)), None)
 
 
 def _fitted(preprocess: Preprocess | None, config: ModelConfig) -> Preprocess | None:
