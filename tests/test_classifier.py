@@ -16,7 +16,7 @@ from vitrail.classifier import Classifier, Prediction, load
 from vitrail.data.catalog import open_dataset
 from vitrail.errors import VitrailError
 from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig
-from vitrail.models.create import build_model
+from vitrail.models.create import build_model, create_model
 from vitrail.preprocess import Preprocess
 
 DIGITS = tuple("0123456789")
@@ -315,3 +315,18 @@ def test_names_and_classes_must_agree() -> None:
         classifier(names=("a", "b"))
     with pytest.raises(VitrailError, match="two classes have the same name: a"):
         classifier(names=("a",) * 10)
+
+
+def test_another_size_than_in_training(tmp_path: Path) -> None:
+    model = create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=3)
+    Classifier(model, Preprocess(size=(32, 32)), ["a", "b", "c"]).save(tmp_path / "m")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8))
+    resized = load(tmp_path / "m", img_size="64x48")
+    assert resized.preprocess.size == (64, 48)
+    with torch.inference_mode():
+        logits = model.eval()(Preprocess(size=(64, 48))(picture)[None])
+    assert resized.predict(picture)[0].score == pytest.approx(float(logits.softmax(1).max()), rel=1e-5)
+    for size, message in (("50", "cannot see images of this size"), ("big", "is no size"), ("1x2x3", "is no size")):
+        with pytest.raises(VitrailError, match=message):
+            resized.resize(size)
+    assert resized.preprocess.size == (64, 48)

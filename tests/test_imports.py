@@ -16,8 +16,7 @@ ROOT = Path(vitrail.__file__).parent
 # From the top down. A module may import from its own package and from lines below its own.
 LAYERS = (
     {"cli"},
-    {"serve", "compare", "explain", "deploy", "training"},
-    {"features"},
+    {"serve", "compare", "explain", "deploy", "training", "features", "push"},
     {"classifier"},
     {"sources"},
     {"model_folder"},
@@ -103,6 +102,23 @@ def test_what_needs_no_torch_does_not_load_it(code: str) -> None:
     heavy = "{'torch', 'numpy', 'sklearn', 'PIL', 'torchvision', 'timm'}"
     check = f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\nprint(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_predicting_loads_nothing_that_it_does_not_need() -> None:
+    """What costs time and memory at every start; typer loads pydantic by itself."""
+    code = (
+        "import sys, numpy as np, vitrail.cli\n"
+        "from vitrail.classifier import Classifier\nfrom vitrail.models.create import create_model\n"
+        "from vitrail.preprocess import Preprocess\n"
+        "model = create_model('vit_nano_patch2_8')\n"
+        "clf = Classifier(model, Preprocess(size=(8, 8)), [str(k) for k in range(10)])\n"
+        "clf.predict(np.zeros((9, 9, 3), np.uint8))\n"
+        "print(sorted(name for name in sys.modules if name in {'sklearn', 'scipy', 'huggingface_hub', 'requests', "
+        "'torchvision', 'timm', 'transformers', 'torch._dynamo', 'rich.progress', 'vitrail.data.catalog', "
+        "'vitrail.sources.pretrained', 'vitrail.card', 'vitrail.training.run'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
 

@@ -18,8 +18,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vitrail.data.catalog import open_dataset
-from vitrail.data.dataset import Dataset
 from vitrail.errors import VitrailError
 from vitrail.inputs import Crop, Inputs, crops
 from vitrail.model_folder import Contents, is_ours, name_of, read_model_folder, write_model_folder
@@ -28,6 +26,7 @@ from vitrail.models.catalog import VARIANTS
 from vitrail.preprocess import Preprocess
 
 if TYPE_CHECKING:
+    from vitrail.data.dataset import Dataset
     from vitrail.sources.pretrained import Pretrained
     from vitrail.training.metrics import Evaluation
 
@@ -104,6 +103,24 @@ class Classifier:
     def to(self, device: str | torch.device) -> Classifier:
         """Move the model; returns the classifier itself."""
         self.model.to(device)
+        return self
+
+    def resize(self, img_size: int | tuple[int, int] | str) -> Classifier:
+        """See images at another size from now on: 384, (320, 192) or "320x192", in pixels; returns the classifier.
+
+        Raises:
+            VitrailError: this is no size, or the model cannot take it.
+        """
+        words = str(img_size).split("x") if isinstance(img_size, int | str) else [str(side) for side in img_size]
+        if len(words) not in (1, 2) or not all(word.isdecimal() and int(word) for word in words):
+            raise VitrailError(f"{img_size!r} is no size: write 384, or 320x192 for height and width")
+        preprocess = self.preprocess.replace(size=(int(words[0]), int(words[-1])))
+        try:
+            with torch.inference_mode():
+                self.model.eval()(torch.zeros(1, preprocess.channels, *preprocess.size, device=self.device))
+        except (RuntimeError, ValueError) as error:
+            raise VitrailError(f"{self.architecture} cannot see images of this size: {error}") from None
+        self.preprocess = preprocess
         return self
 
     def predict(self, inputs: Inputs, top: int = 5, batch_size: int = 64) -> list[Prediction]:
@@ -196,6 +213,8 @@ class Classifier:
         Raises:
             VitrailError: the data have a class that the model does not know, or no such split.
         """
+        from vitrail.data.catalog import open_dataset  # predicting needs none of these
+        from vitrail.data.dataset import Dataset
         from vitrail.training.evaluate import evaluate
 
         if isinstance(data, Dataset):
@@ -232,16 +251,22 @@ class Classifier:
         return folder
 
 
-def load(source: str | Path, device: str | torch.device = "cpu") -> Classifier:
+def load(
+    source: str | Path, device: str | torch.device = "cpu", img_size: int | tuple[int, int] | str | None = None
+) -> Classifier:
     """The classifier that `source` names.
 
     A model folder or a run folder; a name of the catalog, with the default of its published weights; hf:org/repo,
-    timm:name, torchvision:name, an URL; or a checkpoint file or folder of another library.
+    timm:name, torchvision:name, an URL; or a checkpoint file or folder of another library. With `img_size` (384,
+    (320, 192) or "320x192": height, then width, in pixels) it sees images at another size than in training.
 
     Raises:
-        VitrailError: there is none, it is damaged, or its weights do not fit.
+        VitrailError: there is none, it is damaged, its weights do not fit, or it cannot see images of that size.
     """
-    return resolve_model(source).to(device)
+    classifier = resolve_model(source).to(device)
+    if img_size is not None:
+        classifier.resize(img_size)
+    return classifier
 
 
 def resolve_model(source: str | Path) -> Classifier:
@@ -272,7 +297,7 @@ def _from_weights(found: Pretrained) -> Classifier:
         warnings.warn(guess, stacklevel=4)
         preprocess = Preprocess(size=config.img_size)
     return Classifier(
-        found.model,
+        found.model.eval(),
         preprocess,
         names,
         found.report,

@@ -21,7 +21,13 @@ FILE = Path(__file__).parents[1] / "golden" / "losses.json"
 STEPS = 12
 RUNS = {
     "chosen": {},
-    "deit, mixed": {"model": "deit_tiny_distilled_patch16_224", "img_size": 32, "mixup": 0.8, "cutmix": 1.0, "lr": 1e-3},
+    "deit, mixed": {
+        "model": "deit_tiny_distilled_patch16_224",
+        "img_size": 32,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "lr": 1e-3,
+    },
     "swin, erased": {"model": "swin_tiny_patch4_window7_224", "img_size": 32, "erase": 0.25, "layer_decay": 0.8},
     "resnet, cropped": {"model": "resnet18", "img_size": 32, "crop_scale": (0.5, 1.0), "drop": 0.1},
 }

@@ -65,6 +65,9 @@ PLAIN = {
     "ema": 0.0,
     "pad_shift": 0,
     "rotate": 0.0,
+    "shear": 0.0,
+    "shift": 0.0,
+    "zoom": (1.0, 1.0),
     "drop_path": 0.0,
     "device": "cpu",
 }

@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from vitrail.cli.embed import embed
 from vitrail.cli.evaluate import evaluate
 from vitrail.cli.models import models
 from vitrail.cli.predict import predict
+from vitrail.cli.push import push
 from vitrail.cli.train import train
 from vitrail.errors import VitrailError
 
@@ -24,7 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(add_help_option=False)(train)  # it has its own
-for _command in (evaluate, predict, models):
+for _command in (evaluate, predict, embed, models, push):
     app.command()(_command)
 
 

@@ -14,7 +14,12 @@ _LABEL = 28  # columns of a class's name
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a run folder.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A run, a model folder, a name, hf:org/repo, a checkpoint.", show_default=False
+        ),
+    ],
     data: Annotated[
         str, typer.Argument(metavar="DATA", help="A folder of images or a dataset's name.", show_default=False)
     ],
@@ -24,6 +29,9 @@ def evaluate(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     data_dir: Annotated[str | None, typer.Option(help="Where a named dataset's files are.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images at once; by default by their size.")] = None,
+    img_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="See images at another size than in training: 384, or 320x192.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto: the best that is there.")] = "auto",
 ) -> None:
     """Judge a model on images: top-1, top-5, loss, calibration, and each class.
@@ -37,7 +45,7 @@ def evaluate(
     from vitrail.cli.progress import progress
     from vitrail.training.device import pick_device
 
-    classifier = load(model, pick_device(device))
+    classifier = load(model, pick_device(device), img_size)
     with progress("images") as advance:
         result = classifier.evaluate(data, split, data_dir=data_dir, batch_size=batch_size, on_batch=advance)
     if json:

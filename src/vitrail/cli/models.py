@@ -63,7 +63,7 @@ def _row(variant: "Variant") -> list[str]:
     return [
         variant.name,
         f"{variant.params / 1e6:.1f} M",
-        f"{variant.gmacs:.2f}" if variant.gmacs < 1 else f"{variant.gmacs:.1f}",
+        f"{variant.gmacs:.2g}" if variant.gmacs < 1 else f"{variant.gmacs:.1f}",
         str(height) if height == width else f"{height}x{width}",
         f"{weights.top1:.1f} %" if weights and weights.top1 else "",
         (weights.licence or "not stated") if weights else "",

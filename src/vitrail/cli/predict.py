@@ -17,7 +17,12 @@ _TOP = {"text": 3, "json": 5, "csv": 1}  # classes that are shown when --top is 
 
 
 def predict(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a run folder.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A run, a model folder, a name, hf:org/repo, a checkpoint.", show_default=False
+        ),
+    ],
     paths: Annotated[
         list[str],
         typer.Argument(
@@ -28,6 +33,9 @@ def predict(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV with a header.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
+    img_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="See images at another size than in training: 384, or 320x192.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto: the best that is there.")] = "auto",
 ) -> None:
     """Say what is on images: labels and scores.
@@ -43,7 +51,7 @@ def predict(
     from vitrail.classifier import load
     from vitrail.training.device import pick_device
 
-    classifier = load(model, pick_device(device))
+    classifier = load(model, pick_device(device), img_size)
     tally = {"read": 0, "failed": 0}
     top = top or _TOP[form]
     _FORMS[form](_count(classifier.stream(paths, top, batch_size), tally), min(top, len(classifier.class_names)))

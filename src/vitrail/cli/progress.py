@@ -4,9 +4,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _LINE_SECONDS = 10.0  # between two lines without a terminal
 
@@ -28,7 +29,10 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], No
         yield _lines(what, total)
 
 
-def _bar(what: str) -> Progress:
+def _bar(what: str) -> "Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     return Progress(*columns, console=Console(file=sys.stderr), transient=True)
 

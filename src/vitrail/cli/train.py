@@ -64,6 +64,13 @@ def train(
     ] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from the published weights.")] = False,
     weights: Annotated[str | None, typer.Option(help="Start from these weights.")] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Freeze the model; fit a linear head to its features, computed once.")
+    ] = False,
+    img_size: Annotated[str | None, typer.Option(metavar="SIZE", help="What the model sees: 384, or 320x192.")] = None,
+    fit: Annotated[
+        str | None, typer.Option(metavar="HOW", help="crop, pad or squash images that have another shape.")
+    ] = None,
     out: Annotated[str | None, typer.Option(help="The run folder; by default runs/DATA-MODEL.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the training images.")] = None,
     budget: Annotated[str | None, typer.Option(help="How long, instead: 90s, 10m, 2h.")] = None,
@@ -74,6 +81,9 @@ def train(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, mps.  [default: the best that is there]")
     ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Tell what became of every tensor of the weights.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the run's summary as JSON.")] = False,
     help: Annotated[  # typer's own would end before the keys
         bool, typer.Option("--help", "-h", callback=_print_help, is_eager=True, help="Show this message and exit.")
@@ -95,6 +105,9 @@ def train(
         "model": model,
         "pretrained": pretrained or None,
         "weights": weights,
+        "probe": probe or None,
+        "img_size": img_size,
+        "fit": fit,
         "out": out,
         "epochs": epochs,
         "budget": budget,
@@ -113,7 +126,7 @@ def train(
         raise VitrailError(f"{name} is given twice: as --{name.replace('_', '-')} and as {name}=")
     from vitrail.training import train as run
 
-    classifier = run(data, **given, **values)
+    classifier = run(data, verbose=verbose, **given, **values)
     if json:
         from json import dumps
 

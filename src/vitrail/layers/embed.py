@@ -59,9 +59,9 @@ class PatchEmbed(nn.Module):
 class ConvStem(nn.Module):
     """Overlapping 3x3 convolutions in place of the patch projection: B I H W -> B N C, one token a patch, as before.
 
-    Xiao et al., "Early Convolutions Help Transformers See Better", 2021 (https://arxiv.org/abs/2106.14881). The first
-    convolution keeps the size, each next one halves it, and a 1x1 convolution goes to the model's width. What it gives
-    on few small images is told in `vitrail.models.catalog`.
+    Xiao et al., "Early Convolutions Help Transformers See Better", 2021 (https://arxiv.org/abs/2106.14881). Each
+    convolution halves the size (for patches of 2, one before it keeps it) and the widths grow evenly to the model's,
+    with a 1x1 convolution at the end. What it gives on few small images is told in `vitrail.models.catalog`.
     """
 
     def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
@@ -70,17 +70,18 @@ class ConvStem(nn.Module):
         if 2**halvings != patch_size or not halvings:
             raise ValueError(f"a convolutional stem needs a patch size of 2, 4, 8, ..., not {patch_size}")
         self.patch_size = patch_size
-        widths = [dim // 2 ** (halvings - step) for step in range(halvings + 1)]
+        count = max(halvings, 2)
+        widths = [in_chans, *(dim * (step + 1) // count for step in range(count))]
         layers: list[nn.Module] = []
-        for step, width in enumerate(widths):
-            before = in_chans if step == 0 else widths[step - 1]
+        for step in range(count):
+            stride = 1 if step < count - halvings else 2
             layers += [
-                nn.Conv2d(before, width, 3, stride=2 if step else 1, padding=1, bias=False),
-                nn.BatchNorm2d(width),
+                nn.Conv2d(widths[step], widths[step + 1], 3, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(widths[step + 1]),
                 nn.ReLU(inplace=True),
             ]
         self.convs = nn.Sequential(*layers)
-        self.proj = nn.Conv2d(widths[-1], dim, kernel_size=1)
+        self.proj = nn.Conv2d(dim, dim, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
         check_divides(x.shape[2], x.shape[3], self.patch_size)

@@ -124,13 +124,16 @@ _ROWS = (
     Variant("swin", "swin_large_patch4_window7_224", _swin(192, 18, 7, 224), 196_532_476, 34.476),
     Variant("swin", "swin_base_patch4_window12_384", _swin(128, 18, 12, 384), 87_903_584, 47.083),
     Variant("swin", "swin_large_patch4_window12_384", _swin(192, 18, 12, 384), 196_735_516, 103.919),
-    # For small images and few of them, from scratch: a convolutional stem, narrow and shallow (see `ViTConfig.stem`).
+    # Ours, for small images from scratch: narrow, shallow, a convolutional stem, few tokens. Tried on digits (1,293
+    # training images, 60 epochs, held-out test images): with plain patches of 2 a model of this size stays at 93 %,
+    # with the stem it reaches 99 %; six blocks are no better than four, and 40 epochs lose half a point. Tried on
+    # Fashion-MNIST (one epoch, one thread): 16 tokens of width 96 (patches of 8, images at 32 pixels) give 85.7 %, 49
+    # tokens of width 64 (patches of 4) 82 % in more time; a stem that begins at full size costs more than it brings.
     Variant("vit", "vit_nano_patch2_8", _small(64, 4, 2, 2, 8), 159_466, 0.002793),
     Variant("vit", "vit_nano_patch2_16", _small(64, 4, 2, 2, 16), 162_538, 0.012346),
-    Variant("vit", "vit_nano_patch4_28", _small(64, 4, 2, 4, 28), 165_786, 0.010180),
-    Variant("vit", "vit_mini_patch4_28", _small(128, 6, 4, 4, 28), 912_938, 0.051868),
-    Variant("vit", "vit_mini_patch4_32", _small(128, 6, 4, 4, 32), 914_858, 0.068979),
-    Variant("vit", "vit_small_patch8_64", _small(256, 8, 8, 8, 64), 4_691_498, 0.354294),
+    Variant("vit", "vit_micro_patch8_32", _small(96, 4, 3, 8, 32), 386_314, 0.007669),
+    Variant("vit", "vit_mini_patch4_32", _small(128, 6, 4, 4, 32), 897_226, 0.063818),
+    Variant("vit", "vit_small_patch8_64", _small(192, 8, 6, 8, 64), 2_725_642, 0.203494),
     # The CNN baselines. ResNet: He et al., 2015 (https://arxiv.org/abs/1512.03385); ConvNeXt: Liu et al., 2022
     # (https://arxiv.org/abs/2201.03545)
     Variant("resnet", "resnet18", ResNetConfig(block="basic", layers=(2, 2, 2, 2)), 11_689_512, 1.814),

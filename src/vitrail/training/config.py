@@ -74,8 +74,12 @@ class TrainConfig(BaseModel):
     weights: Annotated[str | None, Optional] = Field(
         None, description="start from these weights: a file, a folder or hf:org/repo"
     )
+    probe: bool = Field(False, description="freeze the model and fit a linear head to its features, computed once")
     img_size: Annotated[tuple[Count, Count] | None, BeforeValidator(_pair)] = Field(
         None, description="height and width that the model sees, pixels; none: the model's own"
+    )
+    fit: Literal["auto", "crop", "pad", "squash"] = Field(
+        "auto", description="how an image of another shape is made to fit; auto: as the weights ask, else crop"
     )
     in_chans: Annotated[Literal[1, 3] | None, Optional] = Field(
         None, description="colour channels that the model sees: 1 or 3; none: as the images, or as the weights ask"
@@ -238,12 +242,12 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
     return check_options(values)
 
 
-def to_toml(config: TrainConfig) -> str:
-    """The config as flat TOML, its descriptions as comments; None is the word "none"."""
+def to_toml(config: TrainConfig, keys: Iterable[str] = KEYS) -> str:
+    """The config, or some of its keys, as flat TOML, descriptions as comments; None is the word "none"."""
     lines = []
-    for key, field in TrainConfig.model_fields.items():
-        value = getattr(config, key)
-        lines.append(f"{key} = {_toml_value('none' if value is None else value)}  # {field.description}")
+    for key in keys:
+        value, about = getattr(config, key), TrainConfig.model_fields[key].description
+        lines.append(f"{key} = {_toml_value('none' if value is None else value)}  # {about}")
     return "\n".join(lines) + "\n"
 
 

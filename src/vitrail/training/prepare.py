@@ -25,6 +25,8 @@ from vitrail.training.evaluate import default_workers
 _MODEL_OPTIONS = {"drop": "drop_rate", "drop_path": "drop_path_rate", "attn_drop": "attn_drop_rate"}
 _WHOLE_IMAGE = 64  # pixels a side up to which evaluation sees the whole image, and not the middle of a larger one
 _CROP_PCT = 0.95
+_CROP_MODES = {"crop": "center", "pad": "border", "squash": "squash"}
+_MUCH_LOST = 0.4  # share of an image
 _FAMILIES = {row.family for row in VARIANTS.values()}
 
 
@@ -72,9 +74,24 @@ def prepare(data: str | Path | Dataset, given: Mapping[str, Any], guest: nn.Modu
         model, preprocess = found.model, found.preprocess or _fresh_preprocess(dataset, own.img_size, own.in_chans)
     else:
         model, preprocess = _build(config, dataset)
+    if config.fit != "auto":
+        preprocess = preprocess.replace(crop_mode=_CROP_MODES[config.fit])
     _check_model(model, preprocess, dataset.num_classes)
-    reasons = choice.reasons if found is None else [*choice.reasons, str(found.report)]
+    reasons = [*choice.reasons, *([str(found.report)] if found else []), *advise_fit(dataset, preprocess, config)]
     return Setup(config, dataset, model, preprocess, reasons, found)
+
+
+def advise_fit(dataset: Dataset, preprocess: Preprocess, config: TrainConfig) -> list[str]:
+    """A line where the middle crop would lose much of the images and nobody chose it."""
+    height, width = preprocess.size
+    narrow, _, wide = (aspect * height / width for aspect in dataset.sizes.aspect)
+    lost = 1 - min(narrow, 1 / wide, 1.0)
+    if config.fit != "auto" or preprocess.crop_mode != "center" or lost < _MUCH_LOST:
+        return []
+    return [
+        f"advice: the images are {narrow:.2g} to {wide:.2g} times as wide as the model's view (but for 5 % at each "
+        f"end), and its middle crop loses up to {lost:.0%}; --fit pad keeps them whole, --fit squash too, out of shape"
+    ]
 
 
 HELD_OUT = ("val_fraction", "test_fraction", "split_seed")  # what decides which images are held out

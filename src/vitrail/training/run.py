@@ -15,13 +15,14 @@ from vitrail.data.dataset import Dataset
 from vitrail.errors import VitrailError
 from vitrail.files import atomic_folder, atomic_write_text
 from vitrail.models.base import ImageModel
-from vitrail.training.config import check_options, make_config, read_toml, to_toml
+from vitrail.training.config import KEYS, check_options, make_config, read_toml, to_toml
 from vitrail.training.device import pick_device
 from vitrail.training.folder import RunFolder, check_free, new_run, old_run
 from vitrail.training.interrupt import Stopped
 from vitrail.training.metrics import Evaluation
 from vitrail.training.plan import plan_lines
 from vitrail.training.prepare import HELD_OUT, Setup, prepare, reopen
+from vitrail.training.probe import PROBE_KEYS, check_probe_keys, result_lines, run_probe
 from vitrail.training.progress import Reporter, clock
 from vitrail.training.session import Session, rate
 
@@ -34,6 +35,7 @@ def train(
     model: str | nn.Module | None = None,
     pretrained: bool | None = None,
     weights: str | Path | None = None,
+    probe: bool | None = None,
     out: str | Path | None = None,
     epochs: float | None = None,
     budget: float | str | None = None,
@@ -41,6 +43,7 @@ def train(
     resume: str | Path | None = None,
     recipe: str | Path | None = None,
     progress: bool = True,
+    verbose: bool = False,
     **config: Any,
 ) -> Classifier:
     """Train or fine-tune a classifier on `data` and leave a run folder behind.
@@ -49,12 +52,14 @@ def train(
         data: a folder of images, a dataset's name, or a Dataset.
         model: a name from `list_models()`, or a module of your own with timm's interface; None: one is chosen.
         pretrained, weights: start from published weights, or from these.
+        probe: freeze the model and fit a linear head to its features, which are computed once.
         out: the run folder; by default runs/<data>-<model>.
         epochs, budget: how long: passes over the images, and seconds or "10m".
         seed: of everything random but the split of the images.
         resume: a run folder to go on with; nothing else is needed.
         recipe: a TOML file of config keys; its `data` counts where none is named here.
         progress: False keeps silent.
+        verbose: tell what became of every single tensor of the weights.
         config: any other key of `TrainConfig`. It wins over the recipe, and that over what is chosen for the images.
 
     Returns:
@@ -69,6 +74,7 @@ def train(
         "model": model if isinstance(model, str) else None,
         "pretrained": pretrained,
         "weights": None if weights is None else str(weights),
+        "probe": probe,
         "epochs": epochs,
         "budget": budget,
         "seed": seed,
@@ -85,14 +91,21 @@ def train(
             data = given.pop("data", None) if data is None else data
             if data is None:
                 raise VitrailError("nothing to train on: name a folder of images or a dataset, or a run with --resume")
+            if given.get("probe"):
+                check_probe_keys(given)
             setup = prepare(data, given, guest)
-        session = Session(setup, reporter, pick_device(setup.config.device))
+        if verbose and setup.pretrained:
+            reporter.say(setup.pretrained.report.table())
+        device = pick_device(setup.config.device)
+        session = None if setup.config.probe else Session(setup, reporter, device)
         if resume is None:
             folder = new_run(out, setup.dataset.name, setup.config.model)
         with folder.held():
             if resume is None:
                 check_free(folder)  # once more: another run may have begun and ended here meanwhile
-                atomic_write_text(folder.config, to_toml(setup.config))
+                atomic_write_text(folder.config, to_toml(setup.config, KEYS if session else PROBE_KEYS))
+            if session is None:
+                return _probe(setup, folder, reporter, device, guest is not None)
             return _train(session, folder, reporter)
 
 
@@ -138,6 +151,30 @@ def _train(session: Session, folder: RunFolder, reporter: Reporter) -> Classifie
     model = session.final_model()
     result = session.final_evaluation(model)
     summary = _summary(session, result)
+    classifier = _finish(setup, model, summary, folder)
+    _say_result(reporter, summary, folder)
+    return classifier
+
+
+def _probe(setup: Setup, folder: RunFolder, reporter: Reporter, device: torch.device, own_model: bool) -> Classifier:
+    try:
+        summary = run_probe(setup, folder, reporter, device, own_model=own_model)
+    except Stopped as stopped:
+        reporter.say(str(stopped))
+        raise
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        raise VitrailError("a batch of images does not fit into memory: use a smaller eval_batch_size") from error
+    summary["environment"] = _environment()
+    classifier = _finish(setup, setup.model, summary, folder)
+    for line in [*result_lines(summary), f"model in {folder.model}"]:
+        reporter.say(line)
+    return classifier
+
+
+def _finish(setup: Setup, model: nn.Module, summary: dict[str, Any], folder: RunFolder) -> Classifier:
+    """Write the model and then the summary, with which the run is finished."""
     classifier = Classifier(
         model,  # type: ignore[arg-type]  # a guest may stand in for an ImageModel
         setup.preprocess,
@@ -147,13 +184,20 @@ def _train(session: Session, folder: RunFolder, reporter: Reporter) -> Classifie
         notes={
             "data": setup.dataset.name,
             "split": {key: getattr(setup.config, key) for key in HELD_OUT},
-            "figures": {key: summary[key] for key in ("split", "top1", "top5", "loss")},
+            "figures": {key: summary[key] for key in ("split", "images", "top1", "top5", "loss")},
+            **_origin(setup),
         },
     )
     _save_model(classifier, folder)
     folder.write_summary(summary)
-    _say_result(reporter, summary, folder)
     return classifier
+
+
+def _origin(setup: Setup) -> dict[str, Any]:
+    """Whose weights the model started from, and their licence, which it inherits."""
+    if setup.pretrained is None:
+        return {}
+    return {"source": setup.pretrained.loaded.source, "licence": setup.pretrained.loaded.licence}
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
@@ -198,15 +242,20 @@ def _summary(session: Session, result: Evaluation) -> dict[str, Any]:
         "how_split": dataset.how_split,
         "seed": config.seed,
         "device": str(session.trainer.device),
-        "environment": {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": f"{platform.system()} {platform.machine()}",
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
+        "environment": _environment(),
         "skipped": [{"path": path, "reason": reason} for path, reason in found.items()],
         "per_class": result.per_class,
+    }
+
+
+def _environment() -> dict[str, Any]:
+    """What the figures depend on beside the config."""
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
     }
 
 

@@ -1,0 +1,90 @@
+"""Training that starts from weights: what they decide, what is said of them, and what the model inherits."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import vitrail
+from data.make_folder import make_folder
+from vitrail.classifier import Classifier
+from vitrail.data.catalog import open_dataset
+from vitrail.errors import VitrailError
+from vitrail.models.create import create_model
+from vitrail.preprocess import Preprocess
+from vitrail.training.prepare import prepare
+
+OPTIONS = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 16, "patch_size": 4}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A model folder of a ViT on digits' classes, in another order, with a preprocessing of its own."""
+    model = create_model("vit_tiny_patch16_224", num_classes=10, in_chans=1, **OPTIONS)
+    names = [str(digit) for digit in reversed(range(10))]
+    preprocess = Preprocess(size=(16, 16), mean=(0.1,), std=(0.7,), channels=1, crop_pct=0.9)
+    notes = {"source": "hf:someone/something", "licence": "cc-by-nc-4.0"}
+    return Classifier(model, preprocess, names, notes=notes).save(tmp_path / "source")
+
+
+def test_weights_bring_architecture_preprocessing_and_head(source: Path) -> None:
+    setup = prepare("digits", {"weights": str(source)})
+    assert setup.model.config.embed_dim == 32
+    assert setup.preprocess == Preprocess(size=(16, 16), mean=(0.1,), std=(0.7,), channels=1, crop_pct=0.9)
+    old = vitrail.load(source).model.head.weight
+    assert torch.equal(setup.model.head.weight, old.flip(0))  # the same classes in another order: permuted by name
+    assert any(line.startswith("weights from") for line in setup.reasons)
+
+
+def test_another_size_and_other_channels(source: Path) -> None:
+    setup = prepare("digits", {"weights": str(source), "img_size": (24, 32), "in_chans": 3})
+    assert setup.model.pos_embed.shape[1] == 1 + 6 * 8
+    assert setup.preprocess.size == (24, 32)
+    assert setup.preprocess.mean == (0.1,) * 3
+    assert "resized" in str(setup.pretrained.report)
+    assert "adapted" in str(setup.pretrained.report)
+
+
+def test_other_classes_get_a_fresh_head(source: Path, tmp_path: Path) -> None:
+    make_folder(tmp_path / "photos", classes=2, per_class=6)
+    setup = prepare(tmp_path / "photos", {"weights": str(source)})
+    assert setup.model.head.weight.shape == (2, 32)
+    assert {entry.name for entry in setup.pretrained.report.of("new")} == {"head.weight", "head.bias"}
+
+
+def test_the_run_tells_and_inherits(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = vitrail.train("digits", weights=source, out=tmp_path / "run", epochs=0.1, verbose=True)
+    told = capsys.readouterr().err
+    assert "weights from" in told
+    assert "blocks.1.mlp.fc2.weight" in told  # every tensor, with verbose
+    notes = json.loads((tmp_path / "run/model/config.json").read_text())["vitrail"]["notes"]
+    assert notes["source"]
+    assert trained.notes["figures"]["images"] == 360
+
+
+def test_a_model_that_the_weights_are_not(source: Path) -> None:
+    with pytest.raises(VitrailError, match="another model than vit_small_patch16_224"):
+        prepare("digits", {"weights": str(source), "model": "vit_small_patch16_224"})
+    with pytest.raises(VitrailError, match="did you mean"):
+        prepare("digits", {"weights": str(source), "model": "vit_smal_patch16_224"})
+
+
+@pytest.mark.parametrize(("fit", "mode"), [("crop", "center"), ("pad", "border"), ("squash", "squash")])
+def test_fit_is_a_choice(fit: str, mode: str) -> None:
+    setup = prepare("digits", {"fit": fit})
+    assert setup.preprocess.crop_mode == mode
+    assert not any(line.startswith("advice") for line in setup.reasons)
+
+
+def test_long_images_are_advised_upon(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(5):
+            Image.new("RGB", (300, 60), (number * 40, 9, 9)).save(tmp_path / name / f"{number}.png")
+    advice = [line for line in prepare(tmp_path, {}).reasons if line.startswith("advice")]
+    assert len(advice) == 1
+    assert "80%" in advice[0]
+    assert "--fit pad" in advice[0]
+    assert open_dataset(tmp_path).sizes.aspect == (5.0, 5.0, 5.0)
