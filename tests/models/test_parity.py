@@ -51,7 +51,8 @@ def timm_twin(config: ModelConfig) -> nn.Module:
     match config:
         case ViTConfig():
             distilled = options.pop("dist_token")
-            options.pop("stem")
+            for ours_alone in ("stem", "dist_head"):
+                options.pop(ours_alone)
             norm = partial(nn.LayerNorm, eps=options.pop("norm_eps"))
             if distilled:
                 for name in ("class_token", "reg_tokens", "no_embed_class", "fc_norm", "global_pool"):

@@ -30,7 +30,7 @@ def test_every_case_has_a_row() -> None:
 
 @pytest.mark.parametrize(
     ("size", "uniform", "expected"),
-    [((8, 8), True, (8, 8)), ((9, 7), True, (10, 8)), ((28, 28), True, (28, 28)), ((32, 30), True, (32, 32))],
+    [((8, 8), True, (8, 8)), ((9, 7), True, (10, 8)), ((28, 28), True, (32, 32)), ((32, 30), True, (32, 32))],
 )
 def test_small_images_keep_their_size(size: tuple[int, int], uniform: bool, expected: tuple[int, int]) -> None:
     assert choose(facts(size=size, uniform=uniform), {}).values["img_size"] == expected

@@ -116,6 +116,7 @@ def train(
         "resume": resume,
         "data_dir": data_dir,
         "device": device,
+        "verbose": verbose or None,
     }
     given = {key: value for key, value in named.items() if value is not None}
     twice = given.keys() & values.keys()
@@ -126,7 +127,7 @@ def train(
         raise VitrailError(f"{name} is given twice: as --{name.replace('_', '-')} and as {name}=")
     from vitrail.training import train as run
 
-    classifier = run(data, verbose=verbose, **given, **values)
+    classifier = run(data, **given, **values)
     if json:
         from json import dumps
 
