@@ -1,0 +1,134 @@
+"""A training step of the digits model: ours, and the same model in timm in a plain loop.
+
+The same: width, depth, heads, stem, batch, loss, AdamW, augmentation. "Plain" is what a user of timm writes: timm's
+VisionTransformer, timm's optimiser, a DataLoader over a dataset that transforms each image with torchvision.
+
+Two comparisons: the step alone on one batch that is ready, and whole epochs with their loading and augmenting.
+"""
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import benchmarks.oracles  # noqa: F401
+from benchmarks.measure import interleave, publish
+from vitrail.layers.embed import ConvStem
+from vitrail.training.prepare import prepare
+
+
+class TimmStem(ConvStem):
+    """Our stem in the interface that timm asks of an `embed_layer`."""
+
+    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, **_: Any) -> None:
+        super().__init__(patch_size, in_chans, embed_dim)
+        self.num_patches = (img_size // patch_size) ** 2
+
+
+def timm_twin(config: Any) -> nn.Module:
+    """The model of `config` in timm."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(
+        img_size=config.img_size[0],
+        patch_size=config.patch_size,
+        in_chans=config.in_chans,
+        num_classes=config.num_classes,
+        embed_dim=config.embed_dim,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        mlp_ratio=config.mlp_ratio,
+        embed_layer=TimmStem,
+    )
+
+
+class PlainDigits(Dataset[tuple[Tensor, int]]):
+    """The same images, each transformed by torchvision when it is asked for."""
+
+    def __init__(self, split: Any, mean: float, std: float, config: Any) -> None:
+        from torchvision import transforms
+
+        self.split = split
+        steps = [transforms.RandomCrop(split.images.shape[1], padding=config.pad_shift)] if config.pad_shift else []
+        if config.rotate or config.shift or config.zoom != (1.0, 1.0):
+            shift = (config.shift, config.shift) if config.shift else None
+            steps.append(transforms.RandomAffine(config.rotate, translate=shift, scale=config.zoom))
+        self.transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(self.split.image(index)), int(self.split.labels[index])
+
+
+def plain_epoch(model: nn.Module, optimizer: Any, batches: Iterator[Any], smoothing: float, steps: int) -> None:
+    for _, (images, labels) in zip(range(steps), batches, strict=False):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels, label_smoothing=smoothing).backward()
+        optimizer.step()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=21)
+    rounds = parser.parse_args().rounds
+
+    from timm.optim import create_optimizer_v2
+
+    from vitrail.data.loader import TrainLoader
+    from vitrail.training.loop import Trainer
+    from vitrail.training.schedule import Schedule
+    from vitrail.training.tasks import Classify
+    from vitrail.training.views import Viewer
+
+    setup = prepare("digits", {"ema": 0.0, "clip_grad": None})
+    config, device = setup.config, torch.device("cpu")
+    train = setup.dataset.split("train")
+    loader = TrainLoader(train, setup.preprocess, batch_size=config.batch_size, seed=0)
+    viewer = Viewer(config, setup.preprocess, 10, device)
+    trainer = Trainer(setup.model, Classify(config.label_smoothing), viewer, Schedule(None, 0, 0, 1e9), config, device)
+
+    twin = timm_twin(setup.model.config).train()
+    twin.load_state_dict(setup.model.state_dict())
+    optimizer = create_optimizer_v2(twin, opt="adamw", lr=config.lr, weight_decay=config.weight_decay)
+    plain = PlainDigits(train, setup.preprocess.mean[0], setup.preprocess.std[0], config)
+    dataloader = DataLoader(plain, batch_size=config.batch_size, shuffle=True, drop_last=True)
+
+    batch = next(loader.epoch(0))
+    view = viewer(batch, 0)
+    ready = [(view.images, view.targets)]
+    fixed = Trainer(setup.model, trainer.task, lambda *_: view, trainer.schedule, config, device)
+
+    def our_epoch() -> None:
+        for item in loader.epoch(trainer.place.epoch):
+            trainer.step(item)
+        trainer.next_epoch()
+
+    steps = loader.steps_per_epoch
+    work = f"{config.model}, batch {config.batch_size}, float32"
+    comparisons = [
+        interleave(
+            f"step alone, {work}",
+            ("vitrail", lambda: fixed.step(batch)),
+            ("timm", lambda: plain_epoch(twin, optimizer, iter(ready), config.label_smoothing, 1)),
+            rounds=rounds,
+            calls=20,
+        ),
+        interleave(
+            f"epoch of {steps} steps with loading and augmenting, {work}",
+            ("vitrail", our_epoch),
+            ("timm", lambda: plain_epoch(twin, optimizer, iter(dataloader), config.label_smoothing, steps)),
+            rounds=rounds,
+            note="images/s is the batch times the steps over the seconds of one call",
+        ),
+    ]
+    publish("digits_step", comparisons)
+
+
+if __name__ == "__main__":
+    main()
