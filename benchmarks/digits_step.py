@@ -56,7 +56,12 @@ class PlainDigits(Dataset[tuple[Tensor, int]]):
         steps = [transforms.RandomCrop(split.images.shape[1], padding=config.pad_shift)] if config.pad_shift else []
         if config.rotate or config.shift or config.zoom != (1.0, 1.0):
             shift = (config.shift, config.shift) if config.shift else None
-            steps.append(transforms.RandomAffine(config.rotate, translate=shift, scale=config.zoom))
+            how = transforms.InterpolationMode.BILINEAR  # as ours
+            steps.append(
+                transforms.RandomAffine(
+                    config.rotate, shift, config.zoom, (-config.shear, config.shear, -config.shear, config.shear), how
+                )
+            )
         self.transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])
 
     def __len__(self) -> int:

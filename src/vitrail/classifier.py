@@ -187,10 +187,7 @@ class Classifier:
         try:
             with torch.inference_mode():
                 x = self.preprocess.normalize(images.to(self.device).contiguous())
-                if features:
-                    out: Any = self.model.forward_head(self.model.forward_features(x), pre_logits=True)
-                else:
-                    out = self.model(x)
+                out: Any = self.model.forward_pre_logits(x) if features else self.model(x)
                 return out.float().cpu()  # type: ignore[no-any-return]
         finally:
             self.model.train(training)

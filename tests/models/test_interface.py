@@ -61,6 +61,8 @@ def test_forward_is_features_then_head(config: ModelConfig) -> None:
     model = build_model(config).eval()
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(model(x), model.forward_head(model.forward_features(x)), rtol=1e-5, atol=1e-6)
+    pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+    torch.testing.assert_close(model.forward_pre_logits(x), pooled, rtol=1e-5, atol=1e-6)
 
 
 @every_family

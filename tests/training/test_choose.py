@@ -1,5 +1,6 @@
 """What is chosen when nothing is said: it exists, it fits, and it says why."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from vitrail.models.catalog import VARIANTS
 from vitrail.models.create import create_model
 from vitrail.training.choose import MODELS, RECIPES, Facts, choose
-from vitrail.training.config import check_options
+from vitrail.training.config import check_options, read_toml
+from vitrail.training.prepare import prepare
 
 
 def facts(images: int = 1000, size: tuple[int, int] = (8, 8), uniform: bool = True, pretrained: bool = False) -> Facts:
@@ -80,3 +82,10 @@ def test_every_decision_is_one_line() -> None:
     reasons = choose(facts(), {}).reasons
     assert len(reasons) == 2
     assert not [line for line in reasons if "\n" in line]
+
+
+def test_the_recipe_of_the_digits_is_what_is_chosen_for_them() -> None:
+    """So that its published figure is what `vitrail train digits` gives."""
+    recipe = read_toml(Path(__file__).parents[2] / "recipes/digits.toml")
+    chosen = prepare("digits", {}).config
+    assert {key: getattr(chosen, key) for key in recipe} == recipe

@@ -34,12 +34,11 @@ def embed(
 
     Example: `vitrail embed runs/photos holiday/ --out holiday.npy`
     """
-    from vitrail.classifier import load
+    from vitrail.cli.source import open_model
     from vitrail.cli.tables import stderr, stdout
     from vitrail.features import embed_to_file
-    from vitrail.training.device import pick_device
 
-    classifier = load(model, pick_device(device), img_size)
+    classifier = open_model(model, device, img_size)
     try:
         result = embed_to_file(classifier, paths, out, batch_size=batch_size, progress=_progress)
     except KeyboardInterrupt:

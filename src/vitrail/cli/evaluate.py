@@ -41,11 +41,10 @@ def evaluate(
 
     Example: `vitrail evaluate runs/photos photos/ --split test`
     """
-    from vitrail.classifier import load
     from vitrail.cli.progress import progress
-    from vitrail.training.device import pick_device
+    from vitrail.cli.source import open_model
 
-    classifier = load(model, pick_device(device), img_size)
+    classifier = open_model(model, device, img_size)
     with progress("images") as advance:
         result = classifier.evaluate(data, split, data_dir=data_dir, batch_size=batch_size, on_batch=advance)
     if json:

@@ -48,10 +48,9 @@ def predict(
     if json and csv:
         raise VitrailError("--json and --csv exclude each other")
     form = "json" if json else "csv" if csv else "text"
-    from vitrail.classifier import load
-    from vitrail.training.device import pick_device
+    from vitrail.cli.source import open_model
 
-    classifier = load(model, pick_device(device), img_size)
+    classifier = open_model(model, device, img_size)
     tally = {"read": 0, "failed": 0}
     top = top or _TOP[form]
     _FORMS[form](_count(classifier.stream(paths, top, batch_size), tally), min(top, len(classifier.class_names)))

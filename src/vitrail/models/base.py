@@ -28,6 +28,10 @@ class ImageModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return self.forward_head(self.forward_features(x))
 
+    def forward_pre_logits(self, x: Tensor) -> Tensor:
+        """Images B C H W to what the head reads, B num_features, at the least cost."""
+        return self.forward_head(self.forward_features(x), pre_logits=True)
+
     def reset_classifier(self, num_classes: int) -> None:
         """Put a fresh head for `num_classes` in place of the old one; 0 takes the head off."""
         raise NotImplementedError

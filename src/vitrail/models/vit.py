@@ -126,6 +126,9 @@ class VisionTransformer(ImageModel):
         """Images B I H W to logits B K. Equal to `forward_head(forward_features(x))` and cheaper: see `encode`."""
         return self.forward_head(self.encode(x, self._read_tokens))
 
+    def forward_pre_logits(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.encode(x, self._read_tokens), pre_logits=True)
+
     def reset_classifier(self, num_classes: int) -> None:
         self.num_classes = num_classes
         self.head = head_layer(self.num_features, num_classes).to(self.pos_embed)

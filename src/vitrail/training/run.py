@@ -188,6 +188,8 @@ def _finish(setup: Setup, model: nn.Module, summary: dict[str, Any], folder: Run
             **_origin(setup),
         },
     )
+    if setup.pretrained:
+        summary["weights"] = str(setup.pretrained.report)
     _save_model(classifier, folder)
     folder.write_summary(summary)
     return classifier
