@@ -220,6 +220,7 @@ class Classifier:
             held_out = {key: value for key, value in self.notes.get("split", {}).items() if key in _HELD_OUT}
             dataset = open_dataset(data, data_dir=data_dir, class_names=self.class_names, **held_out)
         name = split or dataset.eval_split()
+        self._warn_of_growth(dataset, name)
         result = evaluate(
             self.model,
             self.preprocess,
@@ -231,6 +232,19 @@ class Classifier:
         )
         result.skipped[:0] = dataset.skipped  # found bad when the folder was opened
         return result
+
+    def _warn_of_growth(self, dataset: Dataset, name: str) -> None:
+        """A folder without splits of its own is split by shares: with other images, others are held out."""
+        before = self.notes.get("counts")
+        if before and "split seed" in dataset.how_split and name != "train" and dataset.name == self.notes.get("data"):
+            now = dataset.counts()
+            if now != before:
+                counts = (", ".join(f"{count} {split}" for split, count in each.items()) for each in (before, now))
+                warnings.warn(
+                    f"the images are not those of the training ({' then, now '.join(counts)}): "
+                    f"some of these {name} images may have been trained on",
+                    stacklevel=3,
+                )
 
     def save(self, folder: str | Path) -> Path:
         """Write a model folder, whole or not at all; see `vitrail.model_folder`."""

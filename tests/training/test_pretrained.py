@@ -1,6 +1,7 @@
 """Training that starts from weights: what they decide, what is said of them, and what the model inherits."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,16 @@ def test_long_images_are_advised_upon(tmp_path: Path) -> None:
     assert "80%" in advice[0]
     assert "--fit pad" in advice[0]
     assert open_dataset(tmp_path).sizes.aspect == (5.0, 5.0, 5.0)
+
+
+def test_a_folder_that_grew_is_warned_of(tmp_path: Path) -> None:
+    made = make_folder(tmp_path / "photos", classes=2, per_class=12, broken=False)
+    small = {"model": "vit_nano_patch2_8", "img_size": 8, "epochs": 0.1, "batch_size": 4, "progress": False}
+    trained = vitrail.train(made.root, out=tmp_path / "run", **small)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained.evaluate(made.root)
+    for number in range(6):
+        Image.new("RGB", (9, 9)).save(made.root / "class0" / f"more{number}.png")
+    with pytest.warns(UserWarning, match="may have been trained on"):
+        vitrail.load(tmp_path / "run").evaluate(made.root)

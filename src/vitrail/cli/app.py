@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+import warnings
 from io import TextIOWrapper
 from typing import Annotated, Any
 
@@ -55,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # a file's name need not be text
     words = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in words  # wherever it stands
+    warnings.showwarning = _warn
     words = [word for word in words if word != "--debug"]
     try:
         status = _run(words, debug)
@@ -63,6 +65,11 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at the end
         status = 0
     sys.exit(status)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Python's warnings as one line without the place in the code."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _run(words: list[str], debug: bool) -> int:
@@ -77,17 +84,20 @@ def _run(words: list[str], debug: bool) -> int:
         text = _explain(error)
         if text is None or debug:
             traceback.print_exc()
-        print(f"error: {text or _words(error)}", file=sys.stderr)
-        return 2 if text else 1
+        if text != "":
+            print(f"error: {text or _words(error)}", file=sys.stderr)
+        return 1 if text is None else 2
 
 
 def _explain(error: Exception) -> str | None:
-    """One line for what a person can mend; None for what is a fault of ours."""
+    """One line for what a person can mend, "" where all is said; None for what is a fault of ours."""
     if isinstance(error, VitrailError):
         return str(error)
     if hasattr(error, "format_message"):  # a wrong option or argument, by typer, which names its classes differently
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "vitrail"
+        if not error.format_message():  # no command was named, and the help stands there already
+            return ""
         return f"{error.format_message().rstrip('.')} (see `{command} --help`)"
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""

@@ -73,7 +73,7 @@ MODELS = (
     ModelRow(20, False, "vit_nano_patch2_16", _STEM, multiple=2, at_most=20),
     ModelRow(32, False, "vit_micro_patch8_32", _STEM, multiple=8, at_most=32),
     ModelRow(48, False, "vit_mini_patch4_32", _STEM, multiple=4, at_most=48),
-    ModelRow(_EVER, False, "vit_small_patch8_64", f"{_STEM}; pretrained=true would learn more", multiple=8, at_most=64),
+    ModelRow(_EVER, False, "vit_small_patch8_64", f"{_STEM}; --pretrained would learn more", multiple=8, at_most=64),
     ModelRow(_EVER, True, "deit_small_patch16_224", "a strong model of moderate cost to fine-tune"),
 )
 

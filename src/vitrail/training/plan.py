@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from vitrail.data.dataset import Dataset
 from vitrail.training.config import TrainConfig
 from vitrail.training.loop import Trainer
 from vitrail.training.optim import describe_groups
@@ -26,7 +27,7 @@ def plan_lines(setup: Setup, trainer: Trainer, steps_per_epoch: int, out: str) -
     crop = ["crop"] if config.crop_scale else []
     return [
         *setup.reasons,
-        f"data    {dataset.name}: {counts} images, {dataset.num_classes} classes ({dataset.how_split})",
+        f"data    {dataset.name}: {counts} images, {class_words(dataset)} ({dataset.how_split})",
         *([f"skipped {len(dataset.skipped)} unusable files, named in the summary"] if dataset.skipped else []),
         f"model   {config.model} from {start}, {parameters:,} parameters, sees {height}x{width} pixels",
         f"train   {length}{budget}, batches of {config.batch_size}, seed {config.seed}",
@@ -37,14 +38,20 @@ def plan_lines(setup: Setup, trainer: Trainer, steps_per_epoch: int, out: str) -
     ]
 
 
+def class_words(dataset: Dataset) -> str:
+    """How many classes there are, and the first of them: a wrong folder shows itself by their names."""
+    names = ", ".join(dataset.class_names[:8]) + (", ..." if dataset.num_classes > 8 else "")
+    return f"{dataset.num_classes} classes: {names}"
+
+
 def epoch_line(record: Mapping[str, Any], config: TrainConfig, best_epoch: int) -> str:
     """One epoch in a line."""
     of = f"/{math.ceil(config.epochs)}" if config.epochs is not None else ""
     validated = ""
     if "val_top1" in record:
-        star = "  best so far" if best_epoch == record["epoch"] else ""
-        validated = f"  val loss {record['val_loss']:.4f}  val top-1 {record['val_top1']:.2f} %{star}"
+        star = "  best" if best_epoch == record["epoch"] else ""
+        validated = f"  val loss {record['val_loss']:.4f}  top-1 {record['val_top1']:.2f} %{star}"
     return (
-        f"epoch {record['epoch']}{of}  loss {record['train_loss']:.4f}{validated}"
-        f"  {record['images_per_second']:,.0f} images/s"
+        f"epoch {record['epoch']}{of}  {record['images_per_second']:,.0f} images/s"
+        f"  loss {record['train_loss']:.4f}{validated}"
     )

@@ -88,9 +88,10 @@ def advise_fit(dataset: Dataset, preprocess: Preprocess, config: TrainConfig) ->
     lost = 1 - min(narrow, 1 / wide, 1.0)
     if config.fit != "auto" or preprocess.crop_mode != "center" or lost < _MUCH_LOST:
         return []
+    long = "wide" if wide > 1 / narrow else "tall"
     return [
-        f"advice: the images are {narrow:.2g} to {wide:.2g} times as wide as the model's view (but for 5 % at each "
-        f"end), and its middle crop loses up to {lost:.0%}; --fit pad keeps them whole, --fit squash too, out of shape"
+        f"advice: some images are very {long}, and the middle crop loses up to {lost:.0%} of them; "
+        "--fit pad or --fit squash keeps them whole"
     ]
 
 

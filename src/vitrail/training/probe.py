@@ -24,6 +24,7 @@ from vitrail.training.folder import RunFolder
 from vitrail.training.interrupt import Interrupt, Stopped
 from vitrail.training.linear import NEIGHBOURS, TEMPERATURE, Linear, LogisticRegression, nearest_neighbours
 from vitrail.training.metrics import Evaluation, Recorder
+from vitrail.training.plan import class_words
 from vitrail.training.prepare import Setup
 from vitrail.training.progress import Reporter, clock
 from vitrail.weights.heads import HEADS
@@ -60,7 +61,7 @@ class _Tally:
 
     def words(self) -> str:
         waited = self.wait_seconds / self.seconds if self.seconds else 0.0
-        return f"{self.rate:,.0f} images/s  {waited:.0%} of the time waiting for data"
+        return f"{self.rate:,.0f} images/s  {waited:.0%} waiting for data"
 
     @property
     def rate(self) -> float:
@@ -355,7 +356,7 @@ def _plan_lines(setup: Setup, folder: RunFolder, device: torch.device, own_model
     random = "random weights: the features are random too; name --weights or --pretrained for better ones"
     return [
         *(reason for reason in setup.reasons if reason.startswith("model")),
-        f"data    {dataset.name}: {counts} images, {dataset.num_classes} classes ({dataset.how_split})",
+        f"data    {dataset.name}: {counts} images, {class_words(dataset)} ({dataset.how_split})",
         *([f"skipped {len(dataset.skipped)} unusable files, named in the summary"] if dataset.skipped else []),
         f"model   {config.model}, frozen, sees {height}x{width} pixels; {start or random}",
         f"device  {device}, {'bfloat16' if uses_bf16(device, config.amp) else 'float32'}",

@@ -32,13 +32,18 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=not self.console.is_terminal)
 
     def __enter__(self) -> Self:
         self._last = time.perf_counter()
         if self._enabled and self.console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), _Share(), console=self.console, auto_refresh=False
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=10),
+                _Share(),
+                console=self.console,
+                auto_refresh=False,
+                transient=True,
             )
             self._bar.add_task("training", total=1.0, share="")
             self._bar.start()
@@ -83,7 +88,7 @@ def describe(trainer: Trainer) -> str:
     waited = place.wait_seconds / place.step_seconds if place.step_seconds else 0.0
     return (
         f"{done:4.0%}  loss {trainer.mean_loss():.4f}  {rate:,.0f} images/s  {clock(left)} left"
-        f"  {waited:.0%} of the time waiting for data"
+        f"  {waited:.0%} waiting for data"
     )
 
 

@@ -26,6 +26,7 @@ from vitrail.training.probe import PROBE_KEYS, check_probe_keys, result_lines, r
 from vitrail.training.progress import Reporter, clock
 from vitrail.training.session import Session, rate
 
+_FEW = 100  # images below which a figure is given with its interval
 _MAY_CHANGE = ("device", "workers", "data_dir", "checkpoint_every", "checkpoint_minutes", "eval_batch_size")
 
 
@@ -184,6 +185,7 @@ def _finish(setup: Setup, model: nn.Module, summary: dict[str, Any], folder: Run
         notes={
             "data": setup.dataset.name,
             "split": {key: getattr(setup.config, key) for key in HELD_OUT},
+            "counts": setup.dataset.counts(),
             "figures": {key: summary[key] for key in ("split", "images", "top1", "top5", "loss")},
             **_origin(setup),
         },
@@ -261,13 +263,25 @@ def _environment() -> dict[str, Any]:
     }
 
 
+def _interval(summary: Mapping[str, Any]) -> str:
+    """Wilson's 95 % interval, where the images are so few that it is wide."""
+    count = summary["images"]
+    if not 0 < count < _FEW:
+        return ""
+    share, z2 = summary["top1"] / 100, 1.96**2
+    middle, half = share + z2 / (2 * count), (z2 * (share * (1 - share) / count + z2 / (4 * count**2))) ** 0.5
+    low, high = (100 * (middle + sign * half) / (1 + z2 / count) for sign in (-1, 1))
+    return f" (so few that the truth may lie anywhere from {low:.0f} to {high:.0f} %)"
+
+
 def _say_result(reporter: Reporter, summary: Mapping[str, Any], folder: RunFolder) -> None:
     for item in summary["skipped"]:
         reporter.say(f"skipped {item['path']}: {item['reason']}")
     epoch = f", weights of epoch {summary['best_epoch']}" if summary["best_epoch"] else ""
     chosen = " (this split also chose the epoch)" if summary["split"] == "val" and summary["best_epoch"] else ""
     reporter.say(
-        f"{summary['split']} top-1 {summary['top1']:.2f} % of {summary['images']:,} images{chosen}{epoch}; "
+        f"{summary['split']} top-1 {summary['top1']:.2f} % of {summary['images']:,} images"
+        f"{_interval(summary)}{chosen}{epoch}; "
         f"trained in {clock(summary['seconds'])} at {summary['images_per_second']:,.0f} images/s"
     )
     reporter.say(f"model in {folder.model}")
