@@ -77,10 +77,10 @@ def load_pretrained(
     config = _agreed(known.config, name, str(source))
     if name is None and known.name and _differing(config, known.name) is None:
         name = known.name  # else a file that starts from a model of the catalog and changes it: that has no name
-    kept = loaded.num_classes if known.config is None or not known.config.num_classes else known.config.num_classes
+    # The head that is in the file says how many classes there are: configs of other libraries often do not.
     config = configure(
         config,
-        num_classes=kept if num_classes is None else num_classes,
+        num_classes=loaded.num_classes if num_classes is None else num_classes,
         img_size=img_size,
         in_chans=in_chans,
         **options,
