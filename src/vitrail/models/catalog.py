@@ -128,9 +128,9 @@ _ROWS = (
     Variant("swin", "swin_large_patch4_window12_384", _swin(192, 18, 12, 384), 196_735_516, 103.919),
     # Ours, for small images from scratch: narrow, shallow, a convolutional stem, few tokens. Tried on digits (1,437
     # training images and no validation, 60 epochs, test images, 2 to 4 seeds): plain patches of 2 stay at 93 %, the
-    # stem reaches 99 %; six blocks are no better than four, and 40 epochs lose half a point. Tried on Fashion-MNIST (one
-    # epoch, one seed, test images): 16 tokens of width 96 (patches of 8, images at 32 pixels) give 85.7 %, 49 tokens of
-    # width 64 (patches of 4) 82 %; the mean of the tokens in place of a class token gives a point more.
+    # stem reaches 99 %; six blocks are no better than four, and 40 epochs lose half a point. Tried on Fashion-MNIST
+    # (one epoch, one seed, test images): 16 tokens of width 96 (patches of 8, images at 32 pixels) give 85.7 %, 49
+    # tokens of width 64 (patches of 4) 82 %; the mean of the tokens in place of a class token gives a point more.
     Variant("vit", "vit_nano_patch2_8", _small(64, 4, 2, 2, 8), 159_466, 0.002793),
     Variant("vit", "vit_nano_patch2_16", _small(64, 4, 2, 2, 16), 162_538, 0.012346),
     Variant("vit", "vit_micro_patch8_32", _small(96, 4, 3, 8, 32, **_AVERAGE), 386_122, 0.007349),
