@@ -27,7 +27,11 @@ class Family:
 
 FAMILIES = {
     "vit": Family(
-        ViTConfig, "patch_embed.proj", "head", True, frozenset({"dist_token", "dist_head", "stem", "norm_eps"})
+        ViTConfig,
+        "patch_embed.proj",
+        "head",
+        True,
+        frozenset({"dist_token", "dist_head", "stem", "stem_depth", "norm_eps"}),
     ),
     "swin": Family(SwinConfig, "patch_embed.proj", "head.fc", True, frozenset({"norm_eps"})),
     "resnet": Family(ResNetConfig, "conv1", "fc", False, frozenset({"img_size", "block"})),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from timm.layers import resample_abs_pos_embed
+from torch import nn
 
 from vitrail.layers.embed import ConvStem, PatchEmbed, patchify, resample_positions
 
@@ -36,6 +37,11 @@ def test_a_size_that_does_not_divide_is_refused_with_one_that_does(
 def test_the_stem_gives_one_token_a_patch(patch: int) -> None:
     stem = ConvStem(patch, 1, 16).eval()
     assert stem(torch.randn(2, 1, 16, 24)).shape == (2, 16 * 24 // patch**2, 16)
+
+
+def test_a_deeper_stem_has_more_convolutions_at_each_size_but_the_last() -> None:
+    convolutions = [m for m in ConvStem(8, 1, 24, depth=2).modules() if isinstance(m, nn.Conv2d)]
+    assert [(c.out_channels, c.stride[0]) for c in convolutions] == [(8, 2), (8, 1), (16, 2), (16, 1), (24, 2), (24, 1)]
 
 
 @pytest.mark.parametrize("patch", [1, 3, 6])

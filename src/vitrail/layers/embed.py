@@ -61,25 +61,28 @@ class ConvStem(nn.Module):
 
     Xiao et al., "Early Convolutions Help Transformers See Better", 2021 (https://arxiv.org/abs/2106.14881). Each
     convolution halves the size (for patches of 2, one before it keeps it) and the widths grow evenly to the model's,
-    with a 1x1 convolution at the end. What it gives on few small images is told in `vitrail.models.catalog`.
+    with a 1x1 convolution at the end; with a `depth` above 1, more convolutions of the same width follow at each size
+    but the last, which is the blocks'. What it gives on few small images is told in `vitrail.models.catalog`.
     """
 
-    def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
+    def __init__(self, patch_size: int, in_chans: int, dim: int, depth: int = 1) -> None:
         super().__init__()
         halvings = int(math.log2(patch_size))
         if 2**halvings != patch_size or not halvings:
             raise ValueError(f"a convolutional stem needs a patch size of 2, 4, 8, ..., not {patch_size}")
         self.patch_size = patch_size
         count = max(halvings, 2)
-        widths = [in_chans, *(dim * (step + 1) // count for step in range(count))]
         layers: list[nn.Module] = []
-        for step in range(count):
-            stride = 1 if step < count - halvings else 2
-            layers += [
-                nn.Conv2d(widths[step], widths[step + 1], 3, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(widths[step + 1]),
-                nn.ReLU(inplace=True),
-            ]
+        width = in_chans
+        for step in range(1, count + 1):
+            stride = 1 if step <= count - halvings else 2
+            for position in range(depth if step < count else 1):
+                before, width = width, dim * step // count
+                layers += [
+                    nn.Conv2d(before, width, 3, stride=1 if position else stride, padding=1, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(inplace=True),
+                ]
         self.convs = nn.Sequential(*layers)
         self.proj = nn.Conv2d(dim, dim, kernel_size=1)
 

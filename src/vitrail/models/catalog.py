@@ -44,7 +44,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 _DEIT3 = {"no_embed_class": True, "init_values": 1e-6}
 _DINOV2 = {"init_values": 1e-5, "num_classes": 0}
-_AVERAGE = {"class_token": False, "global_pool": "avg", "fc_norm": True}
+_AVERAGE = {"class_token": False, "global_pool": "avg", "fc_norm": True, "stem_depth": 2}
 _REGISTERS = {"reg_tokens": 4, "no_embed_class": True}
 
 
@@ -130,12 +130,14 @@ _ROWS = (
     # training images and no validation, 60 epochs, test images, 2 to 4 seeds): plain patches of 2 stay at 93 %, the
     # stem reaches 99 %; six blocks are no better than four, and 40 epochs lose half a point. Tried on Fashion-MNIST
     # (one epoch, one seed, test images): 16 tokens of width 96 (patches of 8, images at 32 pixels) give 85.7 %, 49
-    # tokens of width 64 (patches of 4) 82 %; the mean of the tokens in place of a class token gives a point more.
+    # tokens of width 64 (patches of 4) 82 %; the mean of the tokens in place of a class token gives a point more. And
+    # (three epochs, one seed, validation images) a second convolution at each size of the stem but the last: 89.8 %
+    # against 88.0 %, at three quarters of the speed.
     Variant("vit", "vit_nano_patch2_8", _small(64, 4, 2, 2, 8), 159_466, 0.002793),
     Variant("vit", "vit_nano_patch2_16", _small(64, 4, 2, 2, 16), 162_538, 0.012346),
-    Variant("vit", "vit_micro_patch8_32", _small(96, 4, 3, 8, 32, **_AVERAGE), 386_122, 0.007349),
-    Variant("vit", "vit_mini_patch4_32", _small(128, 6, 4, 4, 32, **_AVERAGE), 896_970, 0.062834),
-    Variant("vit", "vit_small_patch8_64", _small(192, 8, 6, 8, 64, **_AVERAGE), 2_725_258, 0.200739),
+    Variant("vit", "vit_micro_patch8_32", _small(96, 4, 3, 8, 32, **_AVERAGE), 432_394, 0.012068),
+    Variant("vit", "vit_mini_patch4_32", _small(128, 6, 4, 4, 32, **_AVERAGE), 933_962, 0.072271),
+    Variant("vit", "vit_small_patch8_64", _small(192, 8, 6, 8, 64, **_AVERAGE), 2_909_962, 0.276236),
     # The CNN baselines. ResNet: He et al., 2015 (https://arxiv.org/abs/1512.03385); ConvNeXt: Liu et al., 2022
     # (https://arxiv.org/abs/2201.03545)
     Variant("resnet", "resnet18", ResNetConfig(block="basic", layers=(2, 2, 2, 2)), 11_689_512, 1.814),

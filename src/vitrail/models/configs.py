@@ -43,6 +43,7 @@ class ViTConfig(ModelConfig):
     global_pool: Pool = "token"
     fc_norm: bool = False  # the norm stands after pooling (pre-head) and not before it
     stem: Literal["patch", "conv"] = "patch"  # conv: a small convolutional stem in place of the patch projection
+    stem_depth: int = 1  # convolutions of that stem at each size but the last
     pos_drop_rate: float = 0.0
     proj_drop_rate: float = 0.0
     attn_drop_rate: float = 0.0
@@ -52,6 +53,8 @@ class ViTConfig(ModelConfig):
         super().__post_init__()
         if self.global_pool == "token" and not self.class_token:
             raise ValueError("global_pool='token' needs class_token=True; without one use global_pool='avg'")
+        if self.stem_depth < 1:
+            raise ValueError(f"stem_depth is at least 1, not {self.stem_depth}")
         if self.dist_token and (not self.class_token or self.global_pool != "token" or self.reg_tokens):
             raise ValueError("dist_token=True goes with class_token=True, global_pool='token' and reg_tokens=0")
 

@@ -33,8 +33,11 @@ class VisionTransformer(ImageModel):
         self.grid = (config.img_size[0] // config.patch_size, config.img_size[1] // config.patch_size)
         self.prefix = config.num_prefix_tokens
 
-        embed = {"patch": PatchEmbed, "conv": ConvStem}[config.stem]
-        self.patch_embed = embed(config.patch_size, config.in_chans, dim)
+        self.patch_embed: PatchEmbed | ConvStem
+        if config.stem == "conv":
+            self.patch_embed = ConvStem(config.patch_size, config.in_chans, dim, config.stem_depth)
+        else:
+            self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.class_token else None
         self.dist_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.dist_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, config.reg_tokens, dim)) if config.reg_tokens else None
