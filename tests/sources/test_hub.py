@@ -1,18 +1,22 @@
 """The hub: a server on localhost that speaks its protocol, a filled cache, and no connection at all."""
 
+import hashlib
 import json
+import runpy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import constants
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from vitrail.errors import VitrailError
 from vitrail.models.create import build_model
 from vitrail.sources.load import load_source
+from vitrail.weights.published import PUBLISHED
 from weights.checkpoints import all_cases, images, worst
 from weights.hub_server import Hub, serving
 
@@ -169,3 +173,30 @@ def test_published_weights_by_tag_and_by_timms_name(hub: Hub) -> None:
     assert other.record.num_classes == 21843
     hub.add("timm/a_model_unknown_here", files())
     assert load_source("timm:a_model_unknown_here").record is None
+
+
+def test_a_checksum_in_the_catalog_is_asked_of_the_hub_and_held_to(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script fills the table from what the hub states; other weights in the same place are then refused."""
+    script = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "weights_checksums.py"))
+    table = tmp_path / "published.csv"
+    lines = script["TABLE"].read_text().splitlines()
+    table.write_text("\n".join(line for line in lines if line.startswith(("model,", "vit_tiny_patch16_224,"))) + "\n")
+    name, content = "vit_tiny_patch16_224.augreg_in21k_ft_in1k", files()["model.safetensors"]
+    hub.add(f"timm/{name}", {"model.safetensors": content, "config.json": b"{}"})
+    told = script["fill"](table)
+    digest = hashlib.sha256(content).hexdigest()
+    assert told[0] == f"{name}: {digest}"
+    assert "RepositoryNotFoundError" in told[1]
+    filled = table.read_text().splitlines()
+    assert filled[1].split(",")[4] == digest
+    assert filled[2] == lines[2]  # and the other row is as it was
+
+    pinned = {"vit_tiny_patch16_224": (replace(PUBLISHED["vit_tiny_patch16_224"][0], sha256=digest),)}
+    monkeypatch.setattr("vitrail.sources.load.PUBLISHED", pinned)
+    assert load_source("default", "vit_tiny_patch16_224").record is not None
+    other = {key: value + 1 for key, value in load(content).items()}
+    hub.add(f"timm/{name}", {"model.safetensors": save(other)}, commit="d" * 40)
+    with pytest.raises(VitrailError, match=f"is not what the catalog knows: .* should with {digest[:12]}"):
+        load_source("default", "vit_tiny_patch16_224")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
+from typing import Any
 from urllib.parse import unquote
 
 
@@ -37,6 +38,13 @@ class Hub:
         repo = self.repos.setdefault(name, Repo({}, {}))
         repo.commits[commit] = files
         repo.revisions[revision] = commit
+
+
+def listed(name: str, content: bytes) -> dict[str, Any]:
+    """An entry of a repository's list of files, with what the hub says of large ones when asked for `blobs`."""
+    digest = hashlib.sha256(content).hexdigest()
+    large = {"lfs": {"sha256": digest, "size": len(content), "pointerSize": 134}} if len(content) > 2000 else {}
+    return {"rfilename": name, "size": len(content), "blobId": hashlib.sha1(content).hexdigest(), **large}
 
 
 def downloads(hub: Hub) -> type[BaseHTTPRequestHandler]:
@@ -81,7 +89,12 @@ def downloads(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return self.refuse(404, "RevisionNotFound")
             files = repo.commits[commit]
             if file is None:
-                info = {"id": name, "sha": commit, "siblings": [{"rfilename": f} for f in files], "cardData": {}}
+                info = {
+                    "id": name,
+                    "sha": commit,
+                    "siblings": [listed(*item) for item in files.items()],
+                    "cardData": {},
+                }
                 info["private"] = repo.private
                 return self.send(json.dumps(info).encode(), commit, body, "application/json")
             if file not in files:

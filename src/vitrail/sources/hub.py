@@ -17,8 +17,10 @@ from vitrail.weights.tensors import show
 _NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
-def hub_weights(name: str) -> tuple[Path, str]:
+def hub_weights(name: str, sha256: str | None = None) -> tuple[Path, str]:
     """The file of weights of "org/repo" or "org/repo@revision", its config and card beside it; and the commit.
+
+    sha256: what the file must have, or as much of its beginning as is known.
 
     Raises:
         VitrailError: no such repository or revision, no permission, no connection and not in the cache, a checksum that
@@ -30,6 +32,8 @@ def hub_weights(name: str) -> tuple[Path, str]:
     commit, files = _files(repo, revision or "main")
     weights = choose_weights(files, f"hf:{name}")
     path = _download(repo, weights, commit)
+    if sha256 is not None:
+        _check_pinned(path, sha256, f"{weights} of hf:{name}")
     for extra in (CONFIG, PROCESSOR, CARD):
         if extra in files:
             _download(repo, extra, commit)
@@ -83,14 +87,24 @@ def _download(repo: str, file: str, commit: str) -> Path:
     return path
 
 
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_pinned(path: Path, sha256: str, what: str) -> None:
+    """The file stays where it is: it may be what the hub holds now, and another may want that."""
+    found = _digest(path)
+    if not found.startswith(sha256):
+        raise VitrailError(
+            f"{what} is not what the catalog knows: its sha256 begins with {found[:12]} and should with {sha256[:12]}"
+        )
+
+
 def _check(path: Path, what: str) -> None:
     """The hub names large files by their sha256."""
     blob = path.resolve()
-    if not re.fullmatch(r"[0-9a-f]{64}", blob.name):
-        return
-    with blob.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != blob.name:
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name) and _digest(blob) != blob.name:
         path.unlink()
         blob.unlink(missing_ok=True)
         raise VitrailError(f"{what} came damaged (its sha256 is not {blob.name[:12]}...) and was removed: try again")

@@ -163,7 +163,7 @@ def _by_torchvision_name(name: str) -> WeightsRecord:
 def _published(record: WeightsRecord) -> Loaded:
     """Preprocessing and licence are the record's own."""
     if record.source.startswith("hf:"):
-        found = _hub(record.source.removeprefix("hf:"))
+        found = _hub(record.source.removeprefix("hf:"), record.sha256)
     else:
         found = _url(f"{record.source}#sha256={record.sha256}")
     known = of_record(record)
@@ -177,8 +177,8 @@ def _published(record: WeightsRecord) -> Loaded:
     return replace(found, source=source, record=record, architecture=architecture, licence=record.licence)
 
 
-def _hub(name: str) -> Loaded:
-    path, commit = hub_weights(name)
+def _hub(name: str, sha256: str | None = None) -> Loaded:
+    path, commit = hub_weights(name, sha256)
     repo = name.partition("@")[0]
     return _read(path, f"hf:{repo}@{commit[:12]}")
 
