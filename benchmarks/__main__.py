@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SUPPORT = {"__init__", "__main__", "measure", "oracles"}
+SUPPORT = {"__init__", "__main__", "measure", "oracles", "peers"}
 
 for name in sorted(path.stem for path in Path(__file__).parent.glob("*.py")):
     if name not in SUPPORT:

@@ -15,35 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-import benchmarks.oracles  # noqa: F401
 from benchmarks.measure import interleave, publish
-from vitrail.layers.embed import ConvStem
+from benchmarks.peers import timm_twin
 from vitrail.training.prepare import prepare
-
-
-class TimmStem(ConvStem):
-    """Our stem in the interface that timm asks of an `embed_layer`."""
-
-    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, **_: Any) -> None:
-        super().__init__(patch_size, in_chans, embed_dim)
-        self.num_patches = (img_size // patch_size) ** 2
-
-
-def timm_twin(config: Any) -> nn.Module:
-    """The model of `config` in timm."""
-    from timm.models.vision_transformer import VisionTransformer
-
-    return VisionTransformer(
-        img_size=config.img_size[0],
-        patch_size=config.patch_size,
-        in_chans=config.in_chans,
-        num_classes=config.num_classes,
-        embed_dim=config.embed_dim,
-        depth=config.depth,
-        num_heads=config.num_heads,
-        mlp_ratio=config.mlp_ratio,
-        embed_layer=TimmStem,
-    )
 
 
 class PlainDigits(Dataset[tuple[Tensor, int]]):
@@ -98,7 +72,7 @@ def main() -> None:
     viewer = Viewer(config, setup.preprocess, 10, device)
     trainer = Trainer(setup.model, Classify(config.label_smoothing), viewer, Schedule(None, 0, 0, 1e9), config, device)
 
-    twin = timm_twin(setup.model.config).train()
+    twin = timm_twin(config.model, setup.model.config).train()
     twin.load_state_dict(setup.model.state_dict())
     optimizer = create_optimizer_v2(twin, opt="adamw", lr=config.lr, weight_decay=config.weight_decay)
     plain = PlainDigits(train, setup.preprocess.mean[0], setup.preprocess.std[0], config)
