@@ -39,7 +39,7 @@ from vitrail.weights.tensors import listing, shape_words
 
 FORMAT = 1  # of the part under "vitrail"
 # Fields of configs that folders of earlier versions lack; their defaults mean what was so before there was a choice.
-ADDED: frozenset[str] = frozenset()
+ADDED: frozenset[str] = frozenset({"channels", "small_stem", "stem_depth"})
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 _REPLACEABLE = {CONFIG, WEIGHTS, CARD}  # a folder that holds anything else is never replaced
 

@@ -34,7 +34,7 @@ FAMILIES = {
         frozenset({"dist_token", "dist_head", "stem", "stem_depth", "norm_eps"}),
     ),
     "swin": Family(SwinConfig, "patch_embed.proj", "head.fc", True, frozenset({"norm_eps"})),
-    "resnet": Family(ResNetConfig, "conv1", "fc", False, frozenset({"img_size", "block"})),
+    "resnet": Family(ResNetConfig, "conv1", "fc", False, frozenset({"img_size", "block", "small_stem"})),
     "convnext": Family(ConvNeXtConfig, "stem.0", "head.fc", False, frozenset({"img_size"})),
 }
 
@@ -59,6 +59,8 @@ def timm_stand_in(config: ModelConfig, size: tuple[int, int] | None = None) -> s
             same = config.norm_eps == SwinConfig.norm_eps and not _pads(config, size or config.img_size)
             return "swin_tiny_patch4_window7_224" if same else None
         case ResNetConfig():
+            if config.small_stem or len(config.layers) != 4:
+                return None
             return {"basic": "resnet18", "bottleneck": "resnet50"}[config.block]
         case ConvNeXtConfig():
             return "convnext_tiny"

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.errors import VitrailError
 from vitrail.models.catalog import VARIANTS, list_models, variant
-from vitrail.models.configs import ViTConfig
+from vitrail.models.configs import ResNetConfig, ViTConfig
 from vitrail.models.create import build_model, create_model
 
 IN_TIMM = [name for name in VARIANTS if timm.is_model(name)]
@@ -53,7 +53,11 @@ def test_the_missions_variants_are_there() -> None:
 def test_every_variant_that_is_not_ours_alone_is_in_timm() -> None:
     ours = [row.config for name, row in VARIANTS.items() if name not in IN_TIMM]
     assert ours
-    assert all(isinstance(config, ViTConfig) and config.stem == "conv" for config in ours)
+    small = (isinstance(config, ResNetConfig) and config.small_stem for config in ours)
+    assert all(
+        other or (isinstance(config, ViTConfig) and config.stem == "conv")
+        for config, other in zip(ours, small, strict=True)
+    )
 
 
 def test_list_models_takes_a_pattern_or_a_part() -> None:

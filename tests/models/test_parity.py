@@ -51,7 +51,7 @@ def timm_twin(config: ModelConfig) -> nn.Module:
     match config:
         case ViTConfig():
             distilled = options.pop("dist_token")
-            for ours_alone in ("stem", "dist_head"):
+            for ours_alone in ("stem", "stem_depth", "dist_head"):
                 options.pop(ours_alone)
             norm = partial(nn.LayerNorm, eps=options.pop("norm_eps"))
             if distilled:
@@ -64,6 +64,7 @@ def timm_twin(config: ModelConfig) -> nn.Module:
             return TimmSwin(img_size=size, **options)
         case ResNetConfig():
             options["block"] = RESNET_BLOCKS[options["block"]]
+            options.pop("small_stem")
             return TimmResNet(**options)
         case ConvNeXtConfig():
             return TimmConvNeXt(**options)

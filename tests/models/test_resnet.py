@@ -2,7 +2,11 @@
 
 import pytest
 import torch
+from timm.models.resnet import BasicBlock
+from timm.models.resnet import ResNet as TimmResNet
+from torch import nn
 
+from vitrail.models.catalog import VARIANTS
 from vitrail.models.configs import ResNetConfig
 from vitrail.models.resnet import ResNet
 
@@ -21,6 +25,36 @@ def test_residual_branches_begin_at_zero(block: str) -> None:
     weight = model.layer2[0].conv1.weight
     fan_out = weight.shape[0] * weight[0, 0].numel()
     assert weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
+
+
+def test_the_small_one_is_timms_blocks_behind_one_small_convolution() -> None:
+    """He et al., section 4.2: 3x3 convolutions alone, stages of 16, 32 and 64 channels at sizes 32, 16 and 8."""
+    ours = ResNet(VARIANTS["resnet20_32"].config)
+    theirs = TimmResNet(BasicBlock, [3, 3, 3, 1], num_classes=10, channels=(16, 32, 64, 64))
+    theirs.conv1, theirs.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+    theirs.layer1 = nn.Sequential(*(BasicBlock(16, 16) for _ in range(3)))
+    theirs.maxpool = theirs.layer4 = nn.Identity()
+    assert [module.kernel_size for module in ours.modules() if isinstance(module, nn.Conv2d)].count((3, 3)) == 19
+    for value in ours.state_dict().values():
+        if value.is_floating_point():
+            value.uniform_(0.1, 0.3) if value.dim() == 1 else value.normal_(0, value[0].numel() ** -0.5)
+    theirs.load_state_dict(ours.state_dict())
+    ours.eval(), theirs.eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert ours.forward_features(x).shape == (2, 64, 8, 8)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_its_layers_are_numbered() -> None:
+    ids = ResNet(VARIANTS["resnet20_32"].config).layer_ids()
+    names = ("conv1.weight", "layer1.0.conv1.weight", "layer3.2.bn2.bias", "fc.weight")
+    assert [ids[name] for name in names] == [0, 1, 9, 10]
+
+
+@pytest.mark.parametrize("values", [{"layers": ()}, {"layers": (1, 1)}, {"layers": (1,), "channels": (0,)}], ids=str)
+def test_stages_without_sense_are_refused(values: dict[str, tuple[int, ...]]) -> None:
+    with pytest.raises(ValueError, match="name each stage once"):
+        ResNetConfig(**values)  # type: ignore[arg-type]
 
 
 def test_checkpointing_moves_the_statistics_once() -> None:

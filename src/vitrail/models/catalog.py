@@ -45,6 +45,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 _DEIT3 = {"no_embed_class": True, "init_values": 1e-6}
 _DINOV2 = {"init_values": 1e-5, "num_classes": 0}
 _AVERAGE = {"class_token": False, "global_pool": "avg", "fc_norm": True, "stem_depth": 2}
+_DISTILLED = {"dist_token": True, "stem_depth": 2}
 _REGISTERS = {"reg_tokens": 4, "no_embed_class": True}
 
 
@@ -63,6 +64,17 @@ def _small(dim: int, depth: int, heads: int, patch: int, side: int, **options: A
         stem="conv",
         num_classes=10,
         **options,
+    )
+
+
+def _small_resnet(depth: int, side: int) -> ResNetConfig:
+    return ResNetConfig(
+        block="basic",
+        layers=(depth,) * 3,
+        channels=(16, 32, 64),
+        small_stem=True,
+        img_size=(side, side),
+        num_classes=10,
     )
 
 
@@ -136,6 +148,7 @@ _ROWS = (
     Variant("vit", "vit_nano_patch2_8", _small(64, 4, 2, 2, 8), 159_466, 0.002793),
     Variant("vit", "vit_nano_patch2_16", _small(64, 4, 2, 2, 16), 162_538, 0.012346),
     Variant("vit", "vit_micro_patch8_32", _small(96, 4, 3, 8, 32, **_AVERAGE), 432_394, 0.012068),
+    Variant("deit", "deit_micro_distilled_patch8_32", _small(96, 4, 3, 8, 32, **_DISTILLED), 433_748, 0.012711),
     Variant("vit", "vit_mini_patch4_32", _small(128, 6, 4, 4, 32, **_AVERAGE), 933_962, 0.072271),
     Variant("vit", "vit_small_patch8_64", _small(192, 8, 6, 8, 64, **_AVERAGE), 2_909_962, 0.276236),
     # The CNN baselines. ResNet: He et al., 2015 (https://arxiv.org/abs/1512.03385); ConvNeXt: Liu et al., 2022
@@ -145,6 +158,8 @@ _ROWS = (
     Variant("resnet", "resnet50", ResNetConfig(layers=(3, 4, 6, 3)), 25_557_032, 4.089),
     Variant("resnet", "resnet101", ResNetConfig(layers=(3, 4, 23, 3)), 44_549_160, 7.801),
     Variant("convnext", "convnext_tiny", ConvNeXtConfig(), 28_589_128, 4.456),
+    # And for small images, from scratch: the 20 layers of the paper's section 4.2.
+    Variant("resnet", "resnet20_32", _small_resnet(3, 32), 272_474, 0.040813),
 )
 
 VARIANTS: dict[str, Variant] = {row.name: row for row in _ROWS}

@@ -86,7 +86,14 @@ class ResNetConfig(ModelConfig):
     """ResNet, version 1.5: the stride of a bottleneck is in its 3x3 convolution."""
 
     block: Literal["basic", "bottleneck"] = "bottleneck"
-    layers: tuple[int, int, int, int] = (3, 4, 6, 3)
+    layers: tuple[int, ...] = (3, 4, 6, 3)  # blocks of each stage
+    channels: tuple[int, ...] = (64, 128, 256, 512)  # width of each stage, before a bottleneck's expansion
+    small_stem: bool = False  # one 3x3 convolution that keeps the size, for small images
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.layers or len(self.layers) != len(self.channels) or min(*self.layers, *self.channels) < 1:
+            raise ValueError(f"layers and channels name each stage once, as 1 or more: {self.layers}, {self.channels}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,8 @@
 """ResNet, version 1.5: He et al., "Deep Residual Learning for Image Recognition", 2015 (https://arxiv.org/abs/1512.03385).
 
 In 1.5 the stride of a bottleneck is in its 3x3 convolution, not in the first 1x1 (https://arxiv.org/abs/1706.02677).
+With a small stem it is the paper's network for CIFAR (section 4.2), but for the shortcuts, which are convolutions
+where the width changes, as everywhere here (the paper's "option B"; there it is "A", which pads with zeros).
 
 Letters: B batch, I channels of the image, H W height and width of the image or of a feature map, C channels, K classes.
 """
@@ -15,9 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from vitrail.layers.block import DropPath, drop_path_rates
 from vitrail.models.base import ImageModel, head_layer
 from vitrail.models.configs import ResNetConfig
-
-STAGES = ("layer1", "layer2", "layer3", "layer4")
-WIDTHS = (64, 128, 256, 512)
 
 
 class BasicBlock(nn.Module):
@@ -87,18 +86,26 @@ class ResNet(ImageModel):
         super().__init__()
         self.config = config
         self.num_classes = config.num_classes
-        self.conv1 = nn.Conv2d(config.in_chans, WIDTHS[0], 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
+        dim, small = config.channels[0], config.small_stem
+        self.conv1 = nn.Conv2d(
+            config.in_chans,
+            dim,
+            kernel_size=3 if small else 7,
+            stride=1 if small else 2,
+            padding=1 if small else 3,
+            bias=False,
+        )
+        self.bn1 = nn.BatchNorm2d(dim)
         self.act = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, stride=2, padding=1)
         blocks: dict[str, type[BasicBlock] | type[Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
         block = blocks[config.block]
         rates = iter(drop_path_rates(config.drop_path_rate, sum(config.layers)))
-        dim = WIDTHS[0]
-        for stage, width, depth in zip(STAGES, WIDTHS, config.layers, strict=True):
+        self.stages = tuple(f"layer{number}" for number in range(1, len(config.layers) + 1))
+        for stage, width, depth in zip(self.stages, config.channels, config.layers, strict=True):
             layers = nn.Sequential()
             for index in range(depth):
-                stride = 2 if index == 0 and stage != STAGES[0] else 1
+                stride = 2 if index == 0 and stage != self.stages[0] else 1
                 layers.append(block(dim, width, stride, next(rates)))
                 dim = block.expansion * width
             self.add_module(stage, layers)
@@ -111,7 +118,7 @@ class ResNet(ImageModel):
 
     def blocks(self) -> Iterator[nn.Module]:
         """The residual blocks of all stages, in order."""
-        for stage in STAGES:
+        for stage in self.stages:
             yield from self.get_submodule(stage).children()
 
     def run_block(self, block: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -124,7 +131,7 @@ class ResNet(ImageModel):
         return out
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images B I H W to the last feature map B C H/32 W/32."""
+        """Images B I H W to the last feature map, B C H/32 W/32 with four stages and the large stem."""
         x = self.maxpool(self.act(self.bn1(self.conv1(x))))
         for block in self.blocks():
             x = self.run_block(block, x)
@@ -147,8 +154,8 @@ class ResNet(ImageModel):
         match path:
             case ["fc", *_]:
                 return 1 + sum(self.config.layers)
-            case [stage, block, *_] if stage in STAGES:
-                return 1 + sum(self.config.layers[: STAGES.index(stage)]) + int(block)
+            case [stage, block, *_] if stage in self.stages:
+                return 1 + sum(self.config.layers[: self.stages.index(stage)]) + int(block)
         return 0
 
 
