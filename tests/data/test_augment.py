@@ -6,10 +6,14 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tv
+from timm.data.mixup import Mixup
 
 from vitrail.data.augment import Augment, _affine, _beta, _colour, _cut_boxes, _move_each, _move_windows, augment
+from vitrail.data.randaugment import rand_augment
+from vitrail.data.repeats import count_repetitions
 from vitrail.errors import VitrailError
 from vitrail.preprocess import Preprocess
+from vitrail.randomness import uniform
 
 P1 = Preprocess(size=(12, 10), mean=(0.3,), std=(0.4,), channels=1)
 P3 = Preprocess(size=(12, 10))
@@ -47,7 +51,12 @@ def test_off_is_normalising():
 
 
 @pytest.mark.parametrize(
-    "config", [ALL, Augment(flip=0.5, vflip=0.5, pad_shift=2, edge="reflect", cutmix=1.0, erase=1.0)]
+    "config",
+    [
+        ALL,
+        Augment(flip=0.5, vflip=0.5, pad_shift=2, edge="reflect", cutmix=1.0, erase=1.0),
+        Augment(flip=0.5, rand_augment=9.0, mixup=0.8, cutmix=1.0),
+    ],
 )
 def test_a_view_hangs_on_seed_epoch_and_index_alone(config):
     images, labels, indices = batch()
@@ -64,8 +73,9 @@ def test_a_view_hangs_on_seed_epoch_and_index_alone(config):
         torch.testing.assert_close(y_half, y[half], rtol=0, atol=1e-6)
 
 
-def test_without_mixing_any_order_gives_the_same_views():
-    config = Augment(flip=0.5, rotate=15, brightness=0.2, erase=0.5)
+@pytest.mark.parametrize("extra", [{"rotate": 15}, {"rand_augment": 9.0}])
+def test_without_mixing_any_order_gives_the_same_views(extra):
+    config = Augment(flip=0.5, brightness=0.2, erase=0.5, **extra)
     images, labels, indices = batch()
     x, _ = run(images, labels, indices, config)
     order = torch.tensor([5, 3, 15, 0])
@@ -233,6 +243,57 @@ def test_cut_boxes_are_the_papers():
     assert _cut_boxes(keep, u, 16, 32).tolist() == [[4, 8, 12, 24], [0, 23, 4, 32], [0, 0, 16, 32], [8, 16, 8, 16]]
 
 
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_a_pair_is_mixed_as_timm_mixes_it(kind, monkeypatch):
+    """timm's Mixup, which pairs the first of a batch with the last, given the same numbers; label smoothing too.
+
+    For boxes of even height and width: of others the paper's code, and ours, cuts one pixel less than timm does now.
+    """
+    images, labels, indices = batch(2)
+
+    def even(epoch: int) -> bool:
+        ratio = np.sqrt(1 - _beta(0.8, uniform(0, epoch, indices.numpy(), "mix", 5)[:, 2]))
+        return not (np.floor(np.outer(ratio, [12, 10])) % 2).any() and ratio.min() > 0.2
+
+    epoch = next(filter(even, range(1000)))
+    x, y = run(images, labels, indices, Augment(**{kind: 0.8}), epoch=epoch)
+    u = uniform(0, epoch, indices.numpy(), "mix", 5)
+    lam = list(_beta(0.8, u[:, 2]))
+    # timm draws numbers for its images from the first on, and a box's centre as y, then x.
+    centres = [int(u[b, 3 + axis] * side) for b in (0, 1) for axis, side in enumerate((12, 10))]
+    monkeypatch.setattr("timm.data.mixup.np.random.beta", lambda *args, size: np.array(lam))
+    monkeypatch.setattr("timm.data.mixup.np.random.randint", lambda *args, size=None: centres.pop(0))
+    alphas = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, f"{kind}_alpha": 0.8}
+    theirs = Mixup(**alphas, mode="elem", label_smoothing=0.1, num_classes=5)
+    their_x, their_y = theirs(P3.normalize(images), labels)
+    torch.testing.assert_close(x, their_x)
+    torch.testing.assert_close(y * 0.9 + 0.1 / 5, their_y.to(y.dtype))
+    assert not centres or kind == "mixup"
+
+
+def test_the_order_is_geometry_randaugment_colour():
+    """On images that the geometry interpolates, RandAugment sees them rounded, in 0..255."""
+    images, labels, indices = batch(8)
+    both = Augment(rotate=20, rand_augment=9.0, brightness=0.4)
+    x, _ = run(images, labels, indices, both)
+    keys = indices.numpy()
+    turned = _affine(images.float(), both, uniform(0, 0, keys, "affine", 10)).round().clamp(0, 255).to(torch.uint8)
+    fill = tuple(round(255 * value) for value in P3.mean)
+    changed = rand_augment(turned, uniform(0, 0, keys, "rand_augment", 8), magnitude=9.0, std=0.5, fill=fill)
+    expected = _colour(changed.float(), both, uniform(0, 0, keys, "colour", 3))
+    torch.testing.assert_close(x, P3.normalize(expected))
+
+
+def test_repetitions_are_other_views():
+    images, labels, _ = batch(1)
+    config = Augment(flip=0.5, rotate=15, rand_augment=9.0, erase=0.5)
+    again = images.expand(6, -1, -1, -1)
+    keys = torch.from_numpy(count_repetitions(np.full(6, 3)))
+    x, _ = run(again, labels.expand(6), keys, config)
+    assert len({x[b].numpy().tobytes() for b in range(6)}) == 6
+    assert torch.equal(x[0], run(images, labels, torch.tensor([3]), config)[0][0])  # the first is the usual view
+
+
 def test_switch_and_mix_prob():
     x, keep = shares(Augment(mixup=1.0, cutmix=1.0, mix_prob=0.5, switch=0.25), 256)
     spread = x.amax(dim=(1, 2, 3)) - x.amin(dim=(1, 2, 3))
@@ -270,6 +331,9 @@ def test_label_smoothing_of_soft_targets_is_the_losses():
         {"erase_ratio": (0.0, 1.0)},
         {"edge": "wrap"},
         {"erase_fill": "red"},
+        {"rand_augment": 11.0},
+        {"rand_augment_ops": 0},
+        {"rand_augment_std": -0.1},
     ],
 )
 def test_nonsense_is_refused(wrong):
@@ -281,11 +345,15 @@ def test_every_field_does_something():
     images, labels, indices = batch(32)
     changed = {
         "flip": 0.5, "vflip": 0.5, "pad_shift": 1, "rotate": 9.0, "shear": 9.0, "zoom": (0.8, 1.2), "shift": 0.1,
-        "edge": "edge", "brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "erase": 0.9, "erase_area": (0.5, 0.6),
+        "edge": "edge", "rand_augment": 9.0, "rand_augment_ops": 3, "rand_augment_std": 2.0,
+        "brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "erase": 0.9, "erase_area": (0.5, 0.6),
         "erase_ratio": (1.0, 1.0), "erase_fill": "mean", "mixup": 0.5, "cutmix": 0.5, "mix_prob": 0.2, "switch": 0.9,
     }  # fmt: skip
     assert changed.keys() == set(Augment.__dataclass_fields__)
-    needs = {"edge": {"shift": 0.2}, "mix_prob": {"mixup": 1.0}, "switch": {"mixup": 1.0, "cutmix": 1.0}}
+    needs = {
+        "edge": {"shift": 0.2}, "mix_prob": {"mixup": 1.0}, "switch": {"mixup": 1.0, "cutmix": 1.0},
+        "rand_augment_ops": {"rand_augment": 5.0}, "rand_augment_std": {"rand_augment": 5.0},
+    }  # fmt: skip
     for name, value in changed.items():
         base = needs.get(name, {"erase": 0.8} if name.startswith("erase_") else {})
         plain, _ = run(images, labels, indices, Augment(**base))

@@ -1,10 +1,11 @@
 """Augmentation of whole batches on the device, with counted randomness.
 
-A view is determined by (seed, epoch, index): the same image in the same epoch looks the same whatever the workers, the
-batch's other images or the number of processes. Mixing pairs neighbours of the (shuffled) batch, two by two, so a
-process that holds an even slice of the batch holds both images of each pair.
+A view is determined by (seed, epoch, key), where the key is the image's row, and says which repetition of it this is
+(see repeats.py): it looks the same whatever the workers, the batch's other images or the number of processes. Mixing
+pairs neighbours of the (shuffled) batch, two by two, so a process that holds an even slice of the batch holds both
+images of each pair.
 
-Order: geometry, colour, normalising, erasing, mixing; as in timm's training pipeline.
+Order: geometry, RandAugment, colour, normalising, erasing, mixing; as in timm's training pipeline.
 Letters: B images, C channels, H height, W width, K classes.
 """
 
@@ -20,6 +21,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from vitrail.data.randaugment import DRAWS, MOST, rand_augment
 from vitrail.errors import VitrailError
 from vitrail.preprocess import Preprocess
 from vitrail.randomness import fold, uniform
@@ -37,6 +39,8 @@ class Augment:
     random crop of small images). rotate, shear: up to so many degrees each way. zoom: range of the scale, above 1 is
     larger.
     shift: up to this share of the side each way. edge: what comes in from outside, "black", "edge" or "reflect".
+    rand_augment: the magnitude, 0..10, of RandAugment (see randaugment.py), 0 is off; rand_augment_ops: operations for
+    each image; rand_augment_std: the magnitude's standard deviation.
     brightness, contrast, saturation: strengths, the factor is drawn from [1 - x, 1 + x]; saturation needs 3 channels.
     erase: probability of random erasing (Zhong et al., 2017); erase_area, erase_ratio: share of the area, height /
     width;
@@ -53,6 +57,9 @@ class Augment:
     zoom: tuple[float, float] = (1.0, 1.0)
     shift: float = 0.0
     edge: str = "black"
+    rand_augment: float = 0.0
+    rand_augment_ops: int = 2
+    rand_augment_std: float = 0.5
     brightness: float = 0.0
     contrast: float = 0.0
     saturation: float = 0.0
@@ -69,13 +76,19 @@ class Augment:
         for name in ("flip", "vflip", "shift", "erase", "mix_prob", "switch"):
             if not 0 <= getattr(self, name) <= 1:
                 raise VitrailError(f"augment: {name} must lie in 0..1, not {getattr(self, name)}")
-        for name in ("pad_shift", "rotate", "shear", "brightness", "contrast", "saturation", "mixup", "cutmix"):
+        positive = ("pad_shift", "rotate", "shear", "brightness", "contrast", "saturation", "mixup", "cutmix")
+        for name in (*positive, "rand_augment_std"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise VitrailError(f"augment: {name} must not be negative, not {getattr(self, name)}")
         for name in ("zoom", "erase_area", "erase_ratio"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise VitrailError(f"augment: {name} must be two numbers above 0, the smaller first, not {low}, {high}")
+        if not 0 <= self.rand_augment <= MOST or self.rand_augment_ops < 1:
+            raise VitrailError(
+                f"augment: rand_augment must lie in 0..{MOST:g} and rand_augment_ops be 1 or more, "
+                f"not {self.rand_augment} and {self.rand_augment_ops}"
+            )
         for name, known in (("edge", EDGES), ("erase_fill", ERASE_FILLS)):
             if getattr(self, name) not in known:
                 raise VitrailError(f"augment: {name} {getattr(self, name)!r} is none of {', '.join(known)}")
@@ -100,7 +113,7 @@ def augment(
     images: torch.Tensor,
     labels: torch.Tensor,
     num_classes: int,
-    indices: torch.Tensor,
+    keys: torch.Tensor,
     *,
     config: Augment,
     preprocess: Preprocess,
@@ -109,20 +122,27 @@ def augment(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Augment and normalise a batch, on the images' device.
 
-    images: uint8 B C H W. labels: int64 B. indices: int64 B, on the CPU.
+    images: uint8 B C H W. labels: int64 B. keys: int64 B, on the CPU.
     Returns float32 B C H W, normalised, and the targets: `labels` as they are, or float32 B K that add up to 1 where
     the config mixes. Label smoothing is the loss's: cross_entropy(..., label_smoothing=) takes soft targets too.
     """
-    rows = indices.numpy()
 
     def draw(stream: str, n: int) -> Floats:
-        return uniform(seed, epoch, rows, stream, n)
+        return uniform(seed, epoch, keys.numpy(), stream, n)
 
     x: torch.Tensor = images
     if config.affine:
         x = _affine(x.to(torch.float32), config, draw("affine", 10))
     elif config.flip or config.vflip or config.pad_shift:
         x = _move(x, config, draw("move", 4))
+    if config.rand_augment:
+        x = rand_augment(
+            x.round().clamp(0, 255).to(torch.uint8) if x.is_floating_point() else x,
+            draw("rand_augment", DRAWS * config.rand_augment_ops),
+            magnitude=config.rand_augment,
+            std=config.rand_augment_std,
+            fill=tuple(round(255 * value) for value in preprocess.mean),
+        )
     if config.brightness or config.contrast or config.saturation:
         x = _colour(x.to(torch.float32), config, draw("colour", 3))
     x = preprocess.normalize(x)
@@ -167,7 +187,10 @@ def _move_each(
         source = np.pad(source, ((0, 0), (0, 0), (pad, pad), (pad, pad)), mode)
     moved = np.empty(images.shape, dtype=np.uint8)
     for b, ((y, x), (flip_y, flip_x)) in enumerate(zip(steps.tolist(), mirror.tolist(), strict=True)):
-        moved[b] = source[b, :, y : y + height, x : x + width][:, :: -1 if flip_y else 1, :: -1 if flip_x else 1]
+        part = source[b, :, y : y + height, x : x + width]
+        if flip_x or flip_y:  # by torch, which mirrors bytes in vectors
+            part = torch.from_numpy(part).flip([axis for axis, flip in ((1, flip_y), (2, flip_x)) if flip]).numpy()
+        moved[b] = part
     return torch.from_numpy(moved)
 
 
