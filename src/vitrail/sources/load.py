@@ -116,6 +116,13 @@ def load_source(source: str | Path, model: str | None = None) -> Loaded:
     raise VitrailError(_unknown(word, model))
 
 
+def is_of_catalog(source: str) -> bool:
+    """Whether a word such as timm:resnet50.a1_in1k or torchvision:vit_b_16 names weights of a model of the catalog."""
+    kind, _, name = source.partition(":")
+    model = name.partition(".")[0]
+    return model in PUBLISHED or (kind == "torchvision" and model in _TORCHVISION)
+
+
 def _unknown(word: str, model: str | None) -> str:
     tags = [record.tag for record in PUBLISHED.get(model or "", ())]
     if word == "default" or (model and not tags):
