@@ -221,3 +221,16 @@ def test_import_needs_no_heavy_library():
     code = "import sys, vitrail.preprocess; print([m for m in ('torch', 'numpy', 'PIL') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("count", [1, 5, 7])
+def test_large_batches_are_normalised_in_parts_with_equal_bits(count: int) -> None:
+    """Batches beyond a processor's cache take another way to the same numbers."""
+    p = Preprocess(size=(224, 224))
+    batch = torch.randint(0, 256, (count, 3, 300, 224), dtype=torch.uint8)
+    whole = torch.cat([p.normalize(batch[i : i + 1]) for i in range(count)])
+    assert torch.equal(p.normalize(batch), whole)
+    plain = (batch.double() / 255 - torch.tensor(p.mean).view(3, 1, 1)) / torch.tensor(p.std).view(3, 1, 1)
+    torch.testing.assert_close(p.normalize(batch).double(), plain, atol=2e-6, rtol=0)
+    strided = batch.transpose(2, 3)
+    assert torch.equal(p.normalize(strided), p.normalize(strided.contiguous()))

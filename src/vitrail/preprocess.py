@@ -26,6 +26,7 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 CROP_MODES = ("center", "squash", "border")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_IN_CACHE = 1 << 18  # floats of a batch that one thread works on at a time: 1 MiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +135,13 @@ class Preprocess:
 
         scale, shift = _affine(self.mean, self.std, batch.device)
         if batch.dtype == torch.uint8:
+            if batch.device.type == "cpu" and batch.numel() > (size := _IN_CACHE * torch.get_num_threads()):
+                # The same in parts, each of which goes through three passes without leaving the processor's cache.
+                out = torch.empty(batch.shape)
+                count = max(1, size * len(batch) // batch.numel())
+                for source, part in zip(batch.split(count), out.split(count), strict=True):
+                    part.copy_(source).mul_(scale).add_(shift)
+                return out
             return batch.to(torch.float32).mul_(scale).add_(shift)
         return torch.addcmul(shift, batch.to(torch.float32), scale)
 

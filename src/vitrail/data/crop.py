@@ -10,8 +10,10 @@ import math
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from vitrail.data.dataset import Pixels, Split
+from vitrail.data.resize import resize_part
 from vitrail.preprocess import Preprocess
 
 _TRIES = 10
@@ -40,6 +42,19 @@ def crop_box(
     elif width / height > ratio[1]:
         w = max(1, round(height * ratio[1]))
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+def crop_stored(
+    pixels: Pixels,
+    preprocess: Preprocess,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    draw: npt.NDArray[np.float64],
+    out: torch.Tensor,
+) -> None:
+    """Decoded pixels, uint8 H W C, cropped at random and resized into `out`, uint8 C H W."""
+    box = crop_box(pixels.shape[0], pixels.shape[1], scale, ratio, draw)
+    resize_part(pixels, box, preprocess.interpolation, out)
 
 
 def random_crop(

@@ -6,9 +6,10 @@ Letters: N images, H height, W width, C channels.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ Skipped = dict[str, str]  # {"path", "reason"}
 
 
 class Split(Protocol):
-    """Some of a dataset's images. `labels` is int64 (N,)."""
+    """Some of a dataset's images. `labels` is int64 (N,). Each kind of split is a dataclass."""
 
     labels: Labels
 
@@ -77,11 +78,12 @@ class ArraySplit:
 
 @dataclass
 class FileSplit:
-    """Images in files, decoded when they are asked for."""
+    """Images in files, decoded when they are asked for. sizes: int64 (N, 2), heights and widths, where known."""
 
     paths: list[str]
     labels: Labels
     channels: int = 3
+    sizes: npt.NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         if len(self.paths) != len(self.labels):
@@ -96,6 +98,25 @@ class FileSplit:
 
     def name(self, i: int) -> str:
         return self.paths[i]
+
+    def stamps(self) -> Iterator[str]:
+        """A line for each image that changes when its file does."""
+        for path in self.paths:
+            yield f"{os.path.abspath(path)}\t{file_stamp(path)}"
+
+    def take(self, rows: npt.NDArray[np.int64]) -> FileSplit:
+        """Some of the images, in the order given."""
+        sizes = None if self.sizes is None else self.sizes[rows]
+        return FileSplit([self.paths[i] for i in rows], self.labels[rows], self.channels, sizes)
+
+
+def file_stamp(path: str) -> str:
+    """A file's length and time of change; nothing where it cannot be told."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ""
+    return f"{status.st_size}\t{status.st_mtime_ns}"
 
 
 @dataclass(frozen=True)
@@ -183,8 +204,8 @@ class Dataset:
         table = np.array([position[name] for name in self.class_names], dtype=np.int64)
         splits: dict[str, Split] = {}
         for name, split in self.splits.items():
-            assert isinstance(split, ArraySplit | FileSplit)
-            splits[name] = dataclasses.replace(split, labels=table[split.labels])
+            anything: Any = split  # a dataclass of whatever kind
+            splits[name] = dataclasses.replace(anything, labels=table[split.labels])
         return dataclasses.replace(self, class_names=tuple(class_names), splits=splits)
 
 

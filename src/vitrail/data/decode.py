@@ -6,7 +6,7 @@ import io
 import os
 import stat
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -94,6 +94,10 @@ def _regular(path: str | os.PathLike[str]) -> Iterator[tuple[IO[bytes], int]]:
         yield file, status.st_size
 
 
+def _content(source: bytes) -> AbstractContextManager[tuple[IO[bytes], int]]:
+    return nullcontext((io.BytesIO(source), len(source)))
+
+
 def _open(file: IO[bytes], size: int) -> Image.Image:
     from PIL import Image
 
@@ -139,9 +143,14 @@ def _decode_file(file: IO[bytes], size: int, channels: int, at_least: AtLeast | 
         return to_channels(image, channels)
 
 
-def read_header(path: Path) -> Header:
-    """Size and format, from the first and last bytes. Raises BadImage."""
-    with quiet_pillow(), _reasons(), _regular(path) as (file, size), _open(file, size) as image:
+def read_header(source: Path | bytes) -> Header:
+    """Size and format, from the first and last bytes of a file or of its content. Raises BadImage."""
+    with (
+        quiet_pillow(),
+        _reasons(),
+        _content(source) if isinstance(source, bytes) else _regular(source) as (file, size),
+        _open(file, size) as image,
+    ):
         width, height = image.size
         # Pillow turns TIFF itself and reports the turned size; the others are turned by us.
         if image.format in ("JPEG", "MPO", "PNG", "WEBP", "AVIF") and orientation(image) >= 5:

@@ -14,15 +14,8 @@ import numpy.typing as npt
 
 from vitrail.data.dataset import Dataset, FileSplit, Sizes, Skipped, Split
 from vitrail.data.decode import BadImage, Header, decode, image_extensions, read_header
-from vitrail.data.splits import stratified
+from vitrail.data.splits import SPLIT_NAMES, hold_out
 from vitrail.errors import VitrailError, did_you_mean
-
-SPLIT_FOLDERS = {
-    "train": "train", "training": "train",
-    "val": "val", "valid": "val", "validation": "val",
-    "test": "test", "testing": "test",
-}  # fmt: skip
-LEAST_FOR_TEST = 10  # images a class on average, below which no test images are held out
 
 _CHUNK = 64  # files to a task of the scan
 
@@ -66,9 +59,13 @@ def open_folder(
         if split == first:
             good, headers = _prove_classes(root, listing, good, headers, skipped)
         labels = np.array([number[listing.classes[c]] for _, c in good], dtype=np.int64)
-        parts[split] = FileSplit([path for path, _ in good], labels)
         sizes.append(np.array([(h.height, h.width) for h in headers], dtype=np.int64).reshape(-1, 2))
-    how = _hold_out(parts, root, val_fraction, test_fraction, split_seed)
+        parts[split] = FileSplit([path for path, _ in good], labels, sizes=sizes[-1])
+
+    def names_of(part: FileSplit) -> list[str]:
+        return [Path(os.path.relpath(path, root)).as_posix() for path in part.paths]
+
+    how = hold_out(parts, names_of, "the folder's own", val_fraction, test_fraction, split_seed)
     splits: dict[str, Split] = {
         name: parts[name] for name in ("train", "val", "test") if name in parts and len(parts[name])
     }
@@ -112,15 +109,15 @@ def _is_image(name: str) -> bool:
 def _layout(root: Path) -> dict[str, Path]:
     """{"train": root} for class folders right here, or one entry for each of train/, val/, test/."""
     folders = [entry.name for entry in _entries(root) if _is_dir(entry)]
-    known = [name for name in folders if name.lower() in SPLIT_FOLDERS]
-    trains = any(SPLIT_FOLDERS[name.lower()] == "train" for name in known)
+    known = [name for name in folders if name.lower() in SPLIT_NAMES]
+    trains = any(SPLIT_NAMES[name.lower()] == "train" for name in known)
     # "train" or "test" may also be the name of a class: then it holds images and no folders, beside other classes.
     deep = any(_is_dir(entry) for name in known for entry in _entries(root / name))
     if not known or (len(known) < len(folders) and not (trains and deep)):
         return {"train": root}
     layout: dict[str, Path] = {}
-    for name in sorted(known, key=lambda name: ("train", "val", "test").index(SPLIT_FOLDERS[name.lower()])):
-        split = SPLIT_FOLDERS[name.lower()]
+    for name in sorted(known, key=lambda name: ("train", "val", "test").index(SPLIT_NAMES[name.lower()])):
+        split = SPLIT_NAMES[name.lower()]
         if split in layout:
             raise VitrailError(f"{root} has both {layout[split].name}/ and {name}/, which mean the same: keep one")
         layout[split] = root / name
@@ -228,32 +225,3 @@ def _prove_classes(
             raise VitrailError(f"the class {name!r} in {root} has no image that can be used ({len(tried)} files{why})")
     keep = [row for row in range(len(good)) if row not in bad]
     return [good[row] for row in keep], [headers[row] for row in keep]
-
-
-def _hold_out(
-    parts: dict[str, FileSplit], root: Path, val_fraction: float, test_fraction: float, split_seed: int
-) -> str:
-    """Add the splits that the folder lacks, in place. Returns in words where all of them come from."""
-    own = [name for name in ("train", "val", "test") if name in parts]
-    if "train" not in parts or {"val", "test"} <= parts.keys():
-        return f"{', '.join(own)}: the folder's own"
-    words = [f"{', '.join(own)}: the folder's own"] if len(own) > 1 else []
-    train = parts["train"]
-    total, classes = len(train), len(np.unique(train.labels))
-    few = total < LEAST_FOR_TEST * classes
-    wanted = {"test": test_fraction, "val": val_fraction}
-    for split, fraction in wanted.items():
-        # A person who made val/ has split the images already: no test images are taken from that train/.
-        if split in parts or fraction == 0 or (split == "test" and (few or "val" in parts)):
-            continue
-        train = parts["train"]
-        names = [Path(os.path.relpath(path, root)).as_posix() for path in train.paths]
-        kept, held = stratified(train.labels, fraction * total / len(train), split_seed, split, names=names)
-        if not len(held):
-            continue
-        parts[split] = FileSplit([train.paths[i] for i in held], train.labels[held], train.channels)
-        parts["train"] = FileSplit([train.paths[i] for i in kept], train.labels[kept], train.channels)
-        words.append(f"{split}: {len(held)} of {total} images held out, stratified, split seed {split_seed}")
-    if few and len(own) == 1 and test_fraction:
-        words.append(f"no test split, with fewer than {LEAST_FOR_TEST} images a class")
-    return "; ".join(words) or "all images are train"
