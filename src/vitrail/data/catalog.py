@@ -5,6 +5,7 @@ To add a dataset, add a row; an opener is needed only for a new format.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,13 @@ from vitrail.data.dataset import ArraySplit, Dataset, Sizes, Split, take
 from vitrail.data.digits import load_digits
 from vitrail.data.fetch import Progress, cache_dir, fetch
 from vitrail.data.folder import open_folder
+from vitrail.data.hf import SCHEME as HF
+from vitrail.data.hf import open_hf
 from vitrail.data.idx import read_pair
+from vitrail.data.shards import Wanted
 from vitrail.data.splits import stratified
+from vitrail.data.wds import SCHEME as WDS
+from vitrail.data.wds import open_wds
 from vitrail.errors import VitrailError, did_you_mean
 
 
@@ -68,7 +74,7 @@ def open_dataset(
     class_names: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Dataset:
-    """Open a dataset by name, or a folder of images.
+    """Open a dataset by name, a folder of images, `wds:` shards (see wds.py) or an `hf-dataset:` (see hf.py).
 
     A name wins over a folder of the same name in the current directory; write "./digits" for the folder.
     data_dir: where a named dataset's files lie already. val_fraction is held out of train where there is no val split;
@@ -83,24 +89,44 @@ def open_dataset(
     if val_fraction + test_fraction >= 1:
         raise VitrailError(f"val_fraction {val_fraction} and test_fraction {test_fraction} leave nothing to train on")
     row = DATASETS.get(str(data).lower()) if isinstance(data, str) else None
-    if row is not None:
+    # An evaluation's images may be of any of the model's classes; training needs two to tell apart.
+    least = 2 if class_names is None else 1
+    opener = next((SCHEMES[scheme] for scheme in SCHEMES if str(data).startswith(scheme)), None)
+    if opener is not None:
+        dataset = opener(str(data), Wanted(val_fraction, test_fraction, split_seed, least), progress)
+    elif row is not None:
         dataset = _open_row(row, Path(data_dir) if data_dir else None, val_fraction, split_seed, progress)
     else:
         path = Path(data).expanduser()
         if not path.is_dir():
             hint = did_you_mean(str(data), DATASETS)
             what = "is a file, not a folder" if path.exists() else f"is neither a folder nor a known dataset{hint}"
-            raise VitrailError(f"{data} {what}; datasets: {', '.join(DATASETS)}")
+            known = f"datasets: {', '.join(DATASETS)}; also wds: shards and hf-dataset: names"
+            raise VitrailError(f"{data} {what}; {known}")
         dataset = open_folder(
             path,
             val_fraction=val_fraction,
             test_fraction=test_fraction,
             split_seed=split_seed,
-            # An evaluation folder may hold any of the model's classes; training needs two to tell apart.
-            least_classes=2 if class_names is None else 1,
+            least_classes=least,
             progress=progress,
         )
     return dataset if class_names is None else dataset.relabel(class_names)
+
+
+SCHEMES = {WDS: open_wds, HF: open_hf}
+
+
+def lasting_data(data: str | Path) -> str:
+    """`data` by a word that means the same from any folder: paths are written out, names and addresses stay."""
+    word = str(data)
+    for scheme in SCHEMES:
+        if word.startswith(scheme):
+            rest = word.removeprefix(scheme)
+            path = os.path.expanduser(rest)
+            local = scheme == WDS or path.startswith((".", "/")) or path.endswith(".parquet") or os.path.isdir(path)
+            return scheme + os.path.abspath(path) if local and "://" not in rest else word
+    return word if isinstance(data, str) and word.lower() in DATASETS else str(Path(data).expanduser().resolve())
 
 
 def _open_row(

@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from email.message import Message
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
@@ -42,22 +43,25 @@ def fetch(
     *,
     sha256: str | None = None,
     md5: str | None = None,
+    unchecked: bool = False,
     progress: Progress | None = None,
     timeout: float = 30.0,
 ) -> Path:
     """Download to `path` unless it is there; `urls` are mirrors, tried in order. Returns `path`.
 
-    At least one checksum must be given. Raises VitrailError, in one line, for no connection, an HTTP error, content
-    that does not match, or a full disk.
+    At least one checksum must be given. unchecked: for files of which nobody knows one, it is enough that as much came
+    as the server promised, and what an earlier run left is gone on with only where the server says that its file is
+    still the same. Raises VitrailError, in one line, for no connection, an HTTP error, content that does not match, or
+    a full disk.
     """
-    if not (sha256 or md5):
+    if not (sha256 or md5 or unchecked):
         raise ValueError("a download needs a checksum")
     if path.exists():
         return path
     mirrors = [urls] if isinstance(urls, str) else list(urls)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_name(path.name + ".lock")):
+        with locked(path.with_name(path.name + ".lock")):
             if not path.exists():  # else another process fetched it while this one waited
                 _from_mirrors(mirrors, path, sha256, md5, progress, timeout)
     except OSError as error:
@@ -66,7 +70,7 @@ def fetch(
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a file. The system lets go of it when the process ends, however it ends."""
     with path.open("ab") as file:
         try:
@@ -97,6 +101,10 @@ def _from_url(
     if urlsplit(url).scheme not in ("http", "https"):
         raise VitrailError(f"cannot download {url}: only http and https are")
     part = path.with_name(path.name + ".part")
+    if not (sha256 or md5):
+        _download(url, part, path, progress, timeout, tag=path.with_name(path.name + ".tag"))
+        _put_in_place(part, path)
+        return
     resumed = part.exists() and part.stat().st_size > 0
     _download(url, part, path, progress, timeout)
     wrong = _mismatch(part, sha256, md5)
@@ -110,25 +118,31 @@ def _from_url(
         raise VitrailError(
             f"{url} is not the file expected ({wrong}): it was thrown away; try again, or put a good copy at {path}"
         )
+    _put_in_place(part, path)
+
+
+def _put_in_place(part: Path, path: Path) -> None:
     with part.open("rb+") as file:
         os.fsync(file.fileno())
     os.replace(part, path)
+    path.with_name(path.name + ".tag").unlink(missing_ok=True)
 
 
-def _download(url: str, part: Path, path: Path, progress: Progress | None, timeout: float) -> None:
-    """Fill `part` to its full length. A cut connection is taken up again where it broke."""
+def _download(
+    url: str, part: Path, path: Path, progress: Progress | None, timeout: float, tag: Path | None = None
+) -> None:
+    """Fill `part` to its full length. A cut connection is taken up again where it broke. tag: as _append's."""
     for attempt in range(_ATTEMPTS):
         if attempt:
             time.sleep(_PAUSE * 2**attempt)
         try:
-            if _append(url, part, progress, timeout):
+            if _append(url, part, progress, timeout, tag):
                 return
             reason = "the connection was cut"
         except urllib.error.HTTPError as error:
             with error:
-                if (
-                    error.code == 416 and part.exists()
-                ):  # nothing left to send, or the part is too long: the checksum tells
+                # Nothing left to send, or the part is too long: the checksum tells, and so does the same file's length.
+                if error.code == 416 and part.exists():
                     return
             raise VitrailError(f"cannot download {url}: the server says {error.code} {error.reason}") from None
         except urllib.error.URLError as error:
@@ -149,20 +163,39 @@ def _is_offline(reason: object) -> bool:
     )
 
 
-def _append(url: str, part: Path, progress: Progress | None, timeout: float) -> bool:
-    """One request for what is missing. Returns whether everything that was promised came."""
+def _append(url: str, part: Path, progress: Progress | None, timeout: float, tag: Path | None = None) -> bool:
+    """One request for what is missing. Returns whether everything that was promised came.
+
+    tag: a file for the server's word for this very content, without which the whole is asked for anew.
+    """
     have = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "vitrail", "Accept-Encoding": "identity"}
-    if have:
+    same = tag.read_text(encoding="latin-1") if tag and tag.exists() else ""
+    if have and (same or not tag):
         headers["Range"] = f"bytes={have}-"
+        if same:
+            headers["If-Range"] = same
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout) as response:
         goes_on = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         if not goes_on:
             have = 0  # the server sends the whole file
+            if tag:
+                _note_tag(tag, response.headers)
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
         with part.open("ab" if goes_on else "wb") as file:
             return _copy(response, file, have, total, progress)
+
+
+def _note_tag(tag: Path, headers: Message) -> None:
+    """Keep the word by which a server knows this content again: a strong ETag, or the time of its last change."""
+    word = headers.get("ETag", "")
+    if not word or word.startswith("W/"):  # a weak one is no promise of equal bytes
+        word = headers.get("Last-Modified", "")
+    if word:
+        tag.write_text(word, encoding="latin-1")
+    else:
+        tag.unlink(missing_ok=True)
 
 
 def _copy(response: IO[bytes], file: IO[bytes], have: int, total: int | None, progress: Progress | None) -> bool:

@@ -7,7 +7,9 @@ hardly any of the others from one split to another.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,33 @@ import numpy.typing as npt
 from vitrail.randomness import fold, uniform, word
 
 Rows = npt.NDArray[np.int64]
+
+# What people call a folder, a shard or a table of images, and which split it means.
+SPLIT_NAMES = {
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+LEAST_FOR_TEST = 10  # images a class on average, below which no test images are held out
+
+
+def split_of(name: str) -> str | None:
+    """The split that a file's or a split's name tells of ("train-0001.tar", "imagenet_validation"); None for none."""
+    parts = re.split(r"[^a-z]+", name.lower())
+    return next((SPLIT_NAMES[part] for part in parts if part in SPLIT_NAMES), None)
+
+
+class Part(Protocol):
+    """A split of which a part can be taken."""
+
+    labels: Rows
+
+    def __len__(self) -> int: ...
+
+    def take(self, rows: Rows) -> Self: ...
+
+
+P = TypeVar("P", bound=Part)
 
 
 def stratified(
@@ -54,3 +83,38 @@ def _quotas(counts: npt.NDArray[np.int64], fraction: float) -> list[int]:
             quota[c] += 1
             missing -= 1
     return quota
+
+
+def hold_out(
+    parts: dict[str, P],
+    names_of: Callable[[P], list[str]],
+    own_words: str,
+    val_fraction: float,
+    test_fraction: float,
+    split_seed: int,
+) -> str:
+    """Add the splits that are lacking, in place, taken out of train. Returns in words where all of them come from.
+
+    names_of: what the choice hangs on, a name for each image; names that last, wherever the images lie.
+    """
+    own = [name for name in ("train", "val", "test") if name in parts]
+    if "train" not in parts or {"val", "test"} <= parts.keys():
+        return f"{', '.join(own)}: {own_words}"
+    words = [f"{', '.join(own)}: {own_words}"] if len(own) > 1 else []
+    train = parts["train"]
+    total, classes = len(train), len(np.unique(train.labels))
+    few = total < LEAST_FOR_TEST * classes
+    wanted = {"test": test_fraction, "val": val_fraction}
+    for split, fraction in wanted.items():
+        # A person who made val/ has split the images already: no test images are taken from that train/.
+        if split in parts or fraction == 0 or (split == "test" and (few or "val" in parts)):
+            continue
+        train = parts["train"]
+        kept, held = stratified(train.labels, fraction * total / len(train), split_seed, split, names=names_of(train))
+        if not len(held):
+            continue
+        parts[split], parts["train"] = train.take(held), train.take(kept)
+        words.append(f"{split}: {len(held)} of {total} images held out, stratified, split seed {split_seed}")
+    if few and len(own) == 1 and test_fraction:
+        words.append(f"no test split, with fewer than {LEAST_FOR_TEST} images a class")
+    return "; ".join(words) or "all images are train"
