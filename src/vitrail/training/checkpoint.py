@@ -1,7 +1,7 @@
 """Checkpoints: all that a run needs to go on, as tensors (safetensors) and JSON, whole or not there at all.
 
-A checkpoint is the folder `step-00000200` in the run's `checkpoint` folder. The newest whole one counts; older ones are
-removed once a newer one stands.
+A checkpoint is the folder `step-00000200` in the run's `checkpoint` folder, or `step-00000200.1` where one of the same
+number of steps stands already. The newest whole one counts; older ones are removed once a newer one stands.
 """
 
 import json
@@ -35,7 +35,9 @@ def save_checkpoint(folder: Path, steps: int, checkpoint: Checkpoint) -> Path:
     Raises:
         VitrailError: the disk is full or refuses; what stood there before still does.
     """
-    place = folder / f"step-{steps:08d}"
+    # Under a name of its own, and not in place of another: that would be gone for a moment before this one is there.
+    same = [number for count, number in map(_numbers, find_checkpoints(folder)) if count == steps]
+    place = folder / (f"step-{steps:08d}.{max(same) + 1}" if same else f"step-{steps:08d}")
     with atomic_folder(place) as temporary:
         for part, tensors in checkpoint.tensors.items():
             save_file(_apart(tensors), temporary / f"{part}.safetensors")
@@ -49,7 +51,13 @@ def save_checkpoint(folder: Path, steps: int, checkpoint: Checkpoint) -> Path:
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, newest first."""
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return sorted(folder.glob("step-*"), key=_numbers, reverse=True)
+
+
+def _numbers(place: Path) -> tuple[int, int]:
+    """Steps of a checkpoint, and how many of as many steps there were before it."""
+    steps, _, number = place.name.removeprefix("step-").partition(".")
+    return int(steps), int(number or 0)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:

@@ -5,6 +5,9 @@ metrics.jsonl   a line an epoch
 summary.json    the figures; where this stands, the run is finished
 checkpoint/     to go on from
 model/          the best model, as a model folder
+sessions.jsonl  a line each time the run was begun or taken up again: its command, when, where
+details.json    of single images, for the report
+report.html     all of this for people, in one file
 """
 
 import contextlib
@@ -21,15 +24,23 @@ RUNS = Path("runs")  # where runs go that nobody placed
 
 
 class RunFolder:
-    """The names in a run's folder, and the writing of its small files."""
+    """The names in a run's folder, and the writing of its small files.
 
-    def __init__(self, path: Path) -> None:
+    writes: False in all processes of a run but the first: nothing is held or written then.
+    """
+
+    def __init__(self, path: Path, writes: bool = True) -> None:
         self.path = path
+        self.writes = writes
         self.config = path / "config.toml"
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
         self.checkpoint = path / "checkpoint"
         self.model = path / "model"
+        self.sessions = path / "sessions.jsonl"
+        self.details = path / "details.json"
+        self.report = path / "report.html"
+        self.trackers = path / "trackers.json"
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -38,6 +49,9 @@ class RunFolder:
         Raises:
             VitrailError: another run is writing to it.
         """
+        if not self.writes:
+            yield
+            return
         with exclusive(
             self.path / ".lock", f"another run is writing to {self.path}: wait for it, or choose another --out"
         ):
@@ -45,22 +59,48 @@ class RunFolder:
             remove_leftovers(self.checkpoint)
             yield
 
+    def write_config(self, text: str) -> None:
+        """What decides the run, as TOML."""
+        if self.writes:
+            atomic_write_text(self.config, text)
+
     def write_metrics(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """All epochs' lines, in place of what stood there."""
-        atomic_write_text(self.metrics, "".join(_line(line) for line in lines))
+        if self.writes:
+            atomic_write_text(self.metrics, "".join(_line(line) for line in lines))
 
     def add_metrics(self, line: Mapping[str, Any]) -> None:
         """One more epoch's line. Not synced to the disk: a resumed run writes all of them again."""
-        with disk_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
-            file.write(_line(line))
+        if self.writes:
+            _append(self.metrics, line)
+
+    def add_session(self, line: Mapping[str, Any]) -> None:
+        """One more session's line."""
+        if self.writes:
+            _append(self.sessions, line)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """The last thing that a run writes."""
-        atomic_write_text(self.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        """With this the run is finished; only the report comes after it."""
+        atomic_write_text(self.summary, _json(summary, indent=2) + "\n")
+
+    def write_details(self, details: Mapping[str, Any]) -> None:
+        """What the report tells beside the summary."""
+        atomic_write_text(self.details, _json(details) + "\n")
+
+
+def _append(path: Path, values: Mapping[str, Any]) -> None:
+    with disk_errors(path), path.open("a", encoding="utf-8") as file:
+        file.write(_line(values))
 
 
 def _line(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, ensure_ascii=False) + "\n"
+    return _json(values) + "\n"
+
+
+def _json(values: Mapping[str, Any], indent: int | None = None) -> str:
+    """JSON. A file's name need not be text: what is none of it is written as JSON's own escape, and reads back as it
+    was."""
+    return json.dumps(values, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def new_run(out: str | Path | None, data: str, model: str) -> RunFolder:

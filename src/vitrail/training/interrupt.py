@@ -17,11 +17,13 @@ class Stopped(KeyboardInterrupt):
 class Interrupt:
     """While it is entered, the first Ctrl-C or SIGTERM only sets `number`; the second one acts as ever.
 
-    Outside the main thread, where Python lets nobody handle signals, it does nothing.
+    Outside the main thread, where Python lets nobody handle signals, it does nothing. patient: further signals do
+    nothing either, as under torchrun, which repeats them to processes that have them already, and kills after 30 s.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patient: bool = False) -> None:
         self.number: int | None = None
+        self.patient = patient
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -41,4 +43,5 @@ class Interrupt:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        self._restore()
+        if not self.patient:
+            self._restore()

@@ -9,10 +9,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitrail.errors import VitrailError
 from vitrail.training.config import TrainConfig
+from vitrail.training.parallel import whole
 
 _HEADS = ("head", "head_dist", "heads", "fc", "classifier")  # first part of a parameter's name, here and in guests
 
@@ -84,16 +85,19 @@ def make_optimizer(groups: list[dict[str, Any]], betas: tuple[float, float]) -> 
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> None:
-    """Scale all gradients so that their common norm is at most `largest`.
+def clip_gradients(parameters: Sequence[nn.Parameter], largest: float | None) -> Tensor:
+    """Scale all gradients so that their common norm is at most `largest`; None: leave them. Returns the norm as it was.
 
     The same numbers as `nn.utils.clip_grad_norm_`, which first sorts tensors by device and type, and takes twice the
     time for it; here all are of one.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if gradients:
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    if not gradients:
+        return torch.zeros(())
+    norm = whole(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+    if largest is not None:
         torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
