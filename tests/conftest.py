@@ -1,6 +1,7 @@
 """What all tests share: the oracles made importable, and a quiet, repeatable torch."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
 
@@ -19,6 +20,14 @@ for _signature in (
         _library.define(_signature)
     except RuntimeError:  # a full torchvision has defined it
         break
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests decode or download stays out of the cache of whoever runs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VITRAIL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -90,6 +90,7 @@ def test_upward_imports_are_inside_functions() -> None:
     [
         "import vitrail; vitrail.__version__; dir(vitrail); vitrail.VitrailError; vitrail.Preprocess",
         "import vitrail; vitrail.list_models('swin*')",
+        "import vitrail.training.choose, vitrail.training.recipes as r; r.named_recipe('deit')",
         "from vitrail.cli import main; main(['--help'])",
         "from vitrail.cli import main; main(['--version'])",
         "from vitrail.cli import main; main(['train', '--help'])",

@@ -17,6 +17,7 @@ from vitrail.errors import VitrailError
 _DISK_TROUBLE = {
     errno.ENOSPC: "the disk is full; free some space or choose another folder",
     errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
+    errno.EFBIG: "files may not grow that large here (see `ulimit -f`); choose another folder",
     errno.EROFS: "the disk is read-only; choose another folder",
     errno.EACCES: "permission denied; choose a folder that you may write to",
     errno.EPERM: "permission denied; choose a folder that you may write to",

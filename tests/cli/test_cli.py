@@ -219,7 +219,7 @@ def test_models_as_a_table_fits_80_columns(run: Run) -> None:
     assert lines[0].split() == ["model", "params", "GMACs", "input", "top-1", "licence"]
     (row,) = run("models", "deit_tiny_patch16*").out.splitlines()[1:]
     assert row.split() == ["deit_tiny_patch16_224", "5.7", "M", "1.3", "224", "72.2", "%", "apache-2.0"]
-    assert len(run("models", "distilled").out.splitlines()) == 5
+    assert len(run("models", "distilled").out.splitlines()) == 1 + sum("distilled" in name for name in VARIANTS)
 
 
 # --- predict
@@ -351,6 +351,11 @@ def test_train_passes_on_what_was_said_and_nothing_else(run: Run, called: list[t
     run("train", "digits", "--model", "resnet18", "--out", "r", "--seed", 3, "--device", "cpu", "--data-dir", "d")
     run("train", "--resume", "runs/x", "workers=2")
     run("train", "--resume", "runs/x")
+    run("train", "my photos/", "--show-batch", "b.png")
+    commands = [given.pop("command") for _, given in called]  # as they were typed
+    assert commands[0] == "vitrail train photos/"
+    assert commands[3] == "vitrail train --resume runs/x workers=2"
+    assert commands[5] == "vitrail train 'my photos/' --show-batch b.png"
     assert called == [
         ("photos/", {}),
         (
@@ -360,6 +365,7 @@ def test_train_passes_on_what_was_said_and_nothing_else(run: Run, called: list[t
         ("digits", {"model": "resnet18", "out": "r", "seed": 3, "device": "cpu", "data_dir": "d"}),
         (None, {"resume": "runs/x", "workers": 2}),
         (None, {"resume": "runs/x"}),
+        ("my photos/", {"show_batch": "b.png"}),
     ]
 
 

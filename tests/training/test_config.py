@@ -92,7 +92,10 @@ def test_every_key_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     read = set()
 
     def note(self: TrainConfig, name: str) -> Any:
-        if sys._getframe(1).f_code.co_name not in ("to_toml", "check_options"):
+        frame = sys._getframe(1)
+        while frame.f_code.co_name.startswith("<") and frame.f_back:  # a comprehension's own frame, before Python 3.12
+            frame = frame.f_back
+        if frame.f_code.co_name not in ("to_toml", "check_options"):
             read.add(name)
         return object.__getattribute__(self, name)
 
@@ -133,7 +136,9 @@ _CHANGES = {
     "weight_decay": 0.5,
     "betas": (0.5, 0.9),
     "clip_grad": 0.1,
+    "loss": "bce",
     "label_smoothing": 0.2,
+    "balance": "sample",
     "drop": 0.3,
     "drop_path": 0.5,
     "attn_drop": 0.3,
@@ -145,6 +150,8 @@ _CHANGES = {
     "shear": 10.0,
     "zoom": (0.7, 1.3),
     "shift": 0.2,
+    "rand_augment": 9.0,
+    "repeats": 3,
     "brightness": 0.3,
     "contrast": 0.3,
     "erase": 0.9,
@@ -158,7 +165,10 @@ _CHANGES = {
 # Keys that only change what another one does.
 _CHANGES_OF_CHANGES = {
     "crop_ratio": ({"crop_scale": (0.3, 0.6)}, (2.0, 3.0)),
+    "bce_threshold": ({"loss": "bce", "mixup": 0.8}, 0.3),
     "edge": ({"pad_shift": 2}, "reflect"),
+    "rand_augment_ops": ({"rand_augment": 5.0}, 3),
+    "rand_augment_std": ({"rand_augment": 5.0}, 2.0),
     "erase_area": ({"erase": 1.0}, (0.5, 0.9)),
     "erase_ratio": ({"erase": 1.0}, (3.0, 5.0)),
     "erase_fill": ({"erase": 1.0}, "mean"),
@@ -190,3 +200,12 @@ def test_memory_is_saved_without_changing_the_result(key: str, monkeypatch: pyte
     base, changed = tiny.trained(lr=1e-4), tiny.trained(lr=1e-4, **{key: 3 if key == "accumulate" else True})
     for name in base:
         torch.testing.assert_close(changed[name], base[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_every_key_that_decides_the_training_is_changed_above() -> None:
+    """A new key of augmentation or regularisation that nothing reads is found by the tests above, if it is there."""
+    first, last = KEYS.index("lr"), KEYS.index("ema_warmup")
+    tested = _CHANGES.keys() | _CHANGES_OF_CHANGES.keys()
+    elsewhere = {"saturation", "balance"}  # of colour images; of uneven classes
+    distillation = {key for key in KEYS if key.startswith(("teacher", "distill"))} | {"temperature"}
+    assert set(KEYS[first : last + 1]) - tested - elsewhere - distillation == set()

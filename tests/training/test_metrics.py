@@ -50,7 +50,8 @@ def test_few_classes_and_empty_classes() -> None:
     result = evaluation(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), torch.tensor([0, 0]))
     assert (result.top1, result.top5) == (50.0, 100.0)
     assert result.per_class[2] == {"label": "2", "images": 0, "correct": 0, "top1": None}
-    assert set(result.to_dict()) == {"top1", "top5", "loss", "ece", "images", "split", "skipped", "per_class"}
+    names = {"top1", "balanced_top1", "top5", "loss", "ece", "images", "split", "skipped", "per_class"}
+    assert set(result.to_dict()) == names
 
 
 def test_bfloat16_logits_are_counted_in_float32() -> None:

@@ -1,10 +1,14 @@
 """Losses against hand-written mathematics and timm's."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from vitrail.errors import VitrailError
 from vitrail.training.tasks import Classify
 from vitrail.training.views import View
 
@@ -53,3 +57,42 @@ def test_two_heads_learn_the_mean_of_both_losses() -> None:
     both = task(Fixed(heads=True), view(LOGITS, SHARES))
     one, two = task(Fixed(), view(LOGITS, SHARES)), task(Fixed(), view(2 * LOGITS, SHARES))
     assert float(both) == pytest.approx((float(one) + float(two)) / 2)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.2])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_binary_cross_entropy_is_timms(smoothing: float, threshold: float | None) -> None:
+    timms = BinaryCrossEntropy(smoothing, threshold)
+    task = Classify(smoothing, "bce", threshold)
+    torch.testing.assert_close(task(Fixed(), view(LOGITS, LABELS)), timms(LOGITS, LABELS))
+    # timm smooths shares where it mixes.
+    torch.testing.assert_close(
+        task(Fixed(), view(LOGITS, SHARES)), timms(LOGITS, SHARES * (1 - smoothing) + smoothing / 3)
+    )
+
+
+def test_binary_cross_entropy_by_hand() -> None:
+    """One image, half of it of each of two classes: each is asked for by itself, -log of its probability."""
+    logits, shares = torch.tensor([[0.0, 2.0]]), torch.tensor([[0.5, 0.5]])
+    p = 1 / (1 + math.exp(-2))
+    expected = (math.log(2) - 0.5 * math.log(p) - 0.5 * math.log(1 - p)) / 2
+    assert float(Classify(kind="bce")(Fixed(), view(logits, shares))) == pytest.approx(expected, abs=1e-6)
+    wholly = (math.log(2) - math.log(p)) / 2
+    task = Classify(kind="bce", threshold=0.3)
+    assert float(task(Fixed(), view(logits, shares))) == pytest.approx(wholly, abs=1e-6)
+
+
+def test_class_weights_count_images_in_binary_cross_entropy() -> None:
+    weights = torch.tensor([2.0, 1.0, 0.5])
+    task = Classify(0.1, "bce")
+    single = torch.stack([task(Fixed(), view(LOGITS[b : b + 1], SHARES[b : b + 1])) for b in range(4)])
+    weighed = replace(view(LOGITS, SHARES), class_weights=weights)
+    torch.testing.assert_close(task(Fixed(), weighed), (single * (SHARES @ weights)).mean())
+    hard = replace(view(LOGITS, LABELS), class_weights=weights)
+    one_hot = replace(view(LOGITS, torch.eye(3)[LABELS]), class_weights=weights)
+    torch.testing.assert_close(task(Fixed(), hard), task(Fixed(), one_hot))
+
+
+def test_a_threshold_is_for_binary_cross_entropy() -> None:
+    with pytest.raises(VitrailError, match="loss=bce"):
+        Classify(threshold=0.2)

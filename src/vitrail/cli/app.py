@@ -1,6 +1,7 @@
 """The `vitrail` command: its sub-commands, and what becomes of errors. No command's own imports happen here."""
 
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -14,6 +15,7 @@ from vitrail.cli.evaluate import evaluate
 from vitrail.cli.models import models
 from vitrail.cli.predict import predict
 from vitrail.cli.push import push
+from vitrail.cli.report import report
 from vitrail.cli.train import train
 from vitrail.errors import VitrailError
 
@@ -27,7 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(add_help_option=False)(train)  # it has its own
-for _command in (evaluate, predict, embed, models, push):
+for _command in (evaluate, predict, embed, models, push, report):
     app.command()(_command)
 
 
@@ -50,7 +52,10 @@ def _options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and leave with its exit status: 0, 2 for an error, 130 for Ctrl-C."""
+    """Run the command line and leave with its exit status: 0, 2 for an error, 130 for Ctrl-C, 143 for SIGTERM."""
+    # PyTorch then asks Linux for large pages: a batch of 32 MiB or more comes anew in each step, and in pages of 4 KiB
+    # handing it out takes longer than filling it.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name need not be text
@@ -74,7 +79,7 @@ def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
 
 def _run(words: list[str], debug: bool) -> int:
     try:
-        result: Any = app(words, prog_name="vitrail", standalone_mode=False)
+        result: Any = app(words, prog_name="vitrail", standalone_mode=False, obj=shlex.join(["vitrail", *words]))
         return result if isinstance(result, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return 130
@@ -84,7 +89,7 @@ def _run(words: list[str], debug: bool) -> int:
         text = _explain(error)
         if text is None or debug:
             traceback.print_exc()
-        if text != "":
+        if text != "" and not getattr(error, "told", False):
             print(f"error: {text or _words(error)}", file=sys.stderr)
         return 1 if text is None else 2
 

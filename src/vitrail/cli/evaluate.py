@@ -57,11 +57,15 @@ def evaluate(
 
 def _print(result: "Evaluation", data: str) -> None:
     from vitrail.cli.tables import percent, stderr, stdout
+    from vitrail.training.metrics import uneven
 
     console = stdout()
     console.print(f"{result.images:,} {result.split} images of {data}\n")
     console.print(f"  top-1  {percent(result.top1, 2):>9}    top-5              {percent(result.top5, 2):>9}")
-    console.print(f"  loss   {result.loss:>9.4f}    calibration error  {percent(100 * result.ece, 2):>9}\n")
+    console.print(f"  loss   {result.loss:>9.4f}    calibration error  {percent(100 * result.ece, 2):>9}")
+    if uneven(result.per_class):
+        console.print(f"  mean of the classes' own top-1, which all count the same: {percent(result.balanced_top1, 2)}")
+    console.print()
     worst = _worst(result, console.width)
     console.print(worst if worst is not None else "  every image is right")
     for skipped in result.skipped:

@@ -1,11 +1,14 @@
-"""Which model and which settings, when nobody names them: two tables, and the reason in a line.
+"""Which model and which recipe, when nobody names them: two tables, and the reason in a line.
 
 Importing this imports no torch.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from vitrail.models.catalog import VARIANTS
+from vitrail.training.recipes import Recipe, named_recipe, rates_for
 
 
 @dataclass(frozen=True)
@@ -50,18 +53,29 @@ class ModelRow:
 
 @dataclass(frozen=True)
 class RecipeRow:
-    """Settings for images up to `up_to` pixels a side.
+    """A recipe for images up to `up_to` pixels a side, at least `at_least` of them, and models of some families.
 
-    epochs: such that about `seen` images are learnt from in all, but within `epochs` (fewest, most).
+    families: none for any. epochs: such that about `seen` images are learnt from in all, but within `epochs` (fewest,
+    most). when: what all this is, in words.
     """
 
-    up_to: float
-    pretrained: bool
-    name: str
+    recipe: str
+    when: str
     seen: float
     epochs: tuple[int, int]
-    warmup: float
-    settings: dict[str, Any] = field(default_factory=dict)
+    up_to: float = float("inf")
+    at_least: int = 0
+    families: tuple[str, ...] = ()
+    pretrained: bool = False
+
+    def suits(self, facts: Facts, side: int, family: str) -> bool:
+        """Whether this is the recipe for a model of a family that sees images of so many pixels a side."""
+        return (
+            facts.pretrained == self.pretrained
+            and side <= self.up_to
+            and facts.images >= self.at_least
+            and (not self.families or family in self.families)
+        )
 
 
 _EVER = float("inf")
@@ -77,64 +91,21 @@ MODELS = (
     ModelRow(_EVER, True, "deit_small_patch16_224", "a strong model of moderate cost to fine-tune"),
 )
 
-_SMALL = {
-    "lr": 2e-3,
-    "weight_decay": 0.05,
-    "clip_grad": 1.0,
-    "label_smoothing": 0.1,
-    "ema": 0.99,
-}
-_COLOUR = {"brightness": 0.2, "contrast": 0.2}
+_MANY = 100_000  # images from which on a paper's recipe for ImageNet is worth its time
+_IMAGENET = 3.8e8  # 300 epochs of it
 
+# The first that suits.
 RECIPES = (
-    RecipeRow(
-        12,
-        False,
-        "tiny images from scratch",
-        7.1e4,
-        (20, 60),
-        2,
-        {**_SMALL, "lr": 5e-3, "batch_size": 128, "rotate": 12.0, "shear": 6.0, "shift": 0.12, "zoom": (0.88, 1.13)},
-    ),
-    RecipeRow(
-        64,
-        False,
-        "small images from scratch",
-        6e5,
-        (10, 100),
-        1,
-        {**_SMALL, "batch_size": 128, "pad_shift": 2, "flip": 0.5},
-    ),
-    RecipeRow(
-        _EVER,
-        False,
-        "photographs from scratch",
-        1e6,
-        (10, 200),
-        5,
-        {**_SMALL, "batch_size": 64, "lr": 1e-3, "crop_scale": (0.35, 1.0), "flip": 0.5, **_COLOUR, "mixup": 0.2},
-    ),
-    RecipeRow(
-        _EVER,
-        True,
-        "fine-tuning",
-        3e4,
-        (3, 30),
-        1,
-        {
-            "batch_size": 32,
-            "lr": 3e-4,
-            "layer_decay": 0.75,
-            "weight_decay": 0.05,
-            "clip_grad": 1.0,
-            "label_smoothing": 0.1,
-            "crop_scale": (0.5, 1.0),
-            "flip": 0.5,
-            **_COLOUR,
-            "drop_path": 0.1,
-        },
-    ),
+    RecipeRow("finetune", "fine-tuning", 3e4, (3, 30), pretrained=True),
+    RecipeRow("tiny", "tiny images from scratch", 7.1e4, (20, 60), up_to=12),
+    RecipeRow("small", "small images from scratch", 6e5, (10, 100), up_to=64),
+    RecipeRow("resnet-a2", "a CNN from scratch", _IMAGENET, (100, 300), families=("resnet", "convnext")),
+    RecipeRow("swin", "a Swin from scratch on many images", _IMAGENET, (100, 300), at_least=_MANY, families=("swin",)),
+    RecipeRow("augreg", "a ViT from scratch on millions of images", _IMAGENET, (10, 90), at_least=5 * 10**6),
+    RecipeRow("deit", "a ViT from scratch on many images", _IMAGENET, (100, 300), at_least=_MANY),
+    RecipeRow("photos", "photographs from scratch", 1e6, (10, 200)),
 )
+_OPTIONS = ("drop", "drop_path", "attn_drop")  # of models made by name
 
 
 @dataclass(frozen=True)
@@ -145,30 +116,46 @@ class Choice:
     reasons: list[str]
 
 
-def choose(facts: Facts, given: Mapping[str, Any]) -> Choice:
-    """A model and settings for images like these. What `given` names is not touched, and the rest fits to it."""
+def choose(facts: Facts, given: Mapping[str, Any], recipe: Recipe | None = None) -> Choice:
+    """A model and settings for images like these. What `given` names is not touched, and the rest fits to it.
+
+    recipe: one that was asked for. A whole one stands for all settings that would be chosen.
+    """
     values: dict[str, Any] = {}
     reasons = []
     if "model" not in given:
-        row = next(r for r in MODELS if facts.side <= r.up_to and facts.pretrained == r.pretrained)
-        values["model"] = row.model
-        values["img_size"] = row.img_size(facts.size, facts.uniform)
+        own = next(r for r in MODELS if facts.side <= r.up_to and facts.pretrained == r.pretrained)
+        values["model"] = own.model
+        values["img_size"] = own.img_size(facts.size, facts.uniform)
         height, width = facts.size
-        reasons.append(f"model {row.model}: the images are {height}x{width} px, and this is {row.why}")
+        reasons.append(f"model {own.model}: the images are {height}x{width} px, and this is {own.why}")
     # A size that was asked for says what kind of training this is; a model's own size says nothing of the images.
     side = max(given.get("img_size") or values.get("img_size") or facts.size)
-    recipe = next(r for r in RECIPES if side <= r.up_to and facts.pretrained == r.pretrained)
-    values |= recipe.settings
-    values["batch_size"] = batch = given.get("batch_size") or _batch_size(recipe.settings["batch_size"], facts.images)
-    # Adam's rate goes with the root of the batch (Malladi et al., 2022, https://arxiv.org/abs/2205.10287).
-    values["lr"] = float(f"{recipe.settings['lr'] * (batch / recipe.settings['batch_size']) ** 0.5:.3g}")
-    epochs = given.get("epochs")
+    name = given.get("model", values.get("model"))
+    row = next(row for row in RECIPES if row.suits(facts, side, VARIANTS[name].family if name in VARIANTS else ""))
+    whole = recipe is not None and recipe.whole
+    settings = ({} if whole else dict(named_recipe(row.recipe).settings)) | (recipe.flexible if recipe else {})
+    if name not in VARIANTS:
+        settings = {key: value for key, value in settings.items() if key not in _OPTIONS}
+    usual, epochs = settings["batch_size"], given.get("epochs")
+    keeps = recipe is not None and recipe.keeps_batch
+    batch = given.get("batch_size") or (usual if keeps else _batch_size(usual, facts.images))
+    own_epochs = settings.pop("epochs")
+    values |= {"recipe": row.recipe} | settings | {"batch_size": batch} | rates_for(batch, settings)
     if epochs is None and not given.get("budget"):
-        fewest, most = recipe.epochs
-        epochs = values["epochs"] = float(max(fewest, min(most, round(recipe.seen / facts.images))))
-    values["warmup_epochs"] = recipe.warmup if epochs is None else min(recipe.warmup, round(epochs / 10, 3))
+        fewest, most = row.epochs
+        epochs = own_epochs if whole else float(max(fewest, min(most, round(row.seen / facts.images))))
+        values["epochs"] = epochs
+    if epochs not in (None, own_epochs):
+        values["warmup_epochs"] = min(settings["warmup_epochs"], round(epochs / 10, 3))
     length = "as long as the budget lasts" if epochs is None else f"{epochs:g} epochs"
-    reasons.append(f"settings for {recipe.name}: {length} of {facts.images:,} images in batches of {batch}")
+    origin = f"{row.recipe}, for {row.when}{f', and {recipe.name}' if recipe else ''}"
+    if recipe is not None and whole:
+        origin = recipe.name
+    line = f"recipe {origin}: {length} of {facts.images:,} images in batches of {batch}"
+    if batch != usual and "lr" not in given:
+        line += f", lr {values['lr']:g} ({settings['lr']:g} is for {usual}; it goes with the root)"
+    reasons.append(line)
     return Choice({key: value for key, value in values.items() if key not in given}, reasons)
 
 

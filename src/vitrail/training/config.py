@@ -14,6 +14,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from vitrail.errors import VitrailError, did_you_mean
 
+TRACKERS = ("tensorboard", "wandb", "trackio")  # where figures can be sent while a run goes on
+
 
 def _parts(value: object) -> object:
     """ "0.9, 0.999" or "0.9:0.999" to its parts, "none" to None; anything else as it is."""
@@ -36,6 +38,11 @@ def _none(value: object) -> object:
     return None if isinstance(value, str) and value.strip().lower() in ("none", "null", "") else value
 
 
+def _place(value: object) -> object:
+    """A Path to its text, the word none to None; anything else as it is."""
+    return str(value) if isinstance(value, Path) else _none(value)
+
+
 def seconds(value: object) -> object:
     """ "90", "90s", "10m", "1.5h" or "1h30m" to seconds; a number, or what is no duration, as it is."""
     if not isinstance(value, str) or _none(value) is None:
@@ -47,12 +54,49 @@ def seconds(value: object) -> object:
     return sum(float(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True))
 
 
+def byte_count(size: str) -> int:
+    """ "4GB", "500 MB" or "1.5TB" to bytes. Raises ValueError."""
+    found = re.fullmatch(r"(\d+\.?\d*) *([KMGT]?)B?", size.strip().upper())
+    if not found:
+        raise ValueError("neither auto nor off nor a size such as 4GB")
+    return int(float(found[1]) * 1000 ** ("", "K", "M", "G", "T").index(found[2]))
+
+
+def _cache(value: object) -> object:
+    """auto, off, or a size; true and false stand for auto and off."""
+    if isinstance(value, bool):
+        return "auto" if value else "off"
+    word = str(value).strip().lower()
+    if word in ("auto", "off"):
+        return word
+    return "off" if _none(word) is None or byte_count(word) == 0 else str(value).strip()
+
+
+def _auto(value: object) -> object:
+    """The word auto to 0."""
+    return 0 if isinstance(value, str) and value.strip().lower() == "auto" else value
+
+
+def _trackers(value: object) -> object:
+    """ "tensorboard, wandb", or a list of such names, as one word with commas; "none" for no name."""
+    if isinstance(value, str):
+        value = value.split(",")
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        return value
+    names = [name.strip().lower() for name in value if _none(name) is not None]
+    for name in names:
+        if name not in TRACKERS:
+            raise ValueError(f"there is no tracker {name!r}{did_you_mean(name, TRACKERS)}")
+    return ",".join(dict.fromkeys(names)) or "none"
+
+
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0)]
 Optional = BeforeValidator(_none)
+Trackers = BeforeValidator(_trackers)
 Pair = BeforeValidator(_parts)
 
 
@@ -85,6 +129,10 @@ class TrainConfig(BaseModel):
         None, description="colour channels that the model sees: 1 or 3; none: as the images, or as the weights ask"
     )
 
+    recipe: Annotated[str | None, Optional] = Field(
+        None, description="where the settings below come from: a named recipe, or a file; none: chosen for the images"
+    )
+
     # how long
     epochs: Annotated[Amount | None, Optional] = Field(
         None, description="passes over the training images, parts allowed; none: as many as the budget holds"
@@ -92,7 +140,9 @@ class TrainConfig(BaseModel):
     budget: Annotated[Positive | None, BeforeValidator(seconds)] = Field(
         None, description="seconds, or 10m, or 2h: the schedule ends when this time does"
     )
-    batch_size: Count = Field(128, description="images in one step")
+    batch_size: Annotated[int, Field(ge=0), BeforeValidator(_auto)] = Field(
+        128, description="images in one step; auto, or 0: fitted to the machine, and lr to it"
+    )
     eval_every: Count = Field(1, description="epochs from one validation to the next; the last one is always validated")
 
     # the optimiser: AdamW, warm-up, then a half cosine
@@ -113,6 +163,12 @@ class TrainConfig(BaseModel):
     )
 
     # regularisation
+    loss: Literal["ce", "bce"] = Field(
+        "ce", description="cross-entropy over all classes, or binary cross-entropy of each class by itself"
+    )
+    bce_threshold: Annotated[Rate | None, Optional] = Field(
+        None, description="of loss=bce: an image is of a class if more than this share of it is; none: by its share"
+    )
     label_smoothing: Rate = Field(0.0, description="share of the target that is spread over all classes")
     drop: Annotated[Rate | None, Optional] = Field(None, description="dropout before the head; none: the model's own")
     drop_path: Annotated[Rate | None, Optional] = Field(
@@ -120,6 +176,10 @@ class TrainConfig(BaseModel):
     )
     attn_drop: Annotated[Rate | None, Optional] = Field(
         None, description="dropout of attention weights; none: the model's own"
+    )
+
+    balance: Literal["none", "sample", "loss"] = Field(
+        "none", description="for rare classes: draw every class equally often (sample), or weigh the loss (loss)"
     )
 
     # augmentation: the crop when an image is read, the rest in batches where the model runs
@@ -139,6 +199,9 @@ class TrainConfig(BaseModel):
     )
     shift: Share = Field(0.0, description="largest shift each way, as a share of the side")
     edge: Literal["black", "edge", "reflect"] = Field("black", description="what comes in from outside the image")
+    rand_augment: float = Field(0.0, ge=0, le=10, description="magnitude of RandAugment, 0 to 10; 0: none")
+    rand_augment_ops: Count = Field(2, description="operations of it for an image; each is done every other time")
+    rand_augment_std: Amount = Field(0.5, description="standard deviation of its magnitude from image to image")
     brightness: Amount = Field(0.0, description="largest relative change of brightness")
     contrast: Amount = Field(0.0, description="largest relative change of contrast")
     saturation: Amount = Field(0.0, description="largest relative change of saturation; of colour images alone")
@@ -157,6 +220,25 @@ class TrainConfig(BaseModel):
     )
     switch: Share = Field(0.5, description="probability of CutMix where both are on")
 
+    # distillation
+    teacher: Annotated[str | None, Optional] = Field(
+        None,
+        description="learn from this model too: a run or model folder, a name, hf:, timm:, torchvision:, an .onnx file",
+    )
+    distill: Literal["auto", "hard", "soft"] = Field(
+        "auto",
+        description="learn the teacher's class or its probabilities; auto: hard with a distillation token, else soft",
+    )
+    distill_weight: Share = Field(0.5, description="share of the loss that is the teacher's; the labels have the rest")
+    temperature: Positive = Field(1.0, description="what both sides' logits are divided by in soft distillation")
+    teacher_outputs: Annotated[str | None, BeforeValidator(_place)] = Field(
+        None, description="folder where the teacher's outputs are stored once, and read again by later runs"
+    )
+
+    repeats: Count = Field(
+        1, description="views of an image in a batch, of fewer images in an epoch as long; 1: no repeated augmentation"
+    )
+
     # what is kept
     ema: Rate = Field(
         0.0, description="decay of the average of weights that is validated and kept; 0: the weights themselves"
@@ -164,11 +246,17 @@ class TrainConfig(BaseModel):
     ema_warmup: bool = Field(
         True, description="begin with a short average: decay (1 + step) / (10 + step) while that is less"
     )
-    checkpoint_every: int = Field(
-        0, ge=0, description="steps from one checkpoint to the next; 0: by checkpoint_minutes alone"
+    checkpoint_every: Annotated[int | None, Field(ge=0), Optional] = Field(
+        None,
+        description="steps from one checkpoint to the next; 0: by checkpoint_minutes alone; none: 200, or as many more "
+        "as keep the cost under 2 % of the time",
     )
     checkpoint_minutes: Amount = Field(
-        5.0, description="minutes from one checkpoint to the next; 0: by checkpoint_every alone"
+        5.0, description="minutes from one checkpoint to the next, whichever comes first; 0: by checkpoint_every alone"
+    )
+
+    track: Annotated[str, Trackers] = Field(
+        "none", description="where figures are sent: tensorboard, wandb, trackio, or several of them with commas"
     )
 
     # the machine
@@ -177,6 +265,9 @@ class TrainConfig(BaseModel):
     )
     amp: Literal["auto", "bf16", "off"] = Field(
         "auto", description="bfloat16 where the device has it natively (auto), always, or never"
+    )
+    shard: bool = Field(
+        False, description="under torchrun, split weights and optimiser over the processes (FSDP2): for large models"
     )
     compile: bool = Field(False, description="torch.compile the model")
     grad_checkpointing: bool = Field(
@@ -187,6 +278,13 @@ class TrainConfig(BaseModel):
     )
     workers: Annotated[int | None, Optional] = Field(
         None, ge=0, description="processes that read images; none: by cores and data"
+    )
+    cache: Annotated[str, BeforeValidator(_cache)] = Field(
+        "auto",
+        description="decoded images kept on the disk for later epochs: auto (where it helps and fits), off, or 20GB",
+    )
+    threads: Annotated[Count | None, Optional] = Field(
+        None, description="threads of torch's on the CPU, on which the last bits depend; none: torch's own number"
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto: the best that is there")
     seed: int = Field(0, ge=0, description="seed of weights, order, augmentation and dropout; not of the split")

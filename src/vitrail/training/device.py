@@ -1,19 +1,25 @@
 """Where a model runs, and in which precision."""
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from vitrail.errors import VitrailError
 
+_FAULT_LINES = 2  # of a compiler's error
 
-def pick_device(name: str) -> torch.device:
-    """The device of this name; "auto" is CUDA, else Apple's MPS, else the CPU.
+
+def pick_device(name: str, number: int | None = None) -> torch.device:
+    """The device of this name; "auto" is CUDA, else Apple's MPS, else the CPU. number: this process's on its machine,
+    where several train together: each takes the CUDA device of its number, else the CPU.
 
     Raises:
         VitrailError: no such device here.
     """
+    if number is not None and name in ("auto", "cuda", "mps"):
+        name = f"cuda:{number}" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -47,6 +53,31 @@ def seed_torch(seed: int, device: torch.device) -> None:
         torch.cuda.default_generators[index].manual_seed(seed)
     elif device.type == "mps":
         torch.mps.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def cpu_threads(number: int | None) -> Iterator[None]:
+    """Let torch use so many threads on the CPU for a while; None leaves its own number."""
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        if number is not None:
+            torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Around steps of a model that may be compiled: a compiler that is missing or fails is told in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(kind.__module__.startswith(("torch._dynamo", "torch._inductor")) for kind in type(error).__mro__):
+            raise
+        words = " ".join(line.strip() for line in str(error).splitlines()[:_FAULT_LINES] if line.strip())
+        raise VitrailError(f"torch.compile does not work here ({words}): set compile=false") from error
 
 
 def precision(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager[Any]:

@@ -1,24 +1,29 @@
 """The training loop: one step, and the state that says how far a run has come.
 
 A step draws its randomness from (seed, number of the step), so a run that is stopped after any step and taken up again
-goes on as if nothing had been.
+goes on as if nothing had been. Of several processes, each learns from its part of a batch; dropout then also depends on
+the process.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from vitrail.data.loader import Batch
+from vitrail.errors import VitrailError
 from vitrail.randomness import fold
 from vitrail.training.config import TrainConfig
 from vitrail.training.device import precision, seed_torch, uses_bf16
 from vitrail.training.ema import Ema
+from vitrail.training.guard import Guard
 from vitrail.training.optim import clip_gradients, make_optimizer, parameter_groups, set_rates
+from vitrail.training.parallel import Statistics, apart, part_of, split, spread, synchronised, whole
 from vitrail.training.schedule import Schedule
 from vitrail.training.tasks import Task
 from vitrail.training.views import View
+from vitrail.training.world import ALONE, World
 
 
 @dataclass
@@ -33,13 +38,24 @@ class Place:
     seconds: float = 0.0  # of the clock, in all sessions of the run
     step_seconds: float = 0.0  # of these in steps, and not in validation or in writing checkpoints
     wait_seconds: float = 0.0  # of these waiting for images
+    validation_seconds: float = 0.0  # kept of a budget for the last validation, by the longest or an estimate
     factor: float = 0.0  # what the peak learning rates were multiplied by in the last step
+    skipped: int = 0  # steps in all whose loss or gradient was not finite: they changed nothing
+    in_a_row: int = 0  # of these, the last ones without a good one since
+    rollbacks: int = 0  # returns to an earlier place for it
+    rate: float = 1.0  # what the learning rates are multiplied by since then
+
+    @property
+    def spent(self) -> float:
+        """Seconds of a budget that are no longer there for steps, as the last validation wants its share."""
+        return self.seconds + self.validation_seconds
 
 
 class Trainer:
     """A model, its optimiser and the average of its weights, and the step that moves them.
 
-    Nothing in a step waits for the device: losses are summed there, and read when somebody looks.
+    Nothing in a step waits for the device: losses are summed there, and read when somebody looks. A step whose loss or
+    gradient is not finite changes neither weights nor average nor optimiser; `guard` counts it.
     """
 
     def __init__(
@@ -50,21 +66,47 @@ class Trainer:
         schedule: Schedule,
         config: TrainConfig,
         device: torch.device,
+        world: World = ALONE,
+        example: Batch | None = None,
     ) -> None:
+        """example: a batch to try the model on, which several processes need."""
         self.model = model.to(device).train()
         self.task = task
         self.view = view
         self.schedule = schedule
         self.config = config
         self.device = device
+        self.world = world
+        self.counts: list[int] | None = None  # images of a step in each process; None: in all as many as here
         self.place = Place()
+        self.guard = Guard(reads_at_once=device.type == "cpu")
+        self.sharded = config.shard and world.size > 1
+        self.bf16 = uses_bf16(device, config.amp)
+        synchronised(model, world, device)
+        self._statistics = Statistics(model, world)
+        average = Ema.copy_of(model) if config.ema else None
+        self._forward = self._prepare(average, example)
         self.groups = parameter_groups(model, config)
         self.optimizer = make_optimizer(self.groups, config.betas)
-        self.ema = Ema(model, config.ema, config.ema_warmup) if config.ema else None
-        self.bf16 = uses_bf16(device, config.amp)
+        self.ema = Ema(model, config.ema, config.ema_warmup, average) if config.ema else None
         self.loss_sum = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         self._parameters: list[nn.Parameter] = [p for group in self.groups for p in group["params"]]
-        self._forward: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
+
+    def _prepare(self, average: nn.Module | None, example: Batch | None) -> nn.Module:
+        """What is called instead of the model."""
+        if self.sharded and average is not None:
+            split(average, self.world, self.device)
+
+        def attempt(model: nn.Module) -> None:
+            assert example is not None
+            before = self._statistics.read()
+            with precision(self.device, self.bf16):
+                loss = self.task(model, self.view(example, 0))
+            loss.backward()
+            self._statistics.write(before)
+
+        forward = spread(self.model, self.world, self.device, self.sharded, attempt)
+        return torch.compile(forward) if self.config.compile else forward  # type: ignore[return-value]
 
     @property
     def best_guess(self) -> nn.Module:
@@ -76,37 +118,92 @@ class Trainer:
         """The largest learning rate of the groups, as of the last step."""
         return max(float(group["peak_lr"]) for group in self.groups) * self.place.factor
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learning rates as of the last step, by the groups' names without their ", no decay"."""
+        return {
+            group["name"].removesuffix(", no decay"): float(group["peak_lr"]) * self.place.factor
+            for group in self.groups
+        }
+
     def step(self, batch: Batch) -> None:
         """Learn from one batch."""
-        place = self.place
-        seed_torch(fold(self.config.seed, "step", place.steps), self.device)
-        place.factor = self.schedule.factor(place.steps, place.seconds)
+        place, world = self.place, self.world
+        counts = self.counts or [len(batch)] * world.size
+        seed = fold(self.config.seed, "step", place.steps)
+        seed_torch(fold(seed, world.rank) if world.rank else seed, self.device)
+        place.factor = self.schedule.factor(place.steps, place.spent) * place.rate
         set_rates(self.optimizer, place.factor)
-        self._learn(self.view(batch, place.epoch))
-        if self.config.clip_grad is not None:
-            clip_gradients(self._parameters, self.config.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema:
-            self.ema.update(place.steps)
+        before = self._statistics.read()
+        loss = self._learn(self.view(batch, place.epoch), counts)
+        norm = clip_gradients(self._parameters, self.config.clip_grad)
+        finite = torch.isfinite(norm) & torch.isfinite(loss)
+        self._move(finite, before)
+        self.loss_sum.add_(torch.where(finite, loss, 0))
+        images = sum(counts)
+        self.guard.note(place, self.lr, finite, loss / images, images)
         place.steps += 1
         place.step += 1
-        place.images += len(batch)
-        place.epoch_images += len(batch)
+        place.images += images
+        place.epoch_images += images
+        self.guard.read_if_due()
 
-    def _learn(self, view: View) -> None:
-        """Gradients of the mean loss over the whole view, which goes through the model in `accumulate` parts."""
+    def _move(self, finite: Tensor, before: list[Tensor]) -> None:
+        """Take the step, if the gradient is finite; else leave all as it is, and the statistics as they were before."""
+        if not self.guard.reads_at_once:
+            self.optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
+            self.optimizer.step()
+            after = self._statistics.read()
+            self._statistics.write([torch.where(finite, a, b) for a, b in zip(after, before, strict=True)])
+        elif finite:
+            self.optimizer.step()
+        else:
+            self._statistics.write(before)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._statistics.average()
+        if self.ema and not self.guard.reads_at_once:
+            self.ema.update(self.place.steps, finite)
+        elif self.ema and finite:
+            self.ema.update(self.place.steps)
+
+    def _learn(self, view: View, counts: Sequence[int]) -> Tensor:
+        """Gradients of the mean loss over all processes' images; a view goes through the model in `accumulate` parts.
+
+        Returns the sum of the images' losses.
+        """
+        world, mine = self.world, counts[self.world.rank]
+        total = torch.zeros_like(self.loss_sum)
+        # Gradients come out as the mean over the processes, and their parts may differ in size.
+        parts = list(self._parts(view, mine, counts))
+        for number, (part, images) in enumerate(parts, 1):
+            with apart(self._forward, number < len(parts)):
+                with precision(self.device, self.bf16):
+                    loss = self.task(self._forward, part)
+                share = images * world.size / sum(counts)
+                (loss if share == 1 else loss * share).backward()
+            total.add_(loss.detach(), alpha=images)
+        world.add_up(total)
+        return total
+
+    def _parts(self, view: View, images: int, counts: Sequence[int]) -> Iterator[tuple[View, int]]:
+        """The parts of a view, and how many images each counts for: as many parts in each process.
+
+        Of a process that has fewer images than another, or none that counts, the last parts are there for company.
+        """
         size = -(-len(view) // self.config.accumulate)
-        for start in range(0, len(view), size):
-            part = view if size == len(view) else view.part(slice(start, start + size))
-            with precision(self.device, self.bf16):
-                loss = self.task(self._forward, part)
-            (loss if part is view else loss * (len(part) / len(view))).backward()
-            self.loss_sum.add_(loss.detach(), alpha=len(part))
+        parts = max(-(-count // -(-count // self.config.accumulate)) for count in (*counts, len(view)) if count)
+        for number in range(parts):
+            rows = slice(number * size, (number + 1) * size)
+            part = view if size >= len(view) and number == 0 else view.part(rows)
+            if not len(part):
+                yield view.part(slice(0, 1)), 0
+            else:
+                yield part, len(part) if images else 0
 
     def mean_loss(self) -> float:
-        """The mean training loss of this epoch so far. Waits for the device."""
-        return float(self.loss_sum) / max(self.place.epoch_images, 1)
+        """The mean training loss of this epoch so far; not a number where no step was good. Waits for the device."""
+        self.guard.read()
+        return float(self.loss_sum) / self.place.epoch_images if self.place.epoch_images else float("nan")
 
     def next_epoch(self) -> None:
         """Go on to the start of the next epoch."""
@@ -115,17 +212,51 @@ class Trainer:
         self.loss_sum.zero_()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Every tensor that the next step depends on, by part: model, optimizer, ema, loss."""
-        parts = {"model": self.model.state_dict(), "optimizer": self._optimizer_state(), "loss": {"sum": self.loss_sum}}
-        return parts | ({"ema": self.ema.model.state_dict()} if self.ema else {})
+        """Every tensor that the next step depends on, by part: model, optimizer, ema, loss.
 
-    def load_state(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Take up what `state` gave."""
-        self.model.load_state_dict(state["model"])
-        if self.ema:
-            self.ema.model.load_state_dict(state["ema"])
-        self.loss_sum.copy_(state["loss"]["sum"])
-        self._load_optimizer_state(state["optimizer"])
+        Where they are split over processes, all must ask; the first one gets whole tensors on the CPU, the others none.
+        """
+        parts = {"model": self.model.state_dict(), "optimizer": self._optimizer_state(), "loss": {"sum": self.loss_sum}}
+        parts |= {"ema": self.ema.model.state_dict()} if self.ema else {}
+        return {part: self.gathered(tensors) for part, tensors in parts.items()}
+
+    def gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors as they are; where they are split over processes, whole in the first one, one at a time."""
+        if not self.sharded:
+            return tensors
+        found = {}
+        for name, tensor in tensors.items():
+            all_of_it = whole(tensor.detach())
+            if self.world.first:
+                found[name] = all_of_it.cpu()
+        return found
+
+    @torch.no_grad()
+    def load_state(self, state: Iterable[tuple[str, str, Tensor]]) -> None:
+        """Take up what `state` gave: part, name and tensor, in any order, and in each process the same.
+
+        Raises:
+            VitrailError: it is not of this model.
+        """
+        self.optimizer.state.clear()
+        parts = {"model": self.model.state_dict(), "loss": {"sum": self.loss_sum}}
+        parts |= {"ema": self.ema.model.state_dict()} if self.ema else {}
+        missing = {(part, name) for part, tensors in parts.items() for name in tensors}
+        moments: dict[str, Tensor] = {}
+        weights = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        for part, name, tensor in state:
+            what, _, owner = name.partition(":")
+            if part == "optimizer" and owner in weights:
+                moments[name] = tensor if what == "step" else part_of(tensor, weights[owner])
+            elif (part, name) in missing and parts[part][name].shape == tensor.shape:
+                target = parts[part][name]
+                target.copy_(part_of(tensor, target))
+                missing.remove((part, name))
+            else:
+                raise VitrailError(f"the checkpoint does not fit this model: {name} of {part}")
+        if missing:
+            raise VitrailError(f"the checkpoint does not fit this model: it has no {min(missing)[1]}")
+        self._load_optimizer_state(moments)
 
     def _names(self) -> list[str]:
         """Names of the parameters in the optimiser's order."""

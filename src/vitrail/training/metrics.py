@@ -3,6 +3,7 @@
 Letters: N images, K classes.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+UNEVEN = 1.5  # times the images of the smallest class, above which a split's classes count as uneven
 _BINS = 15
 
 
@@ -60,7 +62,9 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures over the images of a split. top1 and top5 are in percent, ece (expected calibration error) is 0 to 1."""
+    """Figures over the images of a split. top1, balanced_top1 and top5 are in percent, ece (expected calibration
+    error) is 0 to 1.
+    """
 
     records: Records = field(repr=False)
     class_names: tuple[str, ...] = field(repr=False)
@@ -75,6 +79,12 @@ class Evaluation:
     @cached_property
     def top1(self) -> float:
         return _percent(self.records.predicted == self.records.labels)
+
+    @cached_property
+    def balanced_top1(self) -> float:
+        """The mean of the classes' own top-1, in percent: each class counts the same, however many images it has."""
+        shares = [row["top1"] for row in self.per_class if row["images"]]
+        return sum(shares) / len(shares) if shares else float("nan")
 
     @cached_property
     def top5(self) -> float:
@@ -109,8 +119,14 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
-        names = ("top1", "top5", "loss", "ece", "images", "split", "skipped", "per_class")
+        names = ("top1", "balanced_top1", "top5", "loss", "ece", "images", "split", "skipped", "per_class")
         return {name: getattr(self, name) for name in names}
+
+
+def uneven(per_class: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether classes differ so much in images that top1 and balanced_top1 may tell two stories."""
+    images = [row["images"] for row in per_class if row["images"]]
+    return bool(images) and max(images) > UNEVEN * min(images)
 
 
 def _percent(hits: npt.NDArray[np.bool_]) -> float:
@@ -122,6 +138,10 @@ def calibration_error(confidence: npt.NDArray[np.float64], correct: npt.NDArray[
     confidence, each weighted by its share of the images. Guo et al., 2017 (https://arxiv.org/abs/1706.04599)."""
     if not len(confidence):
         return float("nan")
-    place = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)  # bins are open below, closed above
-    gap = np.bincount(place, weights=confidence - correct, minlength=bins)
+    gap = np.bincount(bin_of(confidence, bins), weights=confidence - correct, minlength=bins)
     return float(np.abs(gap).sum() / len(confidence))
+
+
+def bin_of(confidence: npt.NDArray[np.float64], bins: int) -> npt.NDArray[np.int64]:
+    """Which of `bins` equal widths each confidence lies in, from 0; they are open below and closed above."""
+    return np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)

@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 
+from vitrail.data.balance import Imbalance, class_weights
 from vitrail.data.dataset import Dataset
 from vitrail.training.config import TrainConfig
 from vitrail.training.loop import Trainer
+from vitrail.training.metrics import UNEVEN
 from vitrail.training.optim import describe_groups
 from vitrail.training.prepare import Setup
+
+_VERY_UNEVEN = 5.0  # times the smallest class, from which on balancing is advised
 
 
 def plan_lines(setup: Setup, trainer: Trainer, steps_per_epoch: int, out: str) -> list[str]:
@@ -28,14 +32,40 @@ def plan_lines(setup: Setup, trainer: Trainer, steps_per_epoch: int, out: str) -
     return [
         *setup.reasons,
         f"data    {dataset.name}: {counts} images, {class_words(dataset)} ({dataset.how_split})",
+        *balance_lines(dataset, config.balance),
         *([f"skipped {len(dataset.skipped)} unusable files, named in the summary"] if dataset.skipped else []),
         f"model   {config.model} from {start}, {parameters:,} parameters, sees {height}x{width} pixels",
-        f"train   {length}{budget}, batches of {config.batch_size}, seed {config.seed}",
+        f"train   {length}{budget}, batches of {config.batch_size}, seed {config.seed}, recipe {config.recipe}",
         f"augment {', '.join([*crop, *augment]) or 'nothing'}",
-        f"device  {trainer.device}{threads}, {'bfloat16' if trainer.bf16 else 'float32'}",
+        *getattr(trainer.task, "lines", ()),
+        f"device  {trainer.device}{threads}, {'bfloat16' if trainer.bf16 else 'float32'}{_processes(trainer)}",
         *[f"group   {line}" for line in describe_groups(trainer.groups)],
         f"run     {out}",
     ]
+
+
+def balance_lines(dataset: Dataset, balance: str) -> list[str]:
+    """How uneven the classes of the training images are, and what is done about it; nothing where they are even."""
+    labels = dataset.split("train").labels
+    found = Imbalance.of(labels)
+    if found.ratio <= UNEVEN and balance == "none":
+        return []
+    (largest, many), (smallest, few) = found.largest, found.smallest
+    names = dataset.class_names
+    uneven = f"largest to smallest class {found.ratio:.3g}:1 ({names[largest]} {many:,}, {names[smallest]} {few:,})"
+    weights = class_weights(labels, dataset.num_classes)
+    done = {
+        "none": "; --balance sample or --balance loss gives rare classes their due" * (found.ratio > _VERY_UNEVEN),
+        "sample": f"; each comes equally often, a rare image up to {found.most_repeats} times in an epoch",
+        "loss": f"; an image counts {weights[largest]:.3g} to {weights[smallest]:.3g} in the loss",
+    }
+    return [f"classes {uneven}{done[balance]}"]
+
+
+def _processes(trainer: Trainer) -> str:
+    if trainer.world.size == 1:
+        return ""
+    return f", {trainer.world.size} processes{', the model split over them' if trainer.sharded else ''}"
 
 
 def class_words(dataset: Dataset) -> str:
@@ -48,10 +78,8 @@ def epoch_line(record: Mapping[str, Any], config: TrainConfig, best_epoch: int) 
     """One epoch in a line."""
     of = f"/{math.ceil(config.epochs)}" if config.epochs is not None else ""
     validated = ""
+    loss = "not finite" if record["train_loss"] is None else f"{record['train_loss']:.4f}"
     if "val_top1" in record:
         star = "  best" if best_epoch == record["epoch"] else ""
         validated = f"  val loss {record['val_loss']:.4f}  top-1 {record['val_top1']:.2f} %{star}"
-    return (
-        f"epoch {record['epoch']}{of}  {record['images_per_second']:,.0f} images/s"
-        f"  loss {record['train_loss']:.4f}{validated}"
-    )
+    return f"epoch {record['epoch']}{of}  {record['images_per_second']:,.0f} images/s  loss {loss}{validated}"

@@ -2,14 +2,14 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from vitrail.data.catalog import DATASETS, open_dataset
+from vitrail.data.catalog import lasting_data, open_dataset
 from vitrail.data.dataset import Dataset
 from vitrail.errors import VitrailError
 from vitrail.model_folder import name_of
@@ -18,9 +18,11 @@ from vitrail.models.create import create_model
 from vitrail.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from vitrail.randomness import fold
 from vitrail.sources.pretrained import Pretrained, load_pretrained
+from vitrail.training.cached import settle_cache
 from vitrail.training.choose import Facts, choose
 from vitrail.training.config import TrainConfig, check_options, make_config
 from vitrail.training.evaluate import default_workers
+from vitrail.training.recipes import Recipe, named_recipe, recipe_names
 
 _MODEL_OPTIONS = {"drop": "drop_rate", "drop_path": "drop_path_rate", "attn_drop": "attn_drop_rate"}
 _WHOLE_IMAGE = 64  # pixels a side up to which evaluation sees the whole image, and not the middle of a larger one
@@ -40,15 +42,38 @@ class Setup:
     preprocess: Preprocess
     reasons: list[str]
     pretrained: Pretrained | None = None
+    facts: Facts | None = None  # what the choice went by
+    given: Mapping[str, Any] = field(default_factory=dict)  # and what it was not asked for
+    teacher: Any = None  # where it was passed as an object, and not by name
+    recipe: Recipe | None = None  # that was asked for
+    auto_batch: bool = False  # whether the batch size is to be fitted to the machine; config has a provisional one
+
+    def with_batch_size(self, size: int, reason: str) -> "Setup":
+        """The same with another batch size and what goes with it, above all the learning rate; `reason` in a line."""
+        assert self.facts is not None
+        given = {**self.given, "batch_size": size}
+        choice = choose(self.facts, given, self.recipe)
+        config = make_config({**self.config.model_dump(), **choice.values, **given})
+        others = self.reasons[len(choice.reasons) :]
+        return replace(self, config=config, reasons=[*choice.reasons, reason, *others], auto_batch=False)
 
 
-def prepare(data: str | Path | Dataset, given: Mapping[str, Any], guest: nn.Module | None = None) -> Setup:
+def prepare(
+    data: str | Path | Dataset,
+    given: Mapping[str, Any],
+    guest: nn.Module | None = None,
+    recipe: Recipe | None = None,
+) -> Setup:
     """Open the data, choose what `given` leaves open, and build the model (or fit `guest`, the caller's own).
+
+    recipe: settings that were asked for; None: those that `given` names, or that are chosen.
 
     Raises:
         VitrailError: data, a key, a value or a model that is not there or does not fit.
     """
     given = check_options(given)
+    if recipe is None and given.get("recipe") in recipe_names():
+        recipe = named_recipe(given["recipe"])
     pretrained = bool(given.get("pretrained") or given.get("weights"))
     if guest is None and "model" in given and not given.get("weights"):
         variant(given["model"])  # before a download, not after
@@ -58,14 +83,20 @@ def prepare(data: str | Path | Dataset, given: Mapping[str, Any], guest: nn.Modu
     dataset = data if isinstance(data, Dataset) else open_dataset(data, data_dir=given.get("data_dir"), **held_out)
     train = dataset.split("train")
     fixed = {**given, "data": _lasting_name(data)} | ({"model": type(guest).__name__} if guest is not None else {})
+    for key in ("teacher", "teacher_outputs"):
+        if fixed.get(key):
+            fixed[key] = lasting_path(fixed[key], must_exist=key == "teacher")
+    auto_batch = fixed.get("batch_size") == 0
+    if auto_batch:
+        del fixed["batch_size"]
     facts = Facts(len(train), dataset.sizes.median, dataset.sizes.uniform, pretrained)
     found = None
     if pretrained and guest is None:
         if not given.get("weights") and "model" not in given:
-            fixed["model"] = choose(facts, fixed).values["model"]
+            fixed["model"] = choose(facts, fixed, recipe).values["model"]
         found = _load(fixed, dataset)
         fixed["model"] = found.name or name_of(found.model.config)
-    choice = choose(facts, fixed)
+    choice = choose(facts, fixed, recipe)
     config = make_config({"workers": default_workers(train), **choice.values, **fixed})
     if guest is not None:
         model, preprocess = _fit_guest(guest, config, dataset)
@@ -77,8 +108,11 @@ def prepare(data: str | Path | Dataset, given: Mapping[str, Any], guest: nn.Modu
     if config.fit != "auto":
         preprocess = preprocess.replace(crop_mode=_CROP_MODES[config.fit])
     _check_model(model, preprocess, dataset.num_classes)
-    reasons = [*choice.reasons, *([str(found.report)] if found else []), *advise_fit(dataset, preprocess, config)]
-    return Setup(config, dataset, model, preprocess, reasons, found)
+    config, cache_line = settle_cache(config, dataset, preprocess)
+    fixed["cache"] = config.cache
+    weights = [str(found.report)] if found else []
+    reasons = [*choice.reasons, *weights, *advise_fit(dataset, preprocess, config), *cache_line]
+    return Setup(config, dataset, model, preprocess, reasons, found, facts, fixed, recipe=recipe, auto_batch=auto_batch)
 
 
 def advise_fit(dataset: Dataset, preprocess: Preprocess, config: TrainConfig) -> list[str]:
@@ -107,7 +141,13 @@ def _lasting_name(data: str | Path | Dataset) -> str:
     """How a run's config names its data: a dataset by name, a folder by its whole path."""
     if isinstance(data, Dataset):
         return data.name
-    return data if isinstance(data, str) and data.lower() in DATASETS else str(Path(data).expanduser().resolve())
+    return lasting_data(data)
+
+
+def lasting_path(word: str, *, must_exist: bool = True) -> str:
+    """A path by the whole of it; a word that is no path, such as a model's name, as it is."""
+    path = Path(word).expanduser()
+    return word if word in VARIANTS or (must_exist and not path.exists()) else str(path.resolve())
 
 
 def _build(config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, Preprocess]:

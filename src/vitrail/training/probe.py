@@ -32,7 +32,7 @@ from vitrail.weights.heads import HEADS
 # What decides a probe. The other keys of the config belong to training.
 PROBE_KEYS = (
     *("probe", "data", "data_dir", "val_fraction", "test_fraction", "split_seed", "model", "pretrained", "weights"),
-    *("img_size", "in_chans", "seed", "amp", "eval_batch_size", "workers", "device"),
+    *("img_size", "in_chans", "seed", "amp", "eval_batch_size", "workers", "threads", "device"),
 )
 GRID = tuple(10.0**-power for power in range(7))  # strengths of l2 that validation chooses from, strong to weak
 _UNCHOSEN = 1e-3  # l2 where there are no validation images
@@ -77,8 +77,8 @@ def check_probe_keys(given: Mapping[str, Any]) -> None:
 
 def run_probe(
     setup: Setup, folder: RunFolder, reporter: Reporter, device: torch.device, *, own_model: bool = False
-) -> dict[str, Any]:
-    """Compute features, fit the head, put it into `setup.model`, and give the run's summary.
+) -> tuple[dict[str, Any], Evaluation]:
+    """Compute features, fit the head, put it into `setup.model`, and give the run's summary, and what it is made of.
 
     own_model: the model is the caller's, and nobody knows where its weights are from.
 
@@ -105,8 +105,9 @@ def run_probe(
     name = setup.dataset.eval_split()
     if name not in features:
         raise VitrailError(f"none of the {name} images can be read")
-    return {
-        **_figures(judge.of(chosen.head, name), chosen, features, skipped),
+    result = judge.of(chosen.head, name)
+    summary = {
+        **_figures(result, chosen, features, skipped),
         **_knn(features, name, setup.dataset.num_classes),
         "params": sum(p.numel() for p in setup.model.parameters()),
         "model": setup.config.model,
@@ -119,6 +120,7 @@ def run_probe(
         "seed": setup.config.seed,
         "device": str(device),
     }
+    return summary, result
 
 
 def result_lines(summary: Mapping[str, Any]) -> list[str]:

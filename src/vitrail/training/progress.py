@@ -65,7 +65,7 @@ class Reporter:
         words = describe(trainer)
         if self._bar:
             place = trainer.place
-            done = trainer.schedule.progress(place.steps, place.seconds)
+            done = trainer.schedule.progress(place.steps, place.spent)
             task = self._bar.task_ids[0]
             self._bar.update(task, description=f"epoch {place.epoch + 1}", completed=done, share=words, refresh=True)
         else:
@@ -82,7 +82,7 @@ class Reporter:
 def describe(trainer: Trainer) -> str:
     """Share done, loss, rate, time left and share of time spent waiting for data, in one line."""
     place = trainer.place
-    done = trainer.schedule.progress(place.steps, place.seconds)
+    done = trainer.schedule.progress(place.steps, place.spent)
     left = place.seconds * (1 - done) / done if done else 0.0
     rate = place.images / place.step_seconds if place.step_seconds else 0.0
     waited = place.wait_seconds / place.step_seconds if place.step_seconds else 0.0

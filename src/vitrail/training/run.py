@@ -1,8 +1,7 @@
 """`train`: from a folder of images to a classifier, in one call."""
 
-import os
-import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,36 @@ from torch import nn
 from vitrail.classifier import Classifier
 from vitrail.data.dataset import Dataset
 from vitrail.errors import VitrailError
-from vitrail.files import atomic_folder, atomic_write_text
+from vitrail.files import atomic_folder
 from vitrail.models.base import ImageModel
+from vitrail.training.batch_picture import draw_first_batch
 from vitrail.training.config import KEYS, check_options, make_config, read_toml, to_toml
-from vitrail.training.device import pick_device
+from vitrail.training.cost import cost_lines
+from vitrail.training.details import details
+from vitrail.training.device import compiling, cpu_threads, pick_device
+from vitrail.training.fit import fit_batch_size, memory_advice
 from vitrail.training.folder import RunFolder, check_free, new_run, old_run
 from vitrail.training.interrupt import Stopped
+from vitrail.training.memory import out_of_memory
 from vitrail.training.metrics import Evaluation
+from vitrail.training.outcome import say_result, summarise
 from vitrail.training.plan import plan_lines
 from vitrail.training.prepare import HELD_OUT, Setup, prepare, reopen
 from vitrail.training.probe import PROBE_KEYS, check_probe_keys, result_lines, run_probe
-from vitrail.training.progress import Reporter, clock
-from vitrail.training.session import Session, rate
+from vitrail.training.progress import Reporter
+from vitrail.training.recipes import find_recipe
+from vitrail.training.report import write_report
+from vitrail.training.session import Session
+from vitrail.training.sessions import environment, python_call, session_record
+from vitrail.training.teacher import Source, lasting_name
+from vitrail.training.trackers import check_trackers
+from vitrail.training.world import World, joined
 
-_FEW = 100  # images below which a figure is given with its interval
-_MAY_CHANGE = ("device", "workers", "data_dir", "checkpoint_every", "checkpoint_minutes", "eval_batch_size")
+_NAMED = ("model", "weights", "teacher", "pretrained", "probe", "epochs", "budget", "seed")
+_MAY_CHANGE = (
+    *("device", "workers", "data_dir", "checkpoint_every", "checkpoint_minutes", "eval_batch_size", "track"),
+    *("teacher_outputs", "shard"),
+)
 
 
 def train(
@@ -36,6 +50,7 @@ def train(
     model: str | nn.Module | None = None,
     pretrained: bool | None = None,
     weights: str | Path | None = None,
+    teacher: Source | None = None,
     probe: bool | None = None,
     out: str | Path | None = None,
     epochs: float | None = None,
@@ -45,6 +60,8 @@ def train(
     recipe: str | Path | None = None,
     progress: bool = True,
     verbose: bool = False,
+    show_batch: str | Path | None = None,
+    command: str | None = None,
     **config: Any,
 ) -> Classifier:
     """Train or fine-tune a classifier on `data` and leave a run folder behind.
@@ -53,125 +70,269 @@ def train(
         data: a folder of images, a dataset's name, or a Dataset.
         model: a name from `list_models()`, or a module of your own with timm's interface; None: one is chosen.
         pretrained, weights: start from published weights, or from these.
+        teacher: learn from this model too: what `vitrail.load` takes, an .onnx file, a Classifier or a module.
         probe: freeze the model and fit a linear head to its features, which are computed once.
         out: the run folder; by default runs/<data>-<model>.
         epochs, budget: how long: passes over the images, and seconds or "10m".
         seed: of everything random but the split of the images.
         resume: a run folder to go on with; nothing else is needed.
-        recipe: a TOML file of config keys; its `data` counts where none is named here.
+        recipe: one of `recipe_names()`, or a TOML file of config keys; its `data` counts where none is named here.
         progress: False keeps silent.
         verbose: tell what became of every single tensor of the weights.
+        show_batch: train nothing and write no run; draw what the model would see in the first batch to this picture.
+        command: how the run was asked for, as its report tells it; None: this very call.
         config: any other key of `TrainConfig`. It wins over the recipe, and that over what is chosen for the images.
 
     Returns:
         The classifier with the weights that were best on the validation images. Its `report` is the run's summary.
+        With `show_batch`, the classifier before any training.
 
     Raises:
         VitrailError: something that was asked for is not there, does not fit, or cannot be written.
         Stopped: Ctrl-C or SIGTERM; the run is saved, and the text says how to go on. It is a KeyboardInterrupt.
     """
-    guest = model if isinstance(model, nn.Module) else None
+    with joined() as world, torch.random.fork_rng(devices=[]):  # the caller's own random numbers are left alone
+        ask = make_ask(
+            data,
+            model=model,
+            pretrained=pretrained,
+            weights=weights,
+            teacher=teacher,
+            probe=probe,
+            out=out,
+            epochs=epochs,
+            budget=budget,
+            seed=seed,
+            resume=resume,
+            recipe=recipe,
+            verbose=verbose,
+            show_batch=show_batch,
+            command=command,
+            **config,
+        )
+        return _run(ask, world, Reporter(progress and world.first))
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What `train` was asked for. teacher: one of the caller's own."""
+
+    data: str | Path | Dataset | None
+    given: Mapping[str, Any]
+    guest: nn.Module | None
+    teacher: Classifier | nn.Module | None
+    out: str | Path | None
+    resume: str | Path | None
+    recipe: str | Path | None
+    verbose: bool
+    show_batch: str | Path | None
+    command: str
+
+
+def make_ask(
+    data: str | Path | Dataset | None = None,
+    *,
+    model: str | nn.Module | None = None,
+    weights: str | Path | None = None,
+    teacher: Source | None = None,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    recipe: str | Path | None = None,
+    verbose: bool = False,
+    show_batch: str | Path | None = None,
+    command: str | None = None,
+    **keys: Any,
+) -> Ask:
+    """From the arguments of `train`."""
     named = {
         "model": model if isinstance(model, str) else None,
-        "pretrained": pretrained,
         "weights": None if weights is None else str(weights),
-        "probe": probe,
-        "epochs": epochs,
-        "budget": budget,
-        "seed": seed,
+        "teacher": None if teacher is None else lasting_name(teacher),
+        **keys,
     }
-    given = check_options({**{key: value for key, value in named.items() if value is not None}, **config})
-    reporter = Reporter(progress)
-    if out is not None and resume is None:
-        check_free(RunFolder(Path(out).expanduser()))  # before a download, not after
-    with torch.random.fork_rng(devices=[]):  # the caller's own random numbers are left alone
-        if resume is not None:
-            folder, setup = _resumed(resume, data, given, guest, out, recipe)
-        else:
-            given = {**(read_toml(recipe) if recipe is not None else {}), **given}
-            data = given.pop("data", None) if data is None else data
-            if data is None:
-                raise VitrailError("nothing to train on: name a folder of images or a dataset, or a run with --resume")
-            if given.get("probe"):
-                check_probe_keys(given)
-            setup = prepare(data, given, guest)
-        if verbose and setup.pretrained:
-            reporter.say(setup.pretrained.report.table())
-        device = pick_device(setup.config.device)
-        session = None if setup.config.probe else Session(setup, reporter, device)
-        if resume is None:
-            folder = new_run(out, setup.dataset.name, setup.config.model)
+    # What `train` itself offers may be left out by None; of other keys, None is a value.
+    given = check_options({key: value for key, value in named.items() if value is not None or key not in _NAMED})
+    if command is None:
+        places = {"out": out, "resume": resume, "recipe": recipe}
+        command = python_call({"data": data, **named, "model": model, "teacher": teacher, **places})
+    guest = model if isinstance(model, nn.Module) else None
+    own = teacher if isinstance(teacher, Classifier | nn.Module) else None
+    return Ask(data, given, guest, own, out, resume, recipe, verbose, show_batch, command)
+
+
+def _run(ask: Ask, world: World, reporter: Reporter) -> Classifier:
+    before = world.by_first(lambda: _before(ask))
+    with world.in_turn():
+        setup = fresh_setup(ask) if before is None else _resumed(ask, before)
+    setup.teacher = ask.teacher
+    # Each machine has a disk of its own, and all processes must see the same pixels.
+    setup.config = setup.config.model_copy(update={"cache": world.share(setup.config.cache)})
+    if world.size > 1 and (setup.config.probe or setup.auto_batch or ask.show_batch):
+        raise VitrailError("a probe, batch_size=auto and --show-batch are for one process: leave out torchrun")
+    if ask.verbose and setup.pretrained:
+        reporter.say(setup.pretrained.report.table())
+    device = pick_device(setup.config.device, world.local_rank if world.size > 1 else None)
+    with cpu_threads(setup.config.threads):
+        session = None if setup.config.probe else make_session(setup, reporter, device, world)
+        setup = session.setup if session else setup
+        if ask.show_batch is not None:
+            return _show_batch(session, setup, ask.show_batch, reporter)
+        folder = _folder(ask, setup, world)
         with folder.held():
-            if resume is None:
-                check_free(folder)  # once more: another run may have begun and ended here meanwhile
-                atomic_write_text(folder.config, to_toml(setup.config, KEYS if session else PROBE_KEYS))
+            if ask.resume is None:
+                if world.first:
+                    check_free(folder)  # once more: another run may have begun and ended here meanwhile
+                folder.write_config(to_toml(setup.config, KEYS if session else PROBE_KEYS))
             if session is None:
-                return _probe(setup, folder, reporter, device, guest is not None)
-            return _train(session, folder, reporter)
+                folder.add_session(session_record(ask.command, 0, device))
+                return _probe(setup, folder, reporter, device, ask.guest is not None)
+            found = session.enter(folder)
+            folder.add_session(session_record(ask.command, session.trainer.place.steps, device))
+            return _train(session, folder, reporter, found)
 
 
-def _resumed(
-    resume: str | Path,
-    data: str | Path | Dataset | None,
-    given: Mapping[str, Any],
-    guest: nn.Module | None,
-    out: str | Path | None,
-    recipe: str | Path | None,
-) -> tuple[RunFolder, Setup]:
-    """The folder and setup of a run that goes on as it began."""
-    folder = old_run(resume)
-    before = read_toml(folder.config)
-    for key, value in given.items():
+def _before(ask: Ask) -> dict[str, Any] | None:
+    """The config of the run that is to go on; None for a new one, whose place is free."""
+    if ask.resume is not None:
+        return {"cache": "off", **read_toml(old_run(ask.resume).config)}  # runs older than the cache had none
+    if ask.out is not None and ask.show_batch is None:
+        check_free(RunFolder(Path(ask.out).expanduser()))  # before a download, not after
+    return None
+
+
+def fresh_setup(ask: Ask) -> Setup:
+    """The setup of a new run."""
+    asked = None if ask.recipe is None else find_recipe(ask.recipe)
+    given = {**(asked.fixed if asked else {}), **ask.given}
+    named = given.pop("data", None)
+    data = named if ask.data is None else ask.data
+    if data is None:
+        raise VitrailError("nothing to train on: name a folder of images or a dataset, or a run with --resume")
+    if given.get("probe"):
+        if asked and not asked.whole:
+            given.pop("recipe", None)  # a file may ask for a probe; the named ones are for training
+        check_probe_keys({**given, **(asked.settings if asked else {})})
+    check_trackers(given.get("track", "none"))  # before a download, not after
+    return prepare(data, given, ask.guest, asked)
+
+
+def _resumed(ask: Ask, before: Mapping[str, Any]) -> Setup:
+    """The setup of a run that goes on as it began."""
+    for key, value in ask.given.items():
         if key not in _MAY_CHANGE and before.get(key) != value:
             raise VitrailError(
                 f"a run goes on as it began, with {key}={before.get(key)}: leave {key} out, or begin anew"
             )
-    if recipe is not None or (out is not None and Path(out) != Path(resume)):
+    if ask.recipe is not None or (ask.out is not None and Path(ask.out) != Path(str(ask.resume))):
         raise VitrailError("a run goes on where and as it began: leave out --out and --recipe with --resume")
-    return folder, reopen(make_config({**before, **given}), data, guest)
+    config = make_config({**before, **ask.given})
+    check_trackers(config.track)
+    return reopen(config, ask.data, ask.guest)
 
 
-def _train(session: Session, folder: RunFolder, reporter: Reporter) -> Classifier:
-    setup = session.setup
+def _folder(ask: Ask, setup: Setup, world: World) -> RunFolder:
+    """Where the run goes on, or a free place; the first process's choice."""
+
+    def choose() -> Path:
+        old = None if ask.resume is None else old_run(ask.resume)
+        return (old or new_run(ask.out, setup.dataset.name, setup.config.model)).path
+
+    folder = RunFolder(world.by_first(choose), world.first)
+    world.advice = f"; go on as before, with --resume {folder.path}"
+    return folder
+
+
+def make_session(setup: Setup, reporter: Reporter, device: torch.device, world: World) -> Session:
+    """A session, with the batch that suits the machine where that was asked for."""
+    session = Session(setup, reporter, device, world)
+    if not setup.auto_batch:
+        return session
+    with compiling():
+        size, reason = fit_batch_size(session)
+    return Session(setup.with_batch_size(size, reason), reporter, device)
+
+
+def _train(session: Session, folder: RunFolder, reporter: Reporter, resumed: bool) -> Classifier:
+    setup, full = session.setup, False
     for line in plan_lines(setup, session.trainer, session.loader.steps_per_epoch, str(folder.path)):
         reporter.say(line)
-    if session.enter(folder):
+    if resumed:
         reporter.say(f"going on at epoch {session.trainer.place.epoch + 1}, step {session.trainer.place.steps}")
     try:
-        session.run()
+        if not resumed and session.world.size == 1:
+            with compiling():
+                lines = cost_lines(session)
+            for line in lines:
+                reporter.say(line)
+        with session.trackers, compiling():
+            session.run()
+            model = session.final_model()
+            result = session.final_evaluation(model)
+            summary = summarise(session, result)
+            session.trackers.finish(summary)
     except Stopped as stopped:
         reporter.say(str(stopped))
         raise
     except RuntimeError as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
-        raise VitrailError(
-            f"a batch of {setup.config.batch_size} images does not fit into memory: use a smaller batch_size, "
-            "accumulate=2 or more, or grad_checkpointing=true"
-        ) from error
-    model = session.final_model()
-    result = session.final_evaluation(model)
-    summary = _summary(session, result)
-    classifier = _finish(setup, model, summary, folder)
-    _say_result(reporter, summary, folder)
+        full = True
+    if full:  # out here, where the error no longer holds on to what the step had
+        raise VitrailError(memory_advice(session))
+    classifier = _finish(setup, session.model, summary, folder)
+    say_result(reporter, summary, folder)
+    if folder.writes:
+        _report(setup, result, folder, reporter, session.trainer.groups)
+    session.world.numbers(0)  # the others leave when all is written
     return classifier
 
 
 def _probe(setup: Setup, folder: RunFolder, reporter: Reporter, device: torch.device, own_model: bool) -> Classifier:
     try:
-        summary = run_probe(setup, folder, reporter, device, own_model=own_model)
+        summary, result = run_probe(setup, folder, reporter, device, own_model=own_model)
     except Stopped as stopped:
         reporter.say(str(stopped))
         raise
     except RuntimeError as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         raise VitrailError("a batch of images does not fit into memory: use a smaller eval_batch_size") from error
-    summary["environment"] = _environment()
+    summary["environment"] = environment(device)
     classifier = _finish(setup, setup.model, summary, folder)
     for line in [*result_lines(summary), f"model in {folder.model}"]:
         reporter.say(line)
+    _report(setup, result, folder, reporter)
     return classifier
+
+
+def _report(
+    setup: Setup,
+    result: Evaluation,
+    folder: RunFolder,
+    reporter: Reporter,
+    groups: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write the report. The run is finished and saved by now, and nothing that goes wrong here changes that."""
+    try:
+        folder.write_details(details(result, setup.dataset.splits.get(result.split), groups))
+        write_report(folder)
+    except Exception as error:
+        words = " ".join(str(error).split()) or type(error).__name__
+        reporter.say(f"warning: the run is saved, but its report could not be written: {words}")
+        return
+    reporter.say(f"report in {folder.report}")
+
+
+def _show_batch(session: Session | None, setup: Setup, path: str | Path, reporter: Reporter) -> Classifier:
+    if session is None:
+        raise VitrailError("a probe has no batches to show: leave out --show-batch")
+    reporter.say(draw_first_batch(session, path))
+    return Classifier(
+        setup.model,  # type: ignore[arg-type]
+        setup.preprocess,
+        setup.dataset.class_names,
+        architecture=setup.config.model,
+    )
 
 
 def _finish(setup: Setup, model: nn.Module, summary: dict[str, Any], folder: RunFolder) -> Classifier:
@@ -192,8 +353,9 @@ def _finish(setup: Setup, model: nn.Module, summary: dict[str, Any], folder: Run
     )
     if setup.pretrained:
         summary["weights"] = str(setup.pretrained.report)
-    _save_model(classifier, folder)
-    folder.write_summary(summary)
+    if folder.writes:
+        _save_model(classifier, folder)
+        folder.write_summary(summary)
     return classifier
 
 
@@ -204,11 +366,6 @@ def _origin(setup: Setup) -> dict[str, Any]:
     return {"source": setup.pretrained.loaded.source, "licence": setup.pretrained.loaded.licence}
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device, or the machine, has no memory left. On the CPU, torch says so in words alone."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def _save_model(classifier: Classifier, folder: RunFolder) -> None:
     """The model folder. A guest that is none of ours has no config to store: its weights alone are kept."""
     if isinstance(classifier.model, ImageModel):
@@ -217,71 +374,3 @@ def _save_model(classifier: Classifier, folder: RunFolder) -> None:
     with atomic_folder(folder.model) as temporary:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.model.state_dict().items()}
         save_file(tensors, temporary / "model.safetensors")
-
-
-def _summary(session: Session, result: Evaluation) -> dict[str, Any]:
-    """The run's figures. top1 and top5 are in percent, of `split`; val_top1 chose the epoch."""
-    place, config, best = session.trainer.place, session.config, session.best
-    dataset = session.setup.dataset
-    found = {item["path"]: item["reason"] for item in dataset.skipped} | session.skipped
-    found |= {item["path"]: item["reason"] for item in result.skipped}
-    return {
-        "top1": result.top1,
-        "top5": result.top5,
-        "loss": result.loss,
-        "ece": result.ece,
-        "images": result.images,
-        "split": result.split,
-        "val_top1": best.top1 if best.epoch else None,
-        "best_epoch": best.epoch or None,
-        "epochs": len(session.history),
-        "steps": place.steps,
-        "train_images": place.images,
-        "seconds": round(place.seconds, 3),
-        "images_per_second": round(rate(place), 1),
-        "waiting_for_data": round(place.wait_seconds / place.step_seconds, 4) if place.step_seconds else 0.0,
-        "params": sum(p.numel() for p in session.trainer.model.parameters()),
-        "model": config.model,
-        "data": dataset.name,
-        "how_split": dataset.how_split,
-        "seed": config.seed,
-        "device": str(session.trainer.device),
-        "environment": _environment(),
-        "skipped": [{"path": path, "reason": reason} for path, reason in found.items()],
-        "per_class": result.per_class,
-    }
-
-
-def _environment() -> dict[str, Any]:
-    """What the figures depend on beside the config."""
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _interval(summary: Mapping[str, Any]) -> str:
-    """Wilson's 95 % interval, where the images are so few that it is wide."""
-    count = summary["images"]
-    if not 0 < count < _FEW:
-        return ""
-    share, z2 = summary["top1"] / 100, 1.96**2
-    middle, half = share + z2 / (2 * count), (z2 * (share * (1 - share) / count + z2 / (4 * count**2))) ** 0.5
-    low, high = (100 * (middle + sign * half) / (1 + z2 / count) for sign in (-1, 1))
-    return f" (so few that the truth may lie anywhere from {low:.0f} to {high:.0f} %)"
-
-
-def _say_result(reporter: Reporter, summary: Mapping[str, Any], folder: RunFolder) -> None:
-    for item in summary["skipped"]:
-        reporter.say(f"skipped {item['path']}: {item['reason']}")
-    epoch = f", weights of epoch {summary['best_epoch']}" if summary["best_epoch"] else ""
-    chosen = " (this split also chose the epoch)" if summary["split"] == "val" and summary["best_epoch"] else ""
-    reporter.say(
-        f"{summary['split']} top-1 {summary['top1']:.2f} % of {summary['images']:,} images"
-        f"{_interval(summary)}{chosen}{epoch}; "
-        f"trained in {clock(summary['seconds'])} at {summary['images_per_second']:,.0f} images/s"
-    )
-    reporter.say(f"model in {folder.model}")

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 _LONGEST_WARMUP = 0.1  # of a budget
+_LARGEST_RESERVE = 0.3  # likewise
 
 
 def cosine(progress: float, floor: float = 0.0) -> float:
@@ -41,6 +42,10 @@ class Schedule:
         """Whether no step is left, or no time."""
         no_steps = self.steps is not None and step >= self.steps
         return no_steps or (self.budget is not None and seconds >= self.budget)
+
+    def reserve(self, seconds: float) -> float:
+        """What a budget keeps for a last validation of so many seconds: these, but not much of a small budget."""
+        return seconds if self.budget is None else min(seconds, _LARGEST_RESERVE * self.budget)
 
     def factor(self, step: int, seconds: float = 0.0) -> float:
         """The factor of the step that comes after `step` steps and `seconds`.

@@ -1,62 +1,62 @@
 """One session of a run: its epochs, validations and checkpoints, from wherever it stands to its end.
 
-A run has several sessions if it is stopped and taken up again.
+A run has several sessions if it is stopped and taken up again. Where several processes train together, each goes
+through the same session: they agree before every step on whether to stop and what time it is, and the first one writes.
 """
 
-import hashlib
-import os
+import copy
 import time
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 
+from vitrail.data.balance import class_weights
 from vitrail.data.dataset import Dataset
-from vitrail.data.loader import EvalLoader, TrainLoader
+from vitrail.data.decoded import Read
+from vitrail.data.loader import Batch, EvalLoader, TrainLoader
 from vitrail.errors import VitrailError
+from vitrail.training.cached import cached_readers
 from vitrail.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from vitrail.training.evaluate import evaluate_loader, make_loader
+from vitrail.training.config import TrainConfig
+from vitrail.training.distill import begin, identity_of, make_task
+from vitrail.training.evaluate import Abandoned, evaluate_loader, make_loader
 from vitrail.training.folder import RunFolder
+from vitrail.training.guard import LOWER, RETURNS, TOLERATED
 from vitrail.training.interrupt import Interrupt, Stopped
 from vitrail.training.loop import Place, Trainer
 from vitrail.training.metrics import Evaluation
+from vitrail.training.parallel import part_of
 from vitrail.training.plan import epoch_line
 from vitrail.training.prepare import Setup
 from vitrail.training.progress import Reporter
+from vitrail.training.saving import Best, Due, copied, everywhere, fingerprint, without_best
 from vitrail.training.schedule import Schedule
-from vitrail.training.tasks import Classify
+from vitrail.training.trackers import Trackers
+from vitrail.training.trial import blank
 from vitrail.training.views import Viewer
-
-
-@dataclass
-class Best:
-    """The weights with the best validation so far: the highest top-1, of equal ones the lowest loss."""
-
-    epoch: int = 0  # from 1; 0: none yet
-    top1: float = -1.0
-    loss: float = float("inf")
-    weights: dict[str, Tensor] = field(default_factory=dict)
-
-    def beaten_by(self, top1: float, loss: float) -> bool:
-        """Whether these figures are better."""
-        return (top1, -loss) > (self.top1, -self.loss)
+from vitrail.training.world import ALONE, World
 
 
 class Session:
     """Trains a setup. Faults of the setup show when it is made; it writes only to the folder that it enters.
 
-    `history` has one record an epoch, as metrics.jsonl does.
+    `history` has one record an epoch, as metrics.jsonl does. `model` is the one that is kept in the end.
     """
 
     folder: RunFolder
+    trackers: Trackers
 
-    def __init__(self, setup: Setup, reporter: Reporter, device: torch.device) -> None:
+    def __init__(self, setup: Setup, reporter: Reporter, device: torch.device, world: World = ALONE) -> None:
         config, dataset = setup.config, setup.dataset
+        self.world = world
         self.setup = setup
         self.config = config
         self.reporter = reporter
+        readers = cached_readers(config, dataset, setup.preprocess, reporter.say)
         self.loader = TrainLoader(
             dataset.split("train"),
             setup.preprocess,
@@ -65,29 +65,38 @@ class Session:
             workers=config.workers or 0,
             crop_scale=config.crop_scale,
             crop_ratio=config.crop_ratio,
+            repeats=config.repeats,
+            balance=config.balance == "sample",
+            rank=world.rank,
+            world_size=world.size,
             pin=device.type == "cuda",
+            read=readers.get("train"),
         )
-        self.validation = None
-        if "val" in dataset.splits:
-            self.validation = make_loader(
-                dataset.split("val"), setup.preprocess, device, config.eval_batch_size, config.workers
-            )
+        self.validation = self._eval_loader("val", device, readers.get("val")) if "val" in dataset.splits else None
         if config.grad_checkpointing:
             _checkpoint_gradients(setup.model)
+        check_shareable(config, world)
+        # What training on several devices may change (split parameters, other batch norms) is nothing to keep.
+        changes = world.size > 1 and (config.shard or device.type == "cuda")
+        self.model = copy.deepcopy(setup.model) if changes else setup.model
         self.trainer = Trainer(
             setup.model,
-            Classify(config.label_smoothing),
-            Viewer(config, setup.preprocess, dataset.num_classes, device),
+            make_task(setup, device),
+            Viewer(config, setup.preprocess, dataset.num_classes, device, _class_weights(config, dataset), world),
             make_schedule(config.epochs, self.loader.steps_per_epoch, setup),
             config,
             device,
+            world,
+            blank(2, setup.preprocess) if world.size > 1 else None,
         )
         self.images = fingerprint(dataset)
+        self.teacher = identity_of(self.trainer.task)
         self.best = Best()
         self.history: list[dict[str, Any]] = []
         self.skipped: dict[str, str] = {}
-        self._saved_steps = -1
-        self._saved_at = time.perf_counter()
+        self._due = Due(config)
+        self._start: Checkpoint | None = None
+        self._signal: int | None = None
 
     def enter(self, folder: RunFolder) -> bool:
         """Work in this folder from now on, and take up its newest checkpoint; False where there is none.
@@ -96,17 +105,26 @@ class Session:
             VitrailError: it is of other images, or cannot be read.
         """
         self.folder = folder
-        found = load_checkpoint(folder.checkpoint)
-        if found is None:
+        track = self.config.track if self.world.first else "none"
+        self.trackers = Trackers(track, folder, self.config.model_dump(), self.reporter.say)
+        found = load_checkpoint(folder.checkpoint) if self.world.first else None
+        return self._take_up(found)
+
+    def _take_up(self, found: Checkpoint | None) -> bool:
+        """Go to the place of the first process's checkpoint; False where it has none."""
+        record = self.world.share(None if found is None else found.record)
+        if record is None:
             return False
-        if found.record["images"] != self.images:
+        if record["images"] != self.images:
             raise VitrailError(f"the images are not those that {self.folder.path} was trained on: it cannot go on")
-        self.trainer.place = Place(**found.record["place"])
-        self.trainer.load_state(found.tensors)
-        self.best = Best(**found.record["best"], weights=found.tensors["best"])
-        self.history = found.record["history"]
-        self.skipped = found.record["skipped"]
-        self._saved_steps = self.trainer.place.steps
+        if record.get("teacher", "") != self.teacher:
+            raise VitrailError(f"the teacher is not the one that {self.folder.path} learnt from: it cannot go on")
+        self.trainer.place = Place(**record["place"])
+        self.trainer.load_state(everywhere({} if found is None else without_best(found), self.world))
+        self.best = Best(**record["best"], weights=found.tensors["best"] if found else {})
+        self.history = record["history"]
+        self.skipped = record["skipped"]
+        self._due.start(self.trainer.place)
         return True
 
     def run(self) -> None:
@@ -118,122 +136,242 @@ class Session:
         """
         trainer, schedule = self.trainer, self.trainer.schedule
         self.folder.write_metrics(self.history)
+        begin(trainer.task)
+        if not trainer.place.steps and not trainer.place.rollbacks:
+            self._start = self._first_checkpoint()
         self._started = time.perf_counter() - trainer.place.seconds
-        with self.reporter, Interrupt() as interrupt:
-            while trainer.place.step or not schedule.finished(trainer.place.steps, trainer.place.seconds):
+        with self.reporter, Interrupt(patient=self.world.size > 1) as interrupt:
+            while trainer.place.step or not schedule.finished(trainer.place.steps, trainer.place.spent):
                 self._steps(interrupt)
-                self._stop_if(interrupt)
-                self._end_epoch()
+                if trainer.place.in_a_row >= TOLERATED:
+                    self._return()
+                    continue
+                self._stop_if_asked(interrupt)
+                self._end_epoch(interrupt)
                 self._save_if_due()
-                self._stop_if(interrupt)
-        if trainer.place.steps != self._saved_steps and trainer.place.steps:
+                self._stop_if_asked(interrupt)
+        if trainer.place.steps:
             self.save()
 
     def _steps(self, interrupt: Interrupt) -> None:
-        """The rest of this epoch, or as much of it as the schedule or a signal allows."""
+        """The rest of this epoch, or as much of it as the schedule, a signal or bad steps allow."""
         trainer, place, schedule = self.trainer, self.trainer.place, self.trainer.schedule
         begin, waited = time.perf_counter(), self.loader.wait_seconds
         batches = self.loader.epoch(place.epoch, place.step)
-        while not interrupt.number and not schedule.finished(place.steps, place.seconds):
+        while not self._asked(interrupt) and not schedule.finished(place.steps, place.spent):
             batch = next(batches, None)
             if batch is None:
                 break
+            trainer.counts = self._agree(batch, interrupt)
             trainer.step(batch)
             now = time.perf_counter()
-            place.seconds = now - self._started
+            if self.world.size == 1:
+                place.seconds = now - self._started
             place.step_seconds += now - begin
             place.wait_seconds += self.loader.wait_seconds - waited
             begin, waited = now, self.loader.wait_seconds
             self.reporter.step(trainer)
+            if place.in_a_row >= TOLERATED:
+                break
             self._save_if_due()
+        trainer.guard.read()
         batches.close()  # type: ignore[attr-defined]  # a generator: lets go of the images made ahead
 
-    def _end_epoch(self) -> None:
+    def _agree(self, batch: Batch, interrupt: Interrupt) -> list[int] | None:
+        """What all processes go by in the next step: signals that any has seen, the first one's clock, and the images
+        of each, which this returns. Nothing where there is one process only."""
+        if self.world.size == 1:
+            return None
+        images = 0 if batch.stands_in else len(batch)
+        rows = self.world.numbers(images, interrupt.number or 0, self._clock(), self._due.cost)
+        self._signal = round(max(row[1] for row in rows)) or None
+        self.trainer.place.seconds, self._due.cost = rows[0][2:]
+        counts = [round(row[0]) for row in rows]
+        return counts if any(counts) else [1, *counts[1:]]  # nothing could be read: all learn from one image
+
+    def _asked(self, interrupt: Interrupt) -> int | None:
+        """The signal that asks the run to stop, as of the last agreement."""
+        return interrupt.number if self.world.size == 1 else self._signal
+
+    def _clock(self) -> float:
+        return time.perf_counter() - self._started
+
+    def _return(self) -> None:
+        """Back to the last checkpoint, at a lower rate; or the end, after too many returns."""
+        trainer, now = self.trainer, self.trainer.place
+        if now.rollbacks >= RETURNS:
+            raise VitrailError(trainer.guard.account(self._due.steps, now.rollbacks, trainer.bf16))
+        found = None
+        if self.world.first:
+            found = load_checkpoint(self.folder.checkpoint) or self._start
+        self._take_up(found)
+        place = trainer.place
+        place.rate, place.rollbacks = now.rate * LOWER, now.rollbacks + 1
+        place.skipped, place.in_a_row = now.skipped, 0
+        for name, value in vars(now).items():
+            if name.endswith("seconds"):  # the clock does not go back
+                setattr(place, name, value)
+        first, last = trainer.guard.returned()
+        self.folder.write_metrics(self.history)
+        self.save()
+        self.reporter.say(
+            f"steps {first} to {last} were not finite and changed nothing; "
+            f"back at step {place.steps}, with {place.rate:g} of the learning rate"
+        )
+
+    def _end_epoch(self, interrupt: Interrupt) -> None:
         """Validate where it is time, note the figures, and go on to the next epoch."""
         trainer, place = self.trainer, self.trainer.place
         loss = trainer.mean_loss()
-        if not np.isfinite(loss):
-            raise VitrailError(
-                f"the training loss became {loss} in epoch {place.epoch + 1}: use a lower lr (now {self.config.lr:g}), "
-                "more warmup_epochs, or clip_grad=1"
-            )
-        last = trainer.schedule.finished(place.steps, place.seconds)
+        last = trainer.schedule.finished(place.steps, place.spent)
         record: dict[str, Any] = {
             "epoch": place.epoch + 1,
             "steps": place.steps,
             "lr": trainer.lr,
-            "train_loss": loss,
+            "train_loss": loss if np.isfinite(loss) else None,
             "train_images": place.epoch_images,
+            "skipped_steps": place.skipped,
+            "rollbacks": place.rollbacks,
         }
         if self.validation and (last or (place.epoch + 1) % self.config.eval_every == 0):
-            record |= self._validate(self.validation)
-        place.seconds = time.perf_counter() - self._started
+            begin, longest = self._clock(), place.validation_seconds if self.best.epoch else 0.0  # else an estimate
+            record |= self._validate(self.validation, interrupt)
+            took = trainer.schedule.reserve(max(longest, self._clock() - begin))
+            place.validation_seconds = self.world.share(took)
+        place.seconds = self.world.share(self._clock())
         record |= {"seconds": round(place.seconds, 3), "images_per_second": round(rate(place), 1)}
-        self.skipped |= {item["path"]: item["reason"] for item in self.loader.skipped}
+        found = [item for items in self.world.gather(self.loader.skipped) for item in items]
+        self.skipped |= {item["path"]: item["reason"] for item in found}
         self.history.append(record)
         self.folder.add_metrics(record)
+        self.trackers.epoch(record, trainer.rates)
         self.reporter.epoch(epoch_line(record, self.config, self.best.epoch), last)
         trainer.next_epoch()
 
-    def _validate(self, loader: EvalLoader) -> dict[str, Any]:
-        result = evaluate_loader(
-            self.trainer.best_guess, loader, self.setup.dataset.class_names, "val", amp=self.config.amp
-        )
+    def _validate(self, loader: EvalLoader, interrupt: Interrupt | None = None) -> dict[str, Any]:
+        stop = None if interrupt is None else lambda: interrupt.number
+        try:
+            result = self._evaluate(self.trainer.best_guess, loader, "val", stop)
+        except Abandoned as stopped:
+            self._stop(stopped.signal)
         self.skipped |= {item["path"]: item["reason"] for item in result.skipped}
-        if self.best.beaten_by(result.top1, result.loss):
-            weights = {
-                name: value.detach().to("cpu", copy=True)
-                for name, value in self.trainer.best_guess.state_dict().items()
-            }
-            self.best = Best(self.trainer.place.epoch + 1, result.top1, result.loss, weights)
-        return {f"val_{name}": getattr(result, name) for name in ("top1", "top5", "loss", "ece")}
+        score = result.top1 if self.config.balance == "none" else result.balanced_top1
+        if self.best.beaten_by(score, result.loss):
+            weights = self.trainer.gathered(self.trainer.best_guess.state_dict())
+            kept = copied(weights) if self.world.first else {}
+            self.best = Best(self.trainer.place.epoch + 1, result.top1, result.loss, kept, score)
+        names = ("top1", "balanced_top1", "top5", "loss", "ece")
+        return {f"val_{name}": getattr(result, name) for name in names}
 
-    def _stop_if(self, interrupt: Interrupt) -> None:
-        if interrupt.number is None:
-            return
+    def _stop_if_asked(self, interrupt: Interrupt) -> None:
+        if number := self._asked(interrupt):
+            self._stop(number)
+
+    def _stop(self, number: int) -> NoReturn:
         self.save()
         where = f"epoch {self.trainer.place.epoch + 1}, step {self.trainer.place.steps}"
-        raise Stopped(f"stopped at {where}; go on with `vitrail train --resume {self.folder.path}`", interrupt.number)
+        raise Stopped(f"stopped at {where}; go on with `vitrail train --resume {self.folder.path}`", number)
 
     def _save_if_due(self) -> None:
-        steps, minutes = self.config.checkpoint_every, self.config.checkpoint_minutes
-        by_steps = steps and self.trainer.place.steps % steps == 0
-        by_time = minutes and time.perf_counter() - self._saved_at >= 60 * minutes
-        if by_steps or by_time:
-            self.save()
+        if self._due.now(self.trainer.place):
+            self.trainer.guard.read()
+            if self._due.now(self.trainer.place):
+                self.save()
 
     def save(self) -> None:
-        """Write a checkpoint of this very place."""
-        best = {"epoch": self.best.epoch, "top1": self.best.top1, "loss": self.best.loss}
-        record = {
+        """Write a checkpoint of this very place, unless it stands."""
+        self.trainer.guard.read()
+        if self._due.saved(self.trainer.place):
+            return
+        with self._due.saving(self.trainer.place):
+            checkpoint = self._checkpoint()
+            if self.world.first:
+                save_checkpoint(self.folder.checkpoint, self.trainer.place.steps, checkpoint)
+        self._start = None
+
+    def _checkpoint(self) -> Checkpoint:
+        """Of this very place; where the model is split, all processes must ask, and the first one gets its tensors."""
+        return Checkpoint(self.trainer.state() | {"best": self.best.weights}, self._record())
+
+    def _first_checkpoint(self) -> Checkpoint | None:
+        """Of the run's beginning, in the first process's memory: to return to while none is written.
+
+        The average is then the model itself, and the optimiser knows nothing yet.
+        """
+        weights = self.trainer.gathered(self.trainer.model.state_dict())
+        if not self.world.first:
+            return None
+        model = copied(weights)
+        tensors = {"model": model, "loss": {"sum": torch.zeros_like(self.trainer.loss_sum)}}
+        return Checkpoint(tensors | ({"ema": model} if self.trainer.ema else {}) | {"best": {}}, self._record())
+
+    def _record(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors."""
+        best = {name: getattr(self.best, name) for name in ("epoch", "top1", "loss", "score")}
+        return {
             "place": asdict(self.trainer.place),
             "best": best,
-            "history": self.history,
-            "skipped": self.skipped,
+            "history": list(self.history),
+            "skipped": dict(self.skipped),
             "images": self.images,
+            "teacher": self.teacher,
             "torch": torch.__version__,
         }
-        tensors = self.trainer.state() | {"best": self.best.weights}
-        save_checkpoint(self.folder.checkpoint, self.trainer.place.steps, Checkpoint(tensors, record))
-        self._saved_steps = self.trainer.place.steps
-        self._saved_at = time.perf_counter()
 
     def final_model(self) -> torch.nn.Module:
         """The model, with the best weights; without any validation, with the last ones."""
-        self.trainer.model.load_state_dict(self.best.weights or self.trainer.best_guess.state_dict())
-        return self.trainer.model.eval()
+        trainer = self.trainer
+        # The epoch is known to all processes, the weights to the first one alone.
+        weights = self.best.weights if self.best.epoch else trainer.gathered(trainer.best_guess.state_dict())
+        there, kept = trainer.model.state_dict(), self.model.state_dict()
+        with torch.no_grad():
+            for _, name, tensor in everywhere({"best": weights}, self.world):
+                there[name].copy_(part_of(tensor, there[name]))
+                kept[name].copy_(tensor)
+        return trainer.model.eval()
 
     def final_evaluation(self, model: torch.nn.Module) -> Evaluation:
         """Figures of the final model on the images that had no say in the training."""
-        dataset, name = self.setup.dataset, self.setup.dataset.eval_split()
-        loader = make_loader(
-            dataset.split(name),
-            self.setup.preprocess,
-            self.trainer.device,
-            self.config.eval_batch_size,
-            self.config.workers,
+        name = self.setup.dataset.eval_split()
+        return self._evaluate(model, self._eval_loader(name, self.trainer.device), name)
+
+    def _eval_loader(self, split: str, device: torch.device, read: Read | None = None) -> EvalLoader:
+        setup, size, workers = self.setup, self.config.eval_batch_size, self.config.workers
+        return make_loader(setup.dataset.split(split), setup.preprocess, device, size, workers, read, self.world)
+
+    def _evaluate(
+        self, model: torch.nn.Module, loader: EvalLoader, name: str, stop: Callable[[], int | None] | None = None
+    ) -> Evaluation:
+        return evaluate_loader(
+            model,
+            loader,
+            self.setup.dataset.class_names,
+            name,
+            amp=self.config.amp,
+            stop=stop,
+            world=self.world,
+            together=self.trainer.sharded,
         )
-        return evaluate_loader(model, loader, dataset.class_names, name, amp=self.config.amp)
+
+
+def check_shareable(config: TrainConfig, world: World) -> None:
+    """Raise VitrailError for what several processes cannot do."""
+    if world.size == 1:
+        return
+    if config.compile:
+        raise VitrailError("compile=true is for one process: leave it out")
+    if (config.mixup or config.cutmix) and config.batch_size // world.size % 2:
+        raise VitrailError(
+            f"mixing pairs images, and {config.batch_size} over {world.size} processes leaves an odd number in each: "
+            f"use a batch_size that {2 * world.size} divides"
+        )
+
+
+def _class_weights(config: TrainConfig, dataset: Dataset) -> npt.NDArray[np.float64] | None:
+    """What each class counts in the loss, where it is balanced."""
+    if config.balance != "loss":
+        return None
+    return class_weights(dataset.split("train").labels, dataset.num_classes)
 
 
 def make_schedule(epochs: float | None, steps_per_epoch: int, setup: Setup) -> Schedule:
@@ -253,21 +391,6 @@ def make_schedule(epochs: float | None, steps_per_epoch: int, setup: Setup) -> S
 def rate(place: Place) -> float:
     """Training images a second, without validation and checkpoints."""
     return place.images / place.step_seconds if place.step_seconds else 0.0
-
-
-def fingerprint(dataset: Dataset) -> str:
-    """A word that changes when the training or validation images, their order or their labels do.
-
-    Images go by the last two parts of their names, so that a folder may move.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    for name in ("train", "val"):
-        split = dataset.splits.get(name)
-        if split is not None:
-            digest.update(np.ascontiguousarray(split.labels).tobytes())
-            names = ("/".join(split.name(i).split(os.sep)[-2:]) for i in range(len(split)))
-            digest.update("\n".join(names).encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
 
 
 def _checkpoint_gradients(model: torch.nn.Module) -> None:
