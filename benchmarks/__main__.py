@@ -1,12 +1,13 @@
-"""Every benchmark, one after the other: `python -m benchmarks`. Keep the machine otherwise idle."""
+"""Every benchmark that takes minutes, one after the other: `python -m benchmarks`. Keep the machine otherwise idle."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 SUPPORT = {"__init__", "__main__", "measure", "oracles", "peers"}
+HOURS = {"distillation"}  # trains many models; run it by itself
 
 for name in sorted(path.stem for path in Path(__file__).parent.glob("*.py")):
-    if name not in SUPPORT:
+    if name not in SUPPORT | HOURS:
         print(f"== {name}", flush=True)
         subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)

@@ -79,6 +79,15 @@ def _seconds(call: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - begin) / calls
 
 
+def spread(values: list[float]) -> dict[str, Any]:
+    """Mean, and standard deviation over seeds (None of fewer than two)."""
+    return {
+        "mean": round(statistics.mean(values), 3) if values else None,
+        "std": round(statistics.stdev(values), 3) if len(values) > 1 else None,
+        "n": len(values),
+    }
+
+
 def hardware() -> dict[str, Any]:
     """What the figures were measured on."""
     import torch
