@@ -21,7 +21,7 @@ def evaluate(
         ),
     ],
     data: Annotated[
-        str, typer.Argument(metavar="DATA", help="A folder of images or a dataset's name.", show_default=False)
+        str, typer.Argument(metavar="DATA", help="A folder, a dataset's name, wds: or hf-dataset:.", show_default=False)
     ],
     split: Annotated[
         str | None, typer.Option(help="test, val or train; by default test where there is one, else val.")

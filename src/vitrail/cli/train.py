@@ -58,7 +58,7 @@ def train(
     data: Annotated[
         str | None,
         typer.Argument(
-            metavar="DATA", help="A folder of images, CLASS/*.jpg, or a dataset's name.", show_default=False
+            metavar="DATA", help="A folder, CLASS/*.jpg; a dataset's name; wds: or hf-dataset:.", show_default=False
         ),
     ] = None,
     settings: Annotated[

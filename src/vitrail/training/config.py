@@ -106,7 +106,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # what is trained, and on what
-    data: str = Field(description="a folder of images or a dataset's name")
+    data: str = Field(description="a folder of images, a dataset's name, wds: shards or an hf-dataset:")
     data_dir: Annotated[str | None, Optional] = Field(None, description="where a named dataset's files are or go")
     val_fraction: float = Field(
         0.1, gt=0, lt=1, description="share of the training images held back where no val split is"

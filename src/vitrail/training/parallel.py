@@ -36,7 +36,7 @@ def spread(
     model.zero_grad(set_to_none=True)
     # Batch norms are this library's: see Statistics. The key that leaves them alone has changed its name.
     known = inspect.signature(DistributedDataParallel.__init__).parameters
-    leave = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    leave: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
     forward = DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
@@ -101,13 +101,13 @@ def apart(forward: nn.Module, wanted: bool) -> Iterator[None]:
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, as a plain one that shares its memory."""
     own: Any = tensor
-    return own.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return]
+    return own.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with all its parts; every process must ask. A plain one comes back as it is."""
     own: Any = tensor
-    return own.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
+    return own.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:

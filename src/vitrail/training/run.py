@@ -67,7 +67,7 @@ def train(
     """Train or fine-tune a classifier on `data` and leave a run folder behind.
 
     Args:
-        data: a folder of images, a dataset's name, or a Dataset.
+        data: a folder of images, a dataset's name, wds: shards, an hf-dataset:, or a Dataset.
         model: a name from `list_models()`, or a module of your own with timm's interface; None: one is chosen.
         pretrained, weights: start from published weights, or from these.
         teacher: learn from this model too: what `vitrail.load` takes, an .onnx file, a Classifier or a module.

@@ -116,12 +116,15 @@ def joined() -> Iterator[World]:
     world = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
     store: Any = None
     if not dist.is_initialized():  # else the caller has done so
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
+
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
-        common, _, _ = next(dist.rendezvous("env://", timeout=_PATIENCE))
+        common, _, _ = next(rendezvous("env://", timeout=_PATIENCE))
         # A name of its own each time: a second `train` in the same processes must not meet the first one's words.
-        store = dist.PrefixStore(f"vitrail-{next(_joined)}", common)
+        store = PrefixStore(f"vitrail-{next(_joined)}", common)
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=size, timeout=_PATIENCE)
     try:
         yield world
