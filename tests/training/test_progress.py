@@ -19,6 +19,7 @@ def test_one_line_says_it_all() -> None:
     trainer = tiny.session(epochs=2).trainer
     place = trainer.place
     place.steps, place.images, place.seconds, place.step_seconds, place.wait_seconds = 5, 50, 10.0, 5.0, 1.0
+    place.epoch_images = 50
     assert describe(trainer) == " 50%  loss 0.0000  10 images/s  10 s left  20% waiting for data"
 
 
