@@ -25,7 +25,7 @@ from vitrail.training.schedule import Schedule
 from vitrail.training.tasks import Classify
 from vitrail.training.views import View
 
-CPU = {"vit_tiny_patch16_224": (8, 32), "swin_tiny_patch4_window7_224": (4, 16), "vit_micro_patch8_32": (64,)}
+CPU = {"vit_tiny_patch16_224": (16,), "swin_tiny_patch4_window7_224": (8,), "vit_micro_patch8_32": (64,)}
 GPU = {"vit_tiny_patch16_224": (256,), "swin_tiny_patch4_window7_224": (128,), "vit_micro_patch8_32": (1024,)}
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16, dense, from the maker's data sheets
 

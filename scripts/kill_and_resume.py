@@ -35,7 +35,16 @@ from vitrail.training.metrics import Recorder
 from vitrail.training.run import train
 from vitrail.training.verify import differences, timeless
 
-KEYS = {"epochs": 1.5, "batch_size": 64, "ema": 0.9, "mixup": 0.2, "drop": 0.1, "erase": 0.2, "checkpoint_every": 5}
+KEYS = {
+    "epochs": 1.5,
+    "batch_size": 64,
+    "ema": 0.9,
+    "mixup": 0.2,
+    "drop": 0.1,
+    "erase": 0.2,
+    "checkpoint_every": 5,
+    "eval_batch_size": 48,
+}
 MOMENTS = ("any", "step", "validation", "checkpoint")
 PLACES: dict[str, list[tuple[Any, str]]] = {
     "step": [(Trainer, "_move"), (Trainer, "_learn")],
@@ -96,7 +105,7 @@ def one_moment(kind: str, draw: random.Random, whole: float, folder: Path, run: 
     else:
         (owner, name), number = (
             draw.choice(PLACES[kind]),
-            draw.randint(1, {"step": 25, "validation": 2, "checkpoint": 12}[kind]),
+            draw.randint(1, {"step": 25, "validation": 6, "checkpoint": 12}[kind]),
         )
 
         def doomed() -> None:
@@ -137,7 +146,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--resume-with", type=int, help="processes that take the run up again; by default as many")
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     open_dataset("digits")  # what every process would import anew
     keys = {**KEYS, "device": "cpu", **parse_overrides(asked.settings)}

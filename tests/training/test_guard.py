@@ -239,3 +239,13 @@ def test_the_task_itself_is_not_touched() -> None:
     one = tiny.session()
     one.trainer.step(batch)
     assert one.trainer.mean_loss() == pytest.approx(float(expected.detach()), rel=1e-6)
+
+
+def test_an_epoch_without_a_good_step_has_no_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(monkeypatch, lambda step, rate: step < 3)
+    train(tiny.dataset(), out=tmp_path / "run", **{**KEYS, "batch_size": 25, "epochs": 2})
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train_loss"] is None for line in lines] == [True, False]
+    assert "could not be written" not in capsys.readouterr().err

@@ -173,3 +173,14 @@ def test_sigkill_at_random_moments(tmp_path: Path) -> None:
         killed += 1
     assert killed > 3, (tmp_path / "errors.txt").read_text()
     assert_same(outcome(folder), outcome(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_any_moment(processes: int) -> None:
+    """Of each kind of moment one: any, within a step, in a validation, in the writing of a checkpoint."""
+    script = Path(__file__).parents[2] / "scripts" / "kill_and_resume.py"
+    command = [sys.executable, str(script), "4", "--seed", "7", "--processes", str(processes)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "4 of 4 bit-identical"

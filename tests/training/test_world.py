@@ -21,6 +21,7 @@ from vitrail.models.create import build_model
 from vitrail.training.checkpoint import load_checkpoint
 from vitrail.training.device import pick_device
 from vitrail.training.parallel import blocks
+from vitrail.training.run import train
 from vitrail.training.world import ALONE, World
 
 SAME = {"model": PLAIN.name, "drop": 0.0, "drop_path": 0.0, "batch_size": 12}  # what one process and two compute alike
@@ -253,6 +254,13 @@ def test_each_process_takes_the_device_of_its_number(monkeypatch: pytest.MonkeyP
     assert pick_device("auto", 1) == pick_device("cuda", 1) == torch.device("cuda:1")
     with pytest.raises(VitrailError, match="cuda:2"):
         pick_device("auto", 2)
+
+
+def test_half_an_environment_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(VitrailError, match="RANK is not set: start with torchrun"):
+        train(tiny.dataset(), progress=False)
 
 
 def test_only_the_first_process_writes(tmp_path: Path) -> None:

@@ -113,6 +113,10 @@ def joined() -> Iterator[World]:
     if (size := int(os.environ.get("WORLD_SIZE", "1"))) == 1:
         yield ALONE
         return
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise VitrailError(
+            f"WORLD_SIZE is {size} and {missing[0]} is not set: start with torchrun, or unset WORLD_SIZE"
+        )
     world = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
     store: Any = None
     if not dist.is_initialized():  # else the caller has done so
