@@ -14,7 +14,6 @@ import benchmarks.oracles  # noqa: F401
 from benchmarks.measure import Comparison, interleave, publish
 from vitrail.data.randaugment import DRAWS, rand_augment
 from vitrail.randomness import uniform
-from vitrail.training.malloc import freed_memory_kept
 
 SIZE, BATCH, ROUNDS = 224, 64, 15
 FILL = (124, 116, 104)
@@ -51,5 +50,4 @@ def compare(kind: str) -> Comparison:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with freed_memory_kept():  # as `train` does on the CPU
-        publish("randaugment", [compare(kind) for kind in ("bicubic", "bilinear")])
+    publish("randaugment", [compare(kind) for kind in ("bicubic", "bilinear")])
