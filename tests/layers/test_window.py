@@ -116,6 +116,22 @@ def test_gradients_equal_the_explicit_twins(size: tuple[int, int], window: tuple
         torch.testing.assert_close(ours, expected)
 
 
+def test_gradients_in_bfloat16_are_the_explicit_twins_within_rounding() -> None:
+    attention = WindowAttention(12, 3, (4, 4))
+    plan = plan_windows((9, 6), (4, 4), True, CPU)
+    x = torch.randn(2, 9, 6, 12, requires_grad=True)
+    target = torch.randn(2, 9, 6, 12)
+    inputs = [x, *attention.parameters()]
+    with torch.autocast("cpu", torch.bfloat16):
+        fused = attention(plan.cut(x), plan)
+    assert fused.dtype is torch.bfloat16
+    fused = torch.autograd.grad((plan.join(fused, 2) * target).sum(), inputs)
+    twin = torch.autograd.grad((plan.join(attention.explain(plan.cut(x), plan)[0], 2) * target).sum(), inputs)
+    for ours, expected in zip(fused, twin, strict=True):
+        assert ours.dtype is torch.float32
+        assert (ours - expected).norm() < 0.02 * expected.norm()
+
+
 def test_attention_dropout_drops_weights_in_training_alone() -> None:
     attention = WindowAttention(8, 2, (2, 2), attn_drop=0.5)
     plan = plan_windows((4, 4), (2, 2), True, CPU)

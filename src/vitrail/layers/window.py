@@ -229,8 +229,8 @@ class WindowAttention(nn.Module):
         """(B M) n C -> (B M) n C, where `windows` tells how x was cut."""
         qkv, bias = self.qkv(x), self.bias(windows)
         dropout = self.attn_drop if self.training else 0.0
-        if bias.requires_grad and not dropout and x.is_cpu and qkv.dtype == bias.dtype:
-            out: Tensor = _AttendWithBias.apply(qkv, bias)  # type: ignore[no-untyped-call]
+        if bias.requires_grad and not dropout and x.is_cpu:
+            out: Tensor = _AttendWithBias.apply(qkv, bias.to(qkv.dtype))  # type: ignore[no-untyped-call]
         else:
             q, k, v = self._split(qkv)
             bias = bias.to(q.dtype)
