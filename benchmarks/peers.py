@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import benchmarks.oracles  # noqa: F401  # before timm is imported, which happens in the functions below
 from vitrail.layers.embed import ConvStem
@@ -24,6 +24,10 @@ def timm_twin(name: str, config: ModelConfig) -> nn.Module:
         def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, **_: Any) -> None:
             super().__init__(patch_size, in_chans, embed_dim, config.stem_depth)
             self.num_patches = (img_size // patch_size) ** 2
+
+        def forward(self, x: Tensor) -> Tensor:
+            """In torch's own memory order, as the layers are commonly written."""
+            return self.proj(self.convs(x)).flatten(2).transpose(1, 2)
 
     return TimmViT(
         img_size=config.img_size[0],

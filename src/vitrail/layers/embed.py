@@ -56,6 +56,12 @@ class PatchEmbed(nn.Module):
         return tokens
 
 
+def channels_last(images: Tensor) -> Tensor:
+    """B I H W in the memory order B H W I: a step of a ResNet or of a stem of 3x3 convolutions then takes 0.8 to 0.9
+    of the time on the CPU, and it is the order of a GPU's tensor cores. On MPS, where nobody measured it, as it was."""
+    return images if images.device.type == "mps" else images.contiguous(memory_format=torch.channels_last)
+
+
 class ConvStem(nn.Module):
     """Overlapping 3x3 convolutions in place of the patch projection: B I H W -> B N C, one token a patch, as before.
 
@@ -88,7 +94,7 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_divides(x.shape[2], x.shape[3], self.patch_size)
-        tokens: Tensor = self.proj(self.convs(x)).flatten(2).transpose(1, 2)
+        tokens: Tensor = self.proj(self.convs(channels_last(x))).flatten(2).transpose(1, 2)
         return tokens
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitrail.layers.block import DropPath, drop_path_rates
+from vitrail.layers.embed import channels_last
 from vitrail.models.base import ImageModel, head_layer
 from vitrail.models.configs import ResNetConfig
 
@@ -132,7 +133,7 @@ class ResNet(ImageModel):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images B I H W to the last feature map, B C H/32 W/32 with four stages and the large stem."""
-        x = self.maxpool(self.act(self.bn1(self.conv1(x))))
+        x = self.maxpool(self.act(self.bn1(self.conv1(channels_last(x)))))
         for block in self.blocks():
             x = self.run_block(block, x)
         return x
