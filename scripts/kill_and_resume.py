@@ -44,6 +44,7 @@ KEYS = {
     "erase": 0.2,
     "checkpoint_every": 5,
     "eval_batch_size": 48,
+    "amp": "off",
 }
 MOMENTS = ("any", "step", "validation", "checkpoint")
 PLACES: dict[str, list[tuple[Any, str]]] = {

@@ -23,6 +23,7 @@ KEYS: dict[str, Any] = {
     "erase": 0.3,
     "pad_shift": 1,
     "checkpoint_every": 3,
+    "amp": "off",  # in processes of its own too
 }
 
 

@@ -41,7 +41,7 @@ RUNS = {
 
 def losses(options: dict[str, object]) -> list[float]:
     """The mean training loss after each of the first steps on digits, batches of 16."""
-    setup = prepare("digits", {"batch_size": 16, "warmup_epochs": 0.0, **options})
+    setup = prepare("digits", {"batch_size": 16, "warmup_epochs": 0.0, "amp": "off", **options})
     config, device = setup.config, torch.device("cpu")
     loader = TrainLoader(
         setup.dataset.split("train"),

@@ -81,8 +81,14 @@ def test_a_guest_without_checkpointing_is_told(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("amx", [True, False])
+def test_auto_takes_bfloat16_on_a_cpu_that_has_amx(amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    cpu = torch.device("cpu")
+    assert [uses_bf16(cpu, amp) for amp in ("auto", "bf16", "off")] == [amx, True, False]
+
+
 def test_bfloat16_on_the_cpu_is_on_and_learns() -> None:
-    assert not uses_bf16(torch.device("cpu"), "auto"), "figures would differ from machine to machine"
     one = tiny.session(epochs=12, amp="bf16", ema=0.5)
     types: set[torch.dtype] = set()
     one.trainer.model.head.register_forward_hook(lambda module, inputs, output: types.add(output.dtype))

@@ -264,7 +264,8 @@ class TrainConfig(BaseModel):
         1, description="parts in which a batch goes through the model: less memory, the same gradient"
     )
     amp: Literal["auto", "bf16", "off"] = Field(
-        "auto", description="bfloat16 where the device has it natively (auto), always, or never"
+        "auto",
+        description="bfloat16 always, never (off), or where the device is made for it (auto): see docs/machine.md",
     )
     shard: bool = Field(
         False, description="under torchrun, split weights and optimiser over the processes (FSDP2): for large models"
@@ -277,7 +278,7 @@ class TrainConfig(BaseModel):
         None, description="images at once in evaluation; none: by image size"
     )
     workers: Annotated[int | None, Optional] = Field(
-        None, ge=0, description="processes that read images; none: by cores and data"
+        None, ge=0, description="threads that read images; none: by cores and data"
     )
     cache: Annotated[str, BeforeValidator(_cache)] = Field(
         "auto",

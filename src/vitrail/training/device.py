@@ -35,8 +35,10 @@ def pick_device(name: str, number: int | None = None) -> torch.device:
 
 
 def uses_bf16(device: torch.device, amp: str) -> bool:
-    """Whether matrix products run in bfloat16. "auto" says yes only where the hardware has it, and never on a CPU,
-    where results would then differ between machines."""
+    """Whether matrix products run in bfloat16. "auto" says yes where the hardware is made for it: GPUs that have it,
+    and CPUs with Intel's AMX, on which a step takes 0.5 to 0.9 of the time (docs/machine.md has the figures)."""
+    if amp == "auto" and device.type == "cpu":
+        return torch.cpu._is_amx_tile_supported()
     if amp == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return amp == "bf16"
