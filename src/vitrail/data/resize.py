@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from vitrail.data.dataset import Pixels
@@ -23,8 +24,10 @@ _KERNELS = {
 def resize_part(pixels: Pixels, box: tuple[int, int, int, int], interpolation: str, out: torch.Tensor) -> None:
     """Resize the part `box` (top, left, height, width) of uint8 H W C `pixels` to fill `out`, uint8 C H W."""
     top, left, height, width = box
-    # A copy by numpy: torch's own wakes its thread pool, and takes no read-only array.
-    part = np.array(pixels[top : top + height, left : left + width])
+    # A copy by numpy: torch's own wakes its thread pool, and takes no read-only array. Into memory that is there
+    # already: fresh pages would take longer than the copy.
+    part = _room(height * width * pixels.shape[2]).reshape(height, width, -1)
+    np.copyto(part, pixels[top : top + height, left : left + width])
     kernel = _KERNELS.get(interpolation)
     if kernel is None:
         out.numpy()[:] = _by_pillow(part, tuple(out.shape[1:]), interpolation).transpose(2, 0, 1)
@@ -45,6 +48,14 @@ def _scratch(shape: torch.Size) -> torch.Tensor:
         found = torch.empty(1, *shape, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
         _own.tensor = found
     return found
+
+
+def _room(size: int) -> npt.NDArray[np.uint8]:
+    """So many bytes, of an array that grows and serves every call of a thread."""
+    found: npt.NDArray[np.uint8] | None = getattr(_own, "bytes", None)
+    if found is None or len(found) < size:
+        _own.bytes = found = np.empty(size, dtype=np.uint8)
+    return found[:size]
 
 
 def _by_pillow(part: Pixels, size: tuple[int, ...], interpolation: str) -> Pixels:
