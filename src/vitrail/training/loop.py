@@ -134,6 +134,8 @@ class Trainer:
         seed_torch(fold(seed, world.rank) if world.rank else seed, self.device)
         place.factor = self.schedule.factor(place.steps, place.spent) * place.rate
         set_rates(self.optimizer, place.factor)
+        # Not at the end: what lies at the end of the heap keeps the system from taking back all that is free before it.
+        self.optimizer.zero_grad(set_to_none=True)
         before = self._statistics.read()
         loss = self._learn(self.view(batch, place.epoch), counts)
         norm = clip_gradients(self._parameters, self.config.clip_grad)
@@ -159,7 +161,6 @@ class Trainer:
             self.optimizer.step()
         else:
             self._statistics.write(before)
-        self.optimizer.zero_grad(set_to_none=True)
         self._statistics.average()
         if self.ema and not self.guard.reads_at_once:
             self.ema.update(self.place.steps, finite)
