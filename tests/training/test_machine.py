@@ -14,6 +14,7 @@ from training.runs import run
 from vitrail.errors import VitrailError
 from vitrail.models.catalog import Variant
 from vitrail.models.configs import SwinConfig
+from vitrail.models.create import create_model
 from vitrail.training.device import cpu_threads, uses_bf16
 from vitrail.training.prepare import prepare
 from vitrail.training.progress import Reporter
@@ -82,10 +83,13 @@ def test_a_guest_without_checkpointing_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("amx", [True, False])
-def test_auto_takes_bfloat16_on_a_cpu_that_has_amx(amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_bfloat16_for_wide_models_on_a_cpu_that_has_amx(amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    cpu = torch.device("cpu")
-    assert [uses_bf16(cpu, amp) for amp in ("auto", "bf16", "off")] == [amx, True, False]
+    with torch.device("meta"):
+        wide, narrow = create_model("vit_tiny_patch16_224"), create_model("vit_nano_patch2_8")
+    cpu, amps = torch.device("cpu"), ("auto", "bf16", "off")
+    assert [uses_bf16(wide, cpu, amp) for amp in amps] == [amx, True, False]
+    assert [uses_bf16(narrow, cpu, amp) for amp in amps] == [False, True, False]
 
 
 def test_bfloat16_on_the_cpu_is_on_and_learns() -> None:

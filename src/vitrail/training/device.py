@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from vitrail.errors import VitrailError
 
 _FAULT_LINES = 2  # of a compiler's error
+_WIDE = 192  # ViT-Ti and up: narrow models gain a tenth or two, and the digits model lost 0.4 points in bfloat16
 
 
 def pick_device(name: str, number: int | None = None) -> torch.device:
@@ -34,11 +36,12 @@ def pick_device(name: str, number: int | None = None) -> torch.device:
     return device
 
 
-def uses_bf16(device: torch.device, amp: str) -> bool:
-    """Whether matrix products run in bfloat16. "auto" says yes where the hardware is made for it: GPUs that have it,
-    and CPUs with Intel's AMX, on which a step takes 0.5 to 0.9 of the time (docs/machine.md has the figures)."""
+def uses_bf16(model: nn.Module, device: torch.device, amp: str) -> bool:
+    """Whether this model's matrix products run in bfloat16. "auto" says yes where the hardware is made for it: GPUs
+    that have it, and CPUs with Intel's AMX for a model at least _WIDE features wide (docs/machine.md has the figures).
+    """
     if amp == "auto" and device.type == "cpu":
-        return torch.cpu._is_amx_tile_supported()
+        return getattr(model, "num_features", 0) >= _WIDE and torch.cpu._is_amx_tile_supported()
     if amp == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return amp == "bf16"

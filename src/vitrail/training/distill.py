@@ -82,7 +82,7 @@ def make_task(setup: Setup, device: torch.device) -> Task:
         return labels
     teacher = open_teacher(setup.teacher if setup.teacher is not None else config.teacher)
     answers = Answers(teacher, setup.preprocess, setup.dataset.class_names, device)
-    bf16 = uses_bf16(device, config.amp)
+    bf16 = uses_bf16(setup.model, device, config.amp)
     answers.check(bf16)
     token = _learns_by_token(setup.model)
     hard = config.distill == "hard" or (config.distill == "auto" and token)

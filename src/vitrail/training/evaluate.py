@@ -107,7 +107,7 @@ def evaluate_loader(
         Abandoned: `stop` gave a signal, in any process.
     """
     device = next(model.parameters()).device
-    bf16 = uses_bf16(device, amp)
+    bf16 = uses_bf16(model, device, amp)
     training, recorder = model.training, Recorder()
     model.eval()
     try:

@@ -81,7 +81,7 @@ class Trainer:
         self.place = Place()
         self.guard = Guard(reads_at_once=device.type == "cpu")
         self.sharded = config.shard and world.size > 1
-        self.bf16 = uses_bf16(device, config.amp)
+        self.bf16 = uses_bf16(model, device, config.amp)
         synchronised(model, world, device)
         self._statistics = Statistics(model, world)
         average = Ema.copy_of(model) if config.ema else None

@@ -186,7 +186,7 @@ def compute_features(
     that alone.
     """
     take_head_off(model)
-    bf16, tally = uses_bf16(device, amp), tally or _Tally()
+    bf16, tally = uses_bf16(model, device, amp), tally or _Tally()
     values, labels, indices = [], [], []
     begin, waited = time.perf_counter(), loader.wait_seconds
     try:
@@ -272,7 +272,7 @@ class _Judge:
     def of(self, head: Linear, name: str) -> Evaluation:
         """On the features of the split called `name`. What was skipped is not in it."""
         features, recorder = self.features[name], Recorder()
-        bf16 = uses_bf16(self.device, self.setup.config.amp)
+        bf16 = uses_bf16(self.setup.model, self.device, self.setup.config.amp)
         parts = (part.split(_CHUNK) for part in (features.values, features.labels, features.indices))
         for values, labels, indices in zip(*parts, strict=True):
             with precision(self.device, bf16):
@@ -361,7 +361,7 @@ def _plan_lines(setup: Setup, folder: RunFolder, device: torch.device, own_model
         f"data    {dataset.name}: {counts} images, {class_words(dataset)} ({dataset.how_split})",
         *([f"skipped {len(dataset.skipped)} unusable files, named in the summary"] if dataset.skipped else []),
         f"model   {config.model}, frozen, sees {height}x{width} pixels; {start or random}",
-        f"device  {device}, {'bfloat16' if uses_bf16(device, config.amp) else 'float32'}",
+        f"device  {device}, {'bfloat16' if uses_bf16(setup.model, device, config.amp) else 'float32'}",
         f"run     {folder.path}",
     ]
 
