@@ -65,7 +65,7 @@ def main() -> None:
     from vitrail.training.tasks import Classify
     from vitrail.training.views import Viewer
 
-    setup = prepare("digits", {"ema": 0.0, "clip_grad": None})
+    setup = prepare("digits", {"ema": 0.0, "clip_grad": None, "amp": "off"})
     config, device = setup.config, torch.device("cpu")
     train = setup.dataset.split("train")
     loader = TrainLoader(train, setup.preprocess, batch_size=config.batch_size, seed=0)

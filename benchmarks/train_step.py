@@ -1,8 +1,9 @@
 """A training step of vit_tiny and swin_tiny at 224 pixels and of the small-image ViT, on a batch that is ready.
 
 Against the same network in timm and in transformers in a plain loop: forward, cross-entropy, backward, AdamW. Ours is
-the step that `vitrail train` takes. On the CPU in float32; where a GPU is at hand, there in bfloat16, as it is and
-compiled, with the share of the hardware's peak that the model's own arithmetic reaches (MFU).
+the step that `vitrail train` takes. On the CPU both in float32, then both in bfloat16 (autocast) where the CPU has it;
+last what `vitrail train` chooses by itself against the plain loop in float32. Where a GPU is at hand, there both in
+bfloat16, as it is and compiled, with the share of the hardware's peak that the model's own arithmetic reaches (MFU).
 """
 
 import argparse
@@ -27,6 +28,7 @@ from vitrail.training.views import View
 
 CPU = {"vit_tiny_patch16_224": (16,), "swin_tiny_patch4_window7_224": (8,), "vit_micro_patch8_32": (64,)}
 GPU = {"vit_tiny_patch16_224": (256,), "swin_tiny_patch4_window7_224": (128,), "vit_micro_patch8_32": (1024,)}
+WORDS = {"off": "float32", "bf16": "bfloat16", "auto": "our choice"}
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16, dense, from the maker's data sheets
 
 
@@ -72,19 +74,20 @@ def flops(name: str) -> float:
     return 3.0 * counter.get_total_flops()
 
 
-def compare(name: str, size: int, device: str, amp: str, compiled: bool, rounds: int) -> list[Comparison]:
+def compare(name: str, size: int, device: str, amps: tuple[str, str], compiled: bool, rounds: int) -> list[Comparison]:
+    """amps: ours and the peers'."""
     config = variant(name).config
     images = torch.randn(size, config.in_chans, *config.img_size, device=device)
     targets = torch.randint(config.num_classes, (size,), device=device)
-    ours = our_step(name, images, targets, amp, compiled)
+    ours = our_step(name, images, targets, amps[0], compiled)
     peers = {"timm": timm_twin(name, config), "transformers": transformers_twin(config)}
-    precision = "bfloat16" if amp == "bf16" else "float32"
+    precision = " against ".join(WORDS[amp] for amp in dict.fromkeys(amps))
     work = f"{name}, batch {size}, {precision}{', compiled' if compiled else ''}"
     done = []
     for label, peer in peers.items():
         if peer is None:
             continue
-        theirs = plain_step(peer, images, targets, amp, compiled)
+        theirs = plain_step(peer, images, targets, amps[1], compiled)
         result = interleave(work, ("vitrail", ours), (label, theirs), rounds=rounds, warmup=3 if compiled else 2)
         print(result, flush=True)
         done.append(result)
@@ -98,12 +101,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(CPU))
     arguments = parser.parse_args()
     on_gpu = arguments.device == "cuda"
-    settings = [("bf16", False), ("bf16", True)] if on_gpu else [("off", False)]
+    settings = [(("bf16", "bf16"), False), (("bf16", "bf16"), True)] if on_gpu else [(("off", "off"), False)]
+    if not on_gpu and torch.cpu._is_amx_tile_supported():
+        settings += [(("bf16", "bf16"), False), (("auto", "off"), False)]
     results, rates = [], {}
     for name in arguments.models:
         for size in (GPU if on_gpu else CPU)[name]:
-            for amp, compiled in settings:
-                found = compare(name, size, arguments.device, amp, compiled, arguments.rounds)
+            for amps, compiled in settings:
+                found = compare(name, size, arguments.device, amps, compiled, arguments.rounds)
                 results += found
                 rates[found[0].name] = {"images_per_second": round(size / found[0].ours_median, 1)}
                 peak = next((p for word, p in PEAK.items() if on_gpu and word in torch.cuda.get_device_name()), None)
