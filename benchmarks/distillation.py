@@ -15,14 +15,13 @@ A run that was stopped goes on where it stood; one that is finished is not repea
 import argparse
 import dataclasses
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import vitrail
-from benchmarks.measure import RESULTS, hardware
+from benchmarks.measure import spread, write
 from vitrail.data.catalog import open_dataset
 from vitrail.data.dataset import ArraySplit, Dataset, take
 from vitrail.randomness import permutation
@@ -95,7 +94,7 @@ def run(folder: Path, data: Dataset, arm: str, seed: int, epochs: float, teacher
     print(f"{arm} seed {seed}: test {summary['top1']:.2f} %, val {summary['val_top1']:.2f} %", flush=True)
 
 
-def report(folder: Path, command: str) -> dict[str, Any]:
+def report(folder: Path) -> dict[str, Any]:
     """What is there, as a record: each seed's figures, their mean and spread, and the gain over the arm without."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for path in sorted(folder.glob("*-*-*/summary.json")):
@@ -121,19 +120,11 @@ def report(folder: Path, command: str) -> dict[str, Any]:
         arms[arm] = record
     teacher = folder / "teacher" / "summary.json"
     return {
-        "command": command,
-        "hardware": hardware(),
         "data": "fashion-mnist; nothing tuned, epochs chosen by validation images, figures of the 10,000 test images",
         "teacher": json.loads(teacher.read_text())["top1"] if teacher.is_file() else None,
         "settings": {"student": STUDENT, "taught": TAUGHT, "teacher": TEACHER},
         "arms": arms,
     }
-
-
-def spread(values: list[float]) -> dict[str, Any]:
-    """Mean, and standard deviation over seeds (None of one)."""
-    deviation = round(statistics.stdev(values), 3) if len(values) > 1 else None
-    return {"mean": round(statistics.mean(values), 3), "std": deviation, "n": len(values)}
 
 
 def main() -> None:
@@ -153,11 +144,10 @@ def main() -> None:
             for arm in given.arm or ARMS:
                 run(folder, data, arm, seed, given.epochs, given.teacher_epochs)
     words = f"--epochs {given.epochs:g} --teacher-epochs {given.teacher_epochs:g} --train-images {given.train_images}"
-    record = report(folder, f"python -m benchmarks.distillation {words}")
+    record = report(folder)
     for arm, figures in record["arms"].items():
         print(f"{arm:12} test {figures['test_top1']}  gain {figures.get('gain', '-')}")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "distillation.json").write_text(json.dumps(record, indent=2) + "\n")
+    write("distillation", f"python -m benchmarks.distillation {words}", **record)
 
 
 if __name__ == "__main__":

@@ -104,6 +104,7 @@ def hardware() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "amx": torch.cpu._is_amx_tile_supported(),
     }
 
 
@@ -111,14 +112,14 @@ def publish(file: str, comparisons: list[Comparison], **more: Any) -> None:
     """Print the figures and write them, with the hardware and the versions, under `benchmarks/results`."""
     for comparison in comparisons:
         print(comparison, flush=True)
+    results = [asdict(comparison) for comparison in comparisons]
+    write(file, peers=_versions("timm", "torchvision", "transformers"), results=results, **more)
+
+
+def write(file: str, command: str = "", **record: Any) -> None:
+    """Write `benchmarks/results/FILE.json`: the command, by default without arguments, the hardware, and the record."""
     RESULTS.mkdir(exist_ok=True)
-    record = {
-        "command": f"python -m benchmarks.{file}",
-        "hardware": hardware(),
-        "peers": _versions("timm", "torchvision", "transformers"),
-        "results": [asdict(comparison) for comparison in comparisons],
-        **more,
-    }
+    record = {"command": command or f"python -m benchmarks.{file}", "hardware": hardware(), **record}
     (RESULTS / f"{file}.json").write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import vitrail
-from benchmarks.measure import RESULTS, hardware, spread
+from benchmarks.measure import spread, write
 
 DATA: dict[str, dict[str, Any]] = {
     "digits": {"model": "vit_nano_patch2_8", "epochs": 60, "warmup_epochs": 2},
@@ -55,7 +55,7 @@ def report(folder: Path) -> dict[str, Any]:
             gains = [run["top1"] - plain[seed]["top1"] for seed, run in runs.items() if seed in plain]
             rows[recipe] = {
                 "test_top1": spread([run["top1"] for run in runs.values()]),
-                "gain": spread(gains),
+                **({"gain": spread(gains)} if recipe != "plain" else {}),
                 "seeds": {str(seed): {key: run[key] for key in FIGURES} for seed, run in runs.items()},
             }
         results[data] = {**DATA[data], "recipes": rows}
@@ -74,12 +74,11 @@ def main() -> None:
                 for recipe in RECIPES[data]:
                     summary = train(data, recipe, seed, given.folder / f"{data}-{recipe}-{seed}")
                     print(f"{data} {recipe} seed {seed}: test {summary['top1']:.2f} %", flush=True)
-    record = {"command": "python -m benchmarks.small_recipe", "hardware": hardware(), "results": report(given.folder)}
-    for data, result in record["results"].items():
+    results = report(given.folder)
+    for data, result in results.items():
         for recipe, figures in result["recipes"].items():
-            print(f"{data:14} {recipe:6} test {figures['test_top1']}  gain {figures['gain']}")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "small_recipe.json").write_text(json.dumps(record, indent=2) + "\n")
+            print(f"{data:14} {recipe:6} test {figures['test_top1']}  gain {figures.get('gain', '-')}")
+    write("small_recipe", results=results)
 
 
 if __name__ == "__main__":
