@@ -2,6 +2,8 @@
 
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,3 +169,16 @@ def test_words_for_memory() -> None:
         torch.empty(2**60)
     assert out_of_memory(error.value)
     assert not out_of_memory(RuntimeError("shapes do not match"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells it there")
+def test_the_peak_is_not_that_of_whoever_started_the_process() -> None:
+    """Linux carries getrusage's largest size over into the program that a process becomes."""
+    code = """
+import subprocess, sys
+large = b"x" * (700 << 20)
+print(subprocess.run([sys.executable, "-c", "import torch; from vitrail.training.memory import peak; "
+                      "print(peak(torch.device('cpu')))"], capture_output=True, text=True, check=True).stdout)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 600 << 20

@@ -8,6 +8,7 @@ import torch
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # of a container
 _MEMINFO = Path("/proc/meminfo")
 _STATM = Path("/proc/self/statm")
+_STATUS = Path("/proc/self/status")
 
 
 def room(device: torch.device) -> int | None:
@@ -43,6 +44,10 @@ def peak(device: torch.device) -> int | None:
     """The most that was held: on CUDA by tensors since `forget_peak`, elsewhere by the process since it began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if _STATUS.exists():  # on Linux getrusage also counts what the process was before it became this program
+        lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+        if "VmHWM" in lines:
+            return max(int(lines["VmHWM"].split()[0]) * 1024, held())
     try:
         import resource
     except ImportError:  # Windows
