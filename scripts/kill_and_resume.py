@@ -161,7 +161,7 @@ def main() -> None:
         whole = time.perf_counter() - begin
         for number in range(1, asked.moments + 1):
             kind, out, where = MOMENTS[(number - 1) % len(MOMENTS)], folder / f"run-{number}", ""
-            while not where:  # it may have ended before its moment came
+            while not where or (out / "summary.json").exists():  # it may have ended before its moment came
                 shutil.rmtree(out, ignore_errors=True)
                 where = one_moment(
                     kind, draw, whole, folder, lambda out=out: train("digits", out=out, progress=False, **keys), ranks
