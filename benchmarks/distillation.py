@@ -45,6 +45,7 @@ STUDENT: dict[str, Any] = {
     "ema": 0.998,
     "pad_shift": 2,
     "flip": 0.5,
+    "amp": "off",
 }
 TAUGHT: dict[str, Any] = {"hard": {"distill_weight": 0.5}, "soft": {"distill_weight": 0.5, "temperature": 2.0}}
 TEACHER: dict[str, Any] = {
@@ -58,6 +59,7 @@ TEACHER: dict[str, Any] = {
     "ema": 0.99,
     "pad_shift": 2,
     "flip": 0.5,
+    "amp": "off",
 }
 
 

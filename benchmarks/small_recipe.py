@@ -32,7 +32,9 @@ def train(data: str, recipe: str, seed: int, out: Path) -> dict[str, Any]:
         if (out / "config.toml").is_file():
             vitrail.train(resume=out, progress=False)
         else:
-            vitrail.train(data, recipe=recipe, batch_size=128, seed=seed, out=out, progress=False, **DATA[data])
+            vitrail.train(
+                data, recipe=recipe, batch_size=128, seed=seed, out=out, progress=False, amp="off", **DATA[data]
+            )
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
     return summary
 
