@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from data.serving import serving
 from data.test_catalog import cifar_files, tar
 from vitrail.data import fetch as module
 from vitrail.data.catalog import DATASETS, DatasetFile, open_dataset
@@ -60,13 +61,8 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch):
     monkeypatch.setattr(module, "_CHUNK", 10_000)
     monkeypatch.setattr(module, "_PAUSE", 0.001)
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Server()) as server:
+        yield server
 
 
 def left(folder):

@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 
 from data.make_shards import encoded, write_shard, write_tar
+from data.serving import serving
 from vitrail.data import shards as shards_module
 from vitrail.data import wds as module
 from vitrail.data.catalog import lasting_data, open_dataset
@@ -312,12 +312,8 @@ def server(shards: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fetch, "_PAUSE", 0.001)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(shards)))
     server.asked, server.cuts = [], []
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(server):
+        yield server
 
 
 def test_shards_from_a_server(server, shards: Path, cache: Path) -> None:

@@ -57,12 +57,7 @@ def test_equals_a_plain_loop() -> None:
 
 def test_it_learns() -> None:
     one = tiny.session(epochs=12, ema=0.5)
-    losses = []
-    for epoch in range(12):
-        for batch in one.loader.epoch(epoch):
-            one.trainer.step(batch)
-        losses.append(one.trainer.mean_loss())
-        one.trainer.next_epoch()
+    losses = tiny.learn(one, 12)
     assert losses[-1] < 0.5 * losses[0]
     assert one._validate(one.validation)["val_top1"] == 100.0
 

@@ -96,12 +96,7 @@ def test_bfloat16_on_the_cpu_is_on_and_learns() -> None:
     one = tiny.session(epochs=12, amp="bf16", ema=0.5)
     types: set[torch.dtype] = set()
     one.trainer.model.head.register_forward_hook(lambda module, inputs, output: types.add(output.dtype))
-    losses = []
-    for epoch in range(12):
-        for batch in one.loader.epoch(epoch):
-            one.trainer.step(batch)
-        losses.append(one.trainer.mean_loss())
-        one.trainer.next_epoch()
+    losses = tiny.learn(one, 12)
     assert types == {torch.bfloat16}
     assert {p.dtype for p in one.trainer.model.parameters()} == {torch.float32}
     assert losses[-1] < 0.5 * losses[0]

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 
 class _AttendInBf16(torch.autograd.Function):
-    """torch's fused attention on the CPU, bfloat16 forward and float32 backward.
+    """`attend` on the CPU, bfloat16 forward and float32 backward: q B H Q D, k and v B H N D.
 
-    Its gradient in bfloat16 takes twice (64 wide heads, 197 tokens) to twenty times (32, 17 tokens) as long as in
-    float32, conversions included.
+    torch's own gradient in bfloat16 takes 1.7 (197 tokens, heads 64 wide) to twenty times (17 tokens, 32 wide) as long
+    as in float32.
     """
 
     @staticmethod

@@ -18,9 +18,14 @@ def room(device: torch.device) -> int | None:
         return int(free) + torch.cuda.memory_reserved(device)
     if not _MEMINFO.exists() or not _STATM.exists():
         return None
-    lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
-    there = int(lines["MemAvailable"].split()[0]) * 1024 + held()
+    there = _bytes(_MEMINFO)["MemAvailable"] + held()
     return min([there, *(limit for path in _LIMITS if (limit := _limit(path)) is not None)])
+
+
+def _bytes(path: Path) -> dict[str, int]:
+    """What a file of Linux's with lines such as "VmHWM:  1024 kB" tells in kB, by name."""
+    lines = (line.partition(":") for line in path.read_text().splitlines() if line.endswith(" kB"))
+    return {name: int(value.split()[0]) * 1024 for name, _, value in lines}
 
 
 def _limit(path: Path) -> int | None:
@@ -44,10 +49,9 @@ def peak(device: torch.device) -> int | None:
     """The most that was held: on CUDA by tensors since `forget_peak`, elsewhere by the process since it began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if _STATUS.exists():  # on Linux getrusage also counts what the process was before it became this program
-        lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
-        if "VmHWM" in lines:
-            return max(int(lines["VmHWM"].split()[0]) * 1024, held())
+    # On Linux getrusage also counts what the process was before it became this program.
+    if _STATUS.exists() and (own := _bytes(_STATUS).get("VmHWM")) is not None:
+        return max(own, held())
     try:
         import resource
     except ImportError:  # Windows
