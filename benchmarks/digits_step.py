@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.measure import interleave, publish
 from benchmarks.peers import timm_twin
-from vitrail.training.prepare import prepare
+from vitrail.training.setup import prepare
 
 
 class PlainDigits(Dataset[tuple[Tensor, int]]):
@@ -60,16 +60,16 @@ def main() -> None:
     from timm.optim import create_optimizer_v2
 
     from vitrail.data.loader import TrainLoader
-    from vitrail.training.loop import Trainer
-    from vitrail.training.schedule import Schedule
-    from vitrail.training.tasks import Classify
-    from vitrail.training.views import Viewer
+    from vitrail.training.engine.batch_augmenter import BatchAugmenter
+    from vitrail.training.engine.schedule import Schedule
+    from vitrail.training.engine.trainer import Trainer
+    from vitrail.training.objectives.classification import Classify
 
     setup = prepare("digits", {"ema": 0.0, "clip_grad": None, "amp": "off"})
     config, device = setup.config, torch.device("cpu")
     train = setup.dataset.split("train")
     loader = TrainLoader(train, setup.preprocess, batch_size=config.batch_size, seed=0)
-    viewer = Viewer(config, setup.preprocess, 10, device)
+    viewer = BatchAugmenter(config, setup.preprocess, 10, device)
     trainer = Trainer(setup.model, Classify(config.label_smoothing), viewer, Schedule(None, 0, 0, 1e9), config, device)
 
     twin = timm_twin(config.model, setup.model.config).train()
@@ -84,7 +84,7 @@ def main() -> None:
     fixed = Trainer(setup.model, trainer.task, lambda *_: view, trainer.schedule, config, device)
 
     def our_epoch() -> None:
-        for item in loader.epoch(trainer.place.epoch):
+        for item in loader.epoch(trainer.state.epoch):
             trainer.step(item)
         trainer.next_epoch()
 

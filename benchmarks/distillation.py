@@ -24,7 +24,7 @@ import vitrail
 from benchmarks.measure import spread, write
 from vitrail.data.catalog import open_dataset
 from vitrail.data.dataset import ArraySplit, Dataset, take
-from vitrail.randomness import permutation
+from vitrail.utils.counter_rng import permutation
 
 TOKEN, PLAIN = "deit_micro_distilled_patch8_32", "vit_micro_patch8_32"
 ARMS: dict[str, dict[str, Any]] = {

@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader
 
 import benchmarks.oracles  # noqa: F401
 from benchmarks.measure import Comparison, interleave, publish
-from vitrail.data.augment import Augment, augment
+from vitrail.data.augment.augment import Augment, augment
+from vitrail.data.cache.readers import reader
 from vitrail.data.catalog import open_dataset
-from vitrail.data.decoded import reader
 from vitrail.data.loader import TrainLoader
-from vitrail.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from vitrail.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
 SIZE, BATCH, WORKERS = 224, 64, 2
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)

@@ -26,7 +26,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from vitrail.classifier import Classifier
 from vitrail.models.catalog import VARIANTS
-from vitrail.models.create import create_model
+from vitrail.pretrained.create import create_model
 name = "vit_small_patch16_224"
 torch.manual_seed(0)
 model = create_model(name)

@@ -12,8 +12,8 @@ from sklearn.datasets import load_sample_image
 
 import benchmarks.oracles  # noqa: F401
 from benchmarks.measure import Comparison, interleave, publish
-from vitrail.data.randaugment import DRAWS, rand_augment
-from vitrail.randomness import uniform
+from vitrail.data.augment.randaugment import DRAWS, rand_augment
+from vitrail.utils.counter_rng import uniform
 
 SIZE, BATCH, ROUNDS = 224, 64, 15
 FILL = (124, 116, 104)

@@ -19,12 +19,12 @@ from benchmarks.measure import Comparison, interleave, publish
 from benchmarks.peers import timm_twin, transformers_twin
 from vitrail.data.loader import Batch
 from vitrail.models.catalog import variant
-from vitrail.models.create import create_model
-from vitrail.training.config import make_config
-from vitrail.training.loop import Trainer
-from vitrail.training.schedule import Schedule
-from vitrail.training.tasks import Classify
-from vitrail.training.views import View
+from vitrail.pretrained.create import create_model
+from vitrail.training.config.schema import make_config
+from vitrail.training.engine.batch_augmenter import View
+from vitrail.training.engine.schedule import Schedule
+from vitrail.training.engine.trainer import Trainer
+from vitrail.training.objectives.classification import Classify
 
 CPU = {"vit_tiny_patch16_224": (16,), "swin_tiny_patch4_window7_224": (8,), "vit_micro_patch8_32": (64,)}
 GPU = {"vit_tiny_patch16_224": (256,), "swin_tiny_patch4_window7_224": (128,), "vit_micro_patch8_32": (1024,)}

@@ -28,12 +28,12 @@ from typing import Any
 import torch
 
 from vitrail.data.catalog import open_dataset
-from vitrail.training.checkpoint import load_checkpoint
-from vitrail.training.config import parse_overrides
-from vitrail.training.loop import Trainer
-from vitrail.training.metrics import Recorder
+from vitrail.evaluation.metrics import Recorder
+from vitrail.training.checkpoints.checkpoint import load_checkpoint
+from vitrail.training.config.schema import parse_overrides
+from vitrail.training.engine.trainer import Trainer
 from vitrail.training.run import train
-from vitrail.training.verify import differences, timeless
+from vitrail.training.verify_resume import differences, timeless
 
 KEYS = {
     "epochs": 1.5,
@@ -77,8 +77,8 @@ def start(work: Callable[[], Any], processes: int, folder: Path) -> list[int]:
         if child := os.fork():
             started.append(child)
             continue
-        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update({name: str(value) for name, value in {**world, "MASTER_PORT": port}.items()})
+        distributed = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update({name: str(value) for name, value in {**distributed, "MASTER_PORT": port}.items()})
         with (folder / "said.txt").open("a") as said:
             os.dup2(said.fileno(), 2)
         status = 1

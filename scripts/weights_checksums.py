@@ -17,8 +17,8 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 import vitrail
-from vitrail.files import atomic_write_text
-from vitrail.sources.folder import choose_weights
+from vitrail.pretrained.local import choose_weights
+from vitrail.utils.files import atomic_write_text
 
 TABLE = Path(vitrail.__file__).parent / "weights" / "published.csv"
 

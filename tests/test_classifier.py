@@ -15,9 +15,10 @@ import vitrail
 from vitrail.classifier import Classifier, Prediction, load
 from vitrail.data.catalog import open_dataset
 from vitrail.errors import VitrailError
+from vitrail.images.preprocess import Preprocess
+from vitrail.models.build import build_model
 from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig
-from vitrail.models.create import build_model, create_model
-from vitrail.preprocess import Preprocess
+from vitrail.pretrained.create import create_model
 
 DIGITS = tuple("0123456789")
 VIT = ViTConfig(img_size=(8, 8), patch_size=2, embed_dim=16, depth=2, num_heads=2, num_classes=10, in_chans=1)

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from vitrail.classifier import Classifier, load
+from vitrail.images.preprocess import Preprocess
+from vitrail.models.build import build_model
 from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig
-from vitrail.models.create import build_model
-from vitrail.preprocess import Preprocess
 
 NAMES = ("cat", "dog", "owl", "ünï", "a b", "x, y", "7")
 VIT = ViTConfig(img_size=(32, 32), patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=7)

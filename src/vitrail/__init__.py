@@ -11,16 +11,16 @@ Importing this imports no torch; each name below is loaded when it is first used
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vitrail._version import __version__
 from vitrail.errors import VitrailError
 
 if TYPE_CHECKING:
     from vitrail.classifier import Classifier, load
+    from vitrail.images.preprocess import Preprocess
     from vitrail.models.catalog import list_models
-    from vitrail.models.create import create_model
-    from vitrail.preprocess import Preprocess
+    from vitrail.pretrained.create import create_model
     from vitrail.training import train
 
-__version__ = "0.1.0"
 __all__ = [
     "Classifier",
     "Preprocess",
@@ -34,8 +34,8 @@ __all__ = [
 
 _HOMES = {
     "Classifier": "vitrail.classifier",
-    "Preprocess": "vitrail.preprocess",
-    "create_model": "vitrail.models.create",
+    "Preprocess": "vitrail.images.preprocess",
+    "create_model": "vitrail.pretrained.create",
     "list_models": "vitrail.models.catalog",
     "load": "vitrail.classifier",
     "train": "vitrail.training",

@@ -1,6 +1,6 @@
 """Classifier: a model, its preprocessing and its class names; what a person trains, saves, loads and predicts with.
 
-Letters: N inputs, K classes, C features.
+Shapes: N inputs, K classes, C features.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 
 from vitrail.errors import VitrailError
-from vitrail.inputs import Crop, Inputs, crops
-from vitrail.model_folder import Contents, is_ours, name_of, read_model_folder, write_model_folder
+from vitrail.images.preprocess import Preprocess
+from vitrail.images.reader import Crop, Inputs, crops
 from vitrail.models.base import ImageModel
 from vitrail.models.catalog import VARIANTS
-from vitrail.preprocess import Preprocess
+from vitrail.pretrained.model_folder import Contents, is_ours, name_of, read_model_folder, write_model_folder
 
 if TYPE_CHECKING:
     from vitrail.data.dataset import Dataset
-    from vitrail.sources.pretrained import Pretrained
-    from vitrail.training.metrics import Evaluation
+    from vitrail.evaluation.metrics import Evaluation
+    from vitrail.pretrained.load import Pretrained
 
 _HELD_OUT = ("val_fraction", "test_fraction", "split_seed")  # how a dataset's images were split
 
@@ -212,7 +212,7 @@ class Classifier:
         """
         from vitrail.data.catalog import open_dataset  # predicting needs none of these
         from vitrail.data.dataset import Dataset
-        from vitrail.training.evaluate import evaluate
+        from vitrail.evaluation.evaluate import evaluate
 
         if isinstance(data, Dataset):
             dataset = data.relabel(self.class_names)
@@ -247,7 +247,7 @@ class Classifier:
                 )
 
     def save(self, folder: str | Path) -> Path:
-        """Write a model folder, whole or not at all; see `vitrail.model_folder`."""
+        """Write a model folder, whole or not at all; see `vitrail.pretrained.model_folder`."""
         folder = Path(folder)
         write_model_folder(
             folder,
@@ -286,7 +286,7 @@ def resolve_model(source: str | Path) -> Classifier:
     for folder, summary in ((path, None), (path / "model", path / "summary.json")):
         if is_ours(folder):
             return _from_folder(folder, summary and _summary(summary))
-    from vitrail.sources.pretrained import load_pretrained  # a model folder of our own needs none of it
+    from vitrail.pretrained.load import load_pretrained  # a model folder of our own needs none of it
 
     name = str(source) if str(source) in VARIANTS else None
     return _from_weights(load_pretrained("default" if name else source, name))

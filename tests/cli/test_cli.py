@@ -22,10 +22,10 @@ from PIL import Image
 from vitrail.classifier import Classifier, load
 from vitrail.cli import main
 from vitrail.errors import VitrailError
+from vitrail.images.preprocess import Preprocess
+from vitrail.models.build import build_model
 from vitrail.models.catalog import VARIANTS
 from vitrail.models.configs import ViTConfig
-from vitrail.models.create import build_model
-from vitrail.preprocess import Preprocess
 
 CONFIG = ViTConfig(img_size=(8, 8), patch_size=2, embed_dim=16, depth=1, num_heads=2, num_classes=10, in_chans=1)
 
@@ -93,7 +93,7 @@ def test_help_has_every_command_and_an_example_for_each(run: Run) -> None:
 
 
 def test_the_help_of_train_has_every_key_of_the_config(run: Run) -> None:
-    from vitrail.training.config import KEYS
+    from vitrail.training.config.schema import KEYS
 
     text = run("train", "--help").out
     words = set(text.replace("--", " ").replace("-", "_").split())

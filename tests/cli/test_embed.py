@@ -10,9 +10,9 @@ from PIL import Image
 
 from vitrail.classifier import Classifier, load
 from vitrail.cli import main
+from vitrail.images.preprocess import Preprocess
+from vitrail.models.build import build_model
 from vitrail.models.configs import ViTConfig
-from vitrail.models.create import build_model
-from vitrail.preprocess import Preprocess
 
 CONFIG = ViTConfig(img_size=(8, 8), patch_size=2, embed_dim=16, depth=1, num_heads=2, num_classes=2, in_chans=1)
 
@@ -59,7 +59,7 @@ def test_features_of_a_folder(
 def test_it_goes_on_where_it_was_stopped(
     model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vitrail import features
+    from vitrail.inference import feature_file as features
 
     monkeypatch.setattr(features, "_SHARD", 1)
     write, left = features.atomic_write_bytes, [2]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vitrail.training.checkpoint import load_checkpoint
+from vitrail.training.checkpoints.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.slow
 TRAIN = [sys.executable, "-m", "vitrail", "train"]

@@ -14,9 +14,9 @@ import torchvision
 from sklearn.datasets import load_digits
 
 from vitrail.data.catalog import DATASETS, open_dataset
-from vitrail.data.cifar import read_cifar
 from vitrail.data.dataset import ArraySplit
-from vitrail.data.idx import read_idx
+from vitrail.data.formats.cifar import read_cifar
+from vitrail.data.formats.idx import read_idx
 from vitrail.errors import VitrailError
 
 ROOT = Path(__file__).parents[2]

@@ -5,13 +5,13 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from torchvision.transforms import RandomResizedCrop
 
+from vitrail.data.augment.crop import CROP_DRAWS, crop_box, random_crop
 from vitrail.data.catalog import open_dataset
-from vitrail.data.crop import CROP_DRAWS, crop_box, random_crop
 from vitrail.data.dataset import ArraySplit, FileSplit
 from vitrail.data.loader import EvalLoader, TrainLoader
 from vitrail.errors import VitrailError
-from vitrail.preprocess import Preprocess
-from vitrail.randomness import uniform
+from vitrail.images.preprocess import Preprocess
+from vitrail.utils.counter_rng import uniform
 
 GREY8 = Preprocess(size=(8, 8), mean=(0.3,), std=(0.4,), channels=1)
 

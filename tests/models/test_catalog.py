@@ -9,9 +9,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.errors import VitrailError
+from vitrail.models.build import build_model
 from vitrail.models.catalog import VARIANTS, list_models, variant
 from vitrail.models.configs import ResNetConfig, ViTConfig
-from vitrail.models.create import build_model, create_model
+from vitrail.pretrained.create import create_model
 
 IN_TIMM = [name for name in VARIANTS if timm.is_model(name)]
 

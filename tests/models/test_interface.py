@@ -10,8 +10,9 @@ from timm.models import group_parameters
 
 from vitrail.layers.block import DropPath
 from vitrail.models.base import ImageModel
+from vitrail.models.build import build_model
 from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig
-from vitrail.models.create import build_model, create_model
+from vitrail.pretrained.create import create_model
 
 VIT = ViTConfig(patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=5, img_size=(32, 32))
 CONFIGS: dict[str, ModelConfig] = {

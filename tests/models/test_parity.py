@@ -20,9 +20,10 @@ from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor, nn
 
 from vitrail.models.base import ImageModel
+from vitrail.models.build import build_model
 from vitrail.models.catalog import VARIANTS
 from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig
-from vitrail.models.create import build_model, create_model
+from vitrail.pretrained.create import create_model
 
 Size = tuple[int, int]
 

@@ -19,11 +19,11 @@ import torch
 
 from training import tiny
 from training.runs import KEYS
-from vitrail.data.decode import BadImage
 from vitrail.errors import VitrailError
-from vitrail.training.interrupt import Stopped
-from vitrail.training.loop import Trainer
-from vitrail.training.metrics import Recorder
+from vitrail.evaluation.metrics import Recorder
+from vitrail.images.decode import BadImage
+from vitrail.training.engine.interrupt import Stopped
+from vitrail.training.engine.trainer import Trainer
 from vitrail.training.run import train
 
 # Nothing in it depends on the other images of a part, so that one process and two compute the same.
@@ -60,13 +60,13 @@ def main(asked: dict[str, Any]) -> int:
     step, add, seen = Trainer.step, Recorder.add, []
 
     def stepped(self: Trainer, batch: Any) -> None:
-        if fail == [self.place.steps, rank]:
+        if fail == [self.state.steps, rank]:
             raise VitrailError("this one has had enough")
-        seen.append([self.place.steps, batch.indices.tolist()])
+        seen.append([self.state.steps, batch.indices.tolist()])
         step(self, batch)
-        if end and end[0] == self.place.steps and end[2] == rank:
+        if end and end[0] == self.state.steps and end[2] == rank:
             os.kill(os.getpid(), end[1])
-        if end and end[0] == self.place.steps and end[2] == -1 and rank == 0:
+        if end and end[0] == self.state.steps and end[2] == -1 and rank == 0:
             os.kill(os.getppid(), end[1])
 
     def added(self: Recorder, logits: Any, labels: Any, indices: Any) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from training import tiny
-from vitrail.training.checkpoint import load_checkpoint
+from vitrail.training.checkpoints.checkpoint import load_checkpoint
 from vitrail.training.run import train
 
 # Two epochs and two steps, with everything that has a state or draws random numbers.

@@ -12,20 +12,20 @@ import torch.nn.functional as F
 from sklearn.metrics import balanced_accuracy_score
 
 from training import tiny
+from training.objectives.test_classification import LABELS, LOGITS, SHARES, Fixed
 from training.runs import assert_same, outcome, run
 from training.test_resume import Killed, kill_at
-from training.test_tasks import LABELS, LOGITS, SHARES, Fixed
-from vitrail.data.balance import class_weights
 from vitrail.data.catalog import open_dataset
 from vitrail.data.dataset import Dataset, take
+from vitrail.data.sampling import class_weights
 from vitrail.errors import VitrailError
-from vitrail.training.loop import Trainer
-from vitrail.training.metrics import uneven
-from vitrail.training.plan import balance_lines
+from vitrail.evaluation.metrics import uneven
+from vitrail.training.engine.batch_augmenter import BatchAugmenter, View
+from vitrail.training.engine.trainer import Trainer
+from vitrail.training.monitoring.plan import balance_lines
+from vitrail.training.objectives.classification import Classify
 from vitrail.training.run import train
-from vitrail.training.tasks import Classify
-from vitrail.training.views import View, Viewer
-from vitrail.training.world import World
+from vitrail.utils.distributed import DistributedContext
 
 even = tiny.dataset  # which tests replace
 WEIGHTS = torch.tensor([0.5, 1.0, 4.0])
@@ -37,9 +37,9 @@ def _variant(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def view(logits: torch.Tensor, targets: torch.Tensor) -> View:
-    """As a Viewer would make it: over the batch a target counts 1 in the mean."""
+    """As a BatchAugmenter would make it: over the batch a target counts 1 in the mean."""
     one = tiny.session()
-    viewer = Viewer(one.config, one.setup.preprocess, 3, torch.device("cpu"), WEIGHTS)
+    viewer = BatchAugmenter(one.config, one.setup.preprocess, 3, torch.device("cpu"), WEIGHTS)
     return View(logits, targets, torch.arange(len(targets)), 0, viewer._weights(targets))
 
 
@@ -84,15 +84,15 @@ def test_equal_weights_are_no_weights_and_bfloat16_is_weighed_in_float32() -> No
 def test_two_processes_weigh_as_one_does() -> None:
     """Each has half of the batch; what they tell one another is the sum of the weights and of the images."""
 
-    class Half(World):
-        def add_up(self, tensor: torch.Tensor) -> None:
+    class Half(DistributedContext):
+        def all_reduce(self, tensor: torch.Tensor) -> None:
             tensor.copy_(torch.stack([WEIGHTS[LABELS].sum(), torch.tensor(4.0)]))
 
     one = tiny.session()
     task, whole = Classify(0.1), view(LOGITS, LABELS)
     halves = []
     for rows in (slice(0, 2), slice(2, 4)):
-        viewer = Viewer(one.config, one.setup.preprocess, 3, torch.device("cpu"), WEIGHTS, Half(0, 2))
+        viewer = BatchAugmenter(one.config, one.setup.preprocess, 3, torch.device("cpu"), WEIGHTS, Half(0, 2))
         labels = LABELS[rows]
         halves.append(task(Fixed(), View(LOGITS[rows], labels, torch.arange(2), 0, viewer._weights(labels))))
     torch.testing.assert_close(sum(halves) / 2, task(Fixed(), whole))
@@ -188,7 +188,7 @@ def test_one_class_by_another_name_is_refused() -> None:
 
 
 def test_the_mean_over_the_classes_is_scikit_learns() -> None:
-    from training.test_metrics import evaluation
+    from evaluation.test_metrics import evaluation
 
     labels = torch.from_numpy(np.random.default_rng(0).choice(3, 200, p=[0.7, 0.2, 0.1]))
     logits = torch.randn(200, 4) + 2 * F.one_hot(labels, 4)  # of the fourth class there is no image

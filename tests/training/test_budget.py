@@ -13,8 +13,9 @@ from training.runs import KEYS
 from training.test_resume import Killed, kill_at
 from vitrail.training import run as run_module
 from vitrail.training import session as session_module
-from vitrail.training.checkpoint import load_checkpoint
-from vitrail.training.loop import Place, Trainer
+from vitrail.training.checkpoints.checkpoint import load_checkpoint
+from vitrail.training.engine.state import TrainState
+from vitrail.training.engine.trainer import Trainer
 from vitrail.training.run import train
 from vitrail.training.session import Session
 
@@ -74,7 +75,7 @@ def test_an_epoch_is_cut_where_its_validation_must_begin(tmp_path: Path) -> None
 def test_without_the_share_that_is_kept_for_it_it_would_be_late(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Place, "spent", property(lambda self: self.seconds))
+    monkeypatch.setattr(TrainState, "spent", property(lambda self: self.seconds))
     report = train(tiny.dataset(), out=tmp_path / "run", progress=False, eval_every=3, **TIMED).report
     assert report["seconds"] == BUDGET + VALIDATION
 
@@ -101,7 +102,7 @@ def test_a_validation_longer_than_the_budget_leaves_time_to_learn(
     for two more, and for their validation."""
 
     def expect(session: Session) -> list[str]:
-        session.trainer.place.validation_seconds = session.trainer.schedule.reserve(100.0)
+        session.trainer.state.validation_seconds = session.trainer.schedule.reserve(100.0)
         return []
 
     monkeypatch.setattr(run_module, "cost_lines", expect)

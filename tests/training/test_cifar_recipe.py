@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from data.test_catalog import cifar_files, tar
 from vitrail.cli import main
 from vitrail.data.catalog import DATASETS, DatasetFile
-from vitrail.models.create import create_model
-from vitrail.training.config import make_config, read_toml
+from vitrail.pretrained.create import create_model
+from vitrail.training.config.schema import make_config, read_toml
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "cifar10-vit-small.toml"
 # The recipe's peak rate is that of the head; each layer below it learns at three quarters of the one above.

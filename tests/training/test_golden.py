@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from vitrail.data.loader import TrainLoader
-from vitrail.training.loop import Trainer
-from vitrail.training.prepare import prepare
-from vitrail.training.schedule import Schedule
-from vitrail.training.tasks import Classify
-from vitrail.training.views import Viewer
+from vitrail.training.engine.batch_augmenter import BatchAugmenter
+from vitrail.training.engine.schedule import Schedule
+from vitrail.training.engine.trainer import Trainer
+from vitrail.training.objectives.classification import Classify
+from vitrail.training.setup import prepare
 
 FILE = Path(__file__).parents[1] / "golden" / "losses.json"
 STEPS = 12
@@ -52,7 +52,7 @@ def losses(options: dict[str, object]) -> list[float]:
         crop_ratio=config.crop_ratio,
         repeats=config.repeats,
     )
-    view = Viewer(config, setup.preprocess, 10, device)
+    view = BatchAugmenter(config, setup.preprocess, 10, device)
     schedule = Schedule(STEPS, 4, 0.0, None)
     task = Classify(config.label_smoothing, config.loss, config.bce_threshold)
     trainer = Trainer(setup.model, task, view, schedule, config, device)

@@ -13,9 +13,9 @@ from data.make_folder import make_folder
 from vitrail.classifier import Classifier
 from vitrail.data.catalog import open_dataset
 from vitrail.errors import VitrailError
-from vitrail.models.create import create_model
-from vitrail.preprocess import Preprocess
-from vitrail.training.prepare import prepare
+from vitrail.images.preprocess import Preprocess
+from vitrail.pretrained.create import create_model
+from vitrail.training.setup import prepare
 
 OPTIONS = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 16, "patch_size": 4}
 

@@ -17,15 +17,15 @@ from training import tiny
 from vitrail.cli import main
 from vitrail.data.dataset import ArraySplit
 from vitrail.errors import VitrailError
+from vitrail.evaluation.evaluate import make_loader
+from vitrail.evaluation.linear_probe import Linear, LogisticRegression
+from vitrail.models.build import build_model
 from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig
-from vitrail.models.create import build_model
 from vitrail.models.vit import VisionTransformer
 from vitrail.training import probe
-from vitrail.training.config import read_toml
-from vitrail.training.evaluate import make_loader
-from vitrail.training.interrupt import Interrupt, Stopped
-from vitrail.training.linear import Linear, LogisticRegression
-from vitrail.training.probe import GRID, PROBE_KEYS, compute_features, put_head
+from vitrail.training.config.schema import read_toml
+from vitrail.training.engine.interrupt import Interrupt, Stopped
+from vitrail.training.probe import GRID, PROBE_KEYS, compute_features, set_linear_head
 from vitrail.training.run import train
 
 
@@ -153,7 +153,7 @@ def test_logits_are_the_heads_on_the_features(family: str) -> None:
     torch.testing.assert_close(features.values, expected, rtol=1e-4, atol=1e-5)
     assert features.labels.tolist() == [0, 1, 2, 3, 4, 0]
     head = LogisticRegression(features.values, features.labels, 5).fit(1e-3)
-    put_head(model, head, (3, *config.img_size))
+    set_linear_head(model, head, (3, *config.img_size))
     assert model.num_classes == 5
     logits = features.values @ head.weight.T + head.bias
     torch.testing.assert_close(model(images), logits, rtol=1e-4, atol=1e-4)
@@ -196,7 +196,7 @@ def test_a_head_that_is_not_linear_is_no_place_for_a_probe() -> None:
     model.reset_classifier(2)
     head = Linear(torch.randn(2, 4), torch.randn(2))
     with pytest.raises(VitrailError, match="Odd has no linear head that a probe could be put into"):
-        put_head(model, head, (1, 2, 2))
+        set_linear_head(model, head, (1, 2, 2))
 
 
 # --- from a person's side
@@ -279,7 +279,7 @@ def test_random_features_are_called_so(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_images_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that only decoding finds: named, left out, and when nothing is left it is said."""
-    from vitrail.data.decode import BadImage
+    from vitrail.images.decode import BadImage
 
     image, bad = ArraySplit.image, {"tiny/0/3", "tiny/1/0", "tiny/2/14"}
 

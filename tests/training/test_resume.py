@@ -14,9 +14,9 @@ import pytest
 from training import tiny
 from training.runs import KEYS, assert_same, outcome, run
 from vitrail.errors import VitrailError
-from vitrail.training.checkpoint import load_checkpoint
-from vitrail.training.interrupt import Stopped
-from vitrail.training.loop import Trainer
+from vitrail.training.checkpoints.checkpoint import load_checkpoint
+from vitrail.training.engine.interrupt import Stopped
+from vitrail.training.engine.trainer import Trainer
 from vitrail.training.run import train
 from vitrail.training.session import Session
 
@@ -94,7 +94,7 @@ def test_a_signal_saves_and_tells_how_to_go_on(
     original = Trainer.step
 
     def step(self: Trainer, batch: Any) -> None:
-        if self.place.steps == 6:
+        if self.state.steps == 6:
             os.kill(os.getpid(), number)
         original(self, batch)
 

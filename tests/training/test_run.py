@@ -17,8 +17,8 @@ import vitrail
 from training import tiny
 from training.runs import KEYS, outcome, run
 from vitrail.errors import VitrailError
-from vitrail.training.config import make_config, read_toml
-from vitrail.training.loop import Trainer
+from vitrail.training.config.schema import make_config, read_toml
+from vitrail.training.engine.trainer import Trainer
 from vitrail.training.run import train
 from vitrail.training.session import Session
 
@@ -93,7 +93,7 @@ def test_zero_epochs(tmp_path: Path) -> None:
 
 
 def test_foreign_folders_and_second_writers_are_refused(tmp_path: Path) -> None:
-    from vitrail.training.folder import RunFolder
+    from vitrail.training.checkpoints.run_folder import RunFolder
 
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_text("")
@@ -117,7 +117,7 @@ def test_runs_without_a_place_are_numbered(tmp_path: Path, monkeypatch: pytest.M
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vitrail.training import checkpoint
+    from vitrail.training.checkpoints import checkpoint
 
     original, calls = checkpoint.save_file, []
 
@@ -178,7 +178,7 @@ def test_validation_and_checkpoints_come_when_they_are_due(tmp_path: Path, monke
     saved, original = [], Session.save
 
     def save(self: Session) -> None:
-        saved.append(self.trainer.place.steps)
+        saved.append(self.trainer.state.steps)
         original(self)
 
     monkeypatch.setattr(Session, "save", save)
@@ -224,7 +224,7 @@ def test_a_recipe_counts_less_than_a_key(tmp_path: Path) -> None:
     assert (config.lr, config.seed, config.epochs) == (0.003, 5, 0)
 
 
-class Guest(nn.Module):
+class ExternalModel(nn.Module):
     """Anybody's module with timm's interface."""
 
     def __init__(self, num_classes: int = 7) -> None:
@@ -245,14 +245,14 @@ def test_guests_are_trained(tmp_path: Path) -> None:
     import timm
 
     plain = {key: value for key, value in tiny.PLAIN.items() if key not in ("model", "drop_path")}
-    guest = Guest()
+    guest = ExternalModel()
     keys = {**plain, "img_size": 8, "in_chans": 1}
     classifier = train(tiny.dataset(), model=guest, out=tmp_path / "one", progress=False, **keys)
     assert classifier.model is guest
     assert guest.num_classes == 3
     assert (tmp_path / "one" / "model" / "model.safetensors").is_file()
     with pytest.raises(VitrailError, match="img_size"):
-        train(tiny.dataset(), model=Guest(), out=tmp_path / "two", progress=False, **plain)
+        train(tiny.dataset(), model=ExternalModel(), out=tmp_path / "two", progress=False, **plain)
     vit = timm.create_model(
         "vit_tiny_patch16_224", img_size=8, patch_size=2, in_chans=3, embed_dim=16, depth=1, num_heads=2
     )

@@ -8,9 +8,9 @@ import torch
 from vitrail.data.dataset import ArraySplit, Dataset, Sizes
 from vitrail.models.catalog import VARIANTS, Variant
 from vitrail.models.configs import ViTConfig
-from vitrail.training.prepare import prepare
-from vitrail.training.progress import Reporter
+from vitrail.training.monitoring.progress import Reporter
 from vitrail.training.session import Session
+from vitrail.training.setup import prepare
 
 # Everything whose randomness or state a resumed run must find again: batch norm, dropout, drop path.
 CONFIG = ViTConfig(
@@ -94,13 +94,13 @@ def trained(**given: Any) -> dict[str, torch.Tensor]:
     """The weights that are kept after one epoch, without files and validation."""
     one = session(**given)
     trainer = one.trainer
-    while not trainer.schedule.finished(trainer.place.steps, 0.0):
-        for batch in one.loader.epoch(trainer.place.epoch, trainer.place.step):
+    while not trainer.schedule.finished(trainer.state.steps, 0.0):
+        for batch in one.loader.epoch(trainer.state.epoch, trainer.state.step):
             trainer.step(batch)
-            if trainer.schedule.finished(trainer.place.steps, 0.0):
+            if trainer.schedule.finished(trainer.state.steps, 0.0):
                 break
         trainer.next_epoch()
-    return {name: value.clone() for name, value in trainer.best_guess.state_dict().items()}
+    return {name: value.clone() for name, value in trainer.eval_model.state_dict().items()}
 
 
 def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:

@@ -18,8 +18,8 @@ from timm.models import swin_transformer as timm_swin
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
+from vitrail.models.build import build_model
 from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig
-from vitrail.models.create import build_model
 from vitrail.models.vit import VisionTransformer
 
 SIDE, CLASSES = 32, 5
@@ -163,7 +163,7 @@ def transformers_models() -> dict[str, nn.Module]:
 
 
 def transformers_cases() -> list[Case]:
-    from vitrail.sources.folder import read_architecture
+    from vitrail.pretrained.local import read_architecture
     from vitrail.weights.read import read_file
 
     cases = []

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.errors import VitrailError
-from vitrail.weights.fit import fit
-from vitrail.weights.formats import to_ours
+from vitrail.weights.formats.detect import to_ours
+from vitrail.weights.load import fit
 from vitrail.weights.tensors import Tensors
 from vitrail.weights.unwrap import unwrap
 from weights.checkpoints import NAMES, all_cases

@@ -9,8 +9,8 @@ import torchvision
 from timm.data import ImageNetInfo
 from timm.models._registry import _model_default_cfgs as timm_records
 
+from vitrail.images.preprocess import Preprocess
 from vitrail.models.catalog import VARIANTS
-from vitrail.preprocess import Preprocess
 from vitrail.weights.labels import label_names
 from vitrail.weights.published import PUBLISHED
 from vitrail.weights.record import WeightsRecord
@@ -95,7 +95,7 @@ def test_what_is_said_is_plausible() -> None:
 
 def test_importing_the_table_is_quick_and_needs_no_torch() -> None:
     code = (
-        "import sys, vitrail.preprocess, csv, time; start = time.process_time();"
+        "import sys, vitrail.images.preprocess, csv, time; start = time.process_time();"
         "import vitrail.weights.published; took = time.process_time() - start;"
         "assert not {'torch', 'numpy', 'PIL'} & set(sys.modules), 'heavy import'; assert took < 0.05, took"
     )

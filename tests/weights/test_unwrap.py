@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vitrail.errors import VitrailError
-from vitrail.weights.fit import fit
-from vitrail.weights.formats import to_ours
+from vitrail.weights.formats.detect import to_ours
+from vitrail.weights.load import fit
 from vitrail.weights.unwrap import unwrap
 from weights.checkpoints import all_cases
 

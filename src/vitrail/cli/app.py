@@ -35,7 +35,7 @@ for _command in (evaluate, predict, embed, models, push, report):
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from vitrail import __version__
+        from vitrail._version import __version__
 
         print(__version__)
         raise typer.Exit

@@ -36,7 +36,7 @@ def embed(
     """
     from vitrail.cli.source import open_model
     from vitrail.cli.tables import stderr, stdout
-    from vitrail.features import embed_to_file
+    from vitrail.inference.feature_file import embed_to_file
 
     classifier = open_model(model, device, img_size)
     try:

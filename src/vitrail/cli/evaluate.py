@@ -7,7 +7,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vitrail.training.metrics import Evaluation
+    from vitrail.evaluation.metrics import Evaluation
 
 _WORST = 10  # classes that are shown
 _LABEL = 28  # columns of a class's name
@@ -57,7 +57,7 @@ def evaluate(
 
 def _print(result: "Evaluation", data: str) -> None:
     from vitrail.cli.tables import percent, stderr, stdout
-    from vitrail.training.metrics import uneven
+    from vitrail.evaluation.metrics import uneven
 
     console = stdout()
     console.print(f"{result.images:,} {result.split} images of {data}\n")

@@ -20,8 +20,8 @@ def push(
 
     Example: `vitrail push runs/photos me/my-photos --private`
     """
-    from vitrail.push import pack
-    from vitrail.push import push as send
+    from vitrail.pretrained.push import pack
+    from vitrail.pretrained.push import push as send
 
     parcel = pack(model, repo)
     if dry_run:

@@ -16,7 +16,7 @@ def report(
     """
     from pathlib import Path
 
-    from vitrail.training.folder import RunFolder
-    from vitrail.training.report import write_report
+    from vitrail.training.checkpoints.run_folder import RunFolder
+    from vitrail.training.monitoring.report import write_report
 
     print(write_report(RunFolder(Path(run).expanduser())))

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 def open_model(source: str, device: str, img_size: str | None) -> "Classifier":
     """Load MODEL; a line tells what was loaded, resized, adapted, new or unused where that is in question."""
     from vitrail.classifier import load
-    from vitrail.training.device import pick_device
+    from vitrail.utils.device import pick_device
 
     classifier = load(source, pick_device(device), img_size)
     if classifier.report is not None and not isinstance(classifier.report, dict):  # else a run's summary

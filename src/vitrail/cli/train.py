@@ -18,7 +18,7 @@ def _print_help(context: typer.Context, wanted: bool) -> None:
     from rich.console import Console
     from rich.panel import Panel
 
-    from vitrail.training.config import TrainConfig
+    from vitrail.training.config.schema import TrainConfig
 
     options = {parameter.name for parameter in context.command.params}
     keys = {key: field for key, field in TrainConfig.model_fields.items() if key not in options}
@@ -116,7 +116,7 @@ def train(
 
     Example: `vitrail train photos/ --pretrained --epochs 10 --out runs/photos`
     """
-    from vitrail.training.config import parse_overrides
+    from vitrail.training.config.schema import parse_overrides
 
     words = list(settings or [])
     if data is not None and "=" in data and (resume or recipe) and not os.path.exists(data):
@@ -133,13 +133,13 @@ def train(
         name = min(twice)
         raise VitrailError(f"{name} is given twice: as --{name.replace('_', '-')} and as {name}=")
     if verify_resume:
-        from vitrail.training.verify import verify_resume as verify
+        from vitrail.training.verify_resume import verify_resume as verify
 
         verdict = verify(data, **given, **values)
         print(verdict)
         return 0 if verdict.same else 1
     from vitrail.training import train as run
-    from vitrail.training.interrupt import Stopped
+    from vitrail.training.engine.interrupt import Stopped
 
     try:
         classifier = run(data, **given, **values)

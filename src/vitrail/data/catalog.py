@@ -12,19 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
-from vitrail.data.cifar import read_cifar
 from vitrail.data.dataset import ArraySplit, Dataset, Sizes, Split, take
-from vitrail.data.digits import load_digits
-from vitrail.data.fetch import Progress, cache_dir, fetch
-from vitrail.data.folder import open_folder
-from vitrail.data.hf import SCHEME as HF
-from vitrail.data.hf import open_hf
-from vitrail.data.idx import read_pair
-from vitrail.data.shards import Wanted
+from vitrail.data.formats.cifar import read_cifar
+from vitrail.data.formats.digits import load_digits
+from vitrail.data.formats.folder import open_folder
+from vitrail.data.formats.hf_datasets import SCHEME as HF
+from vitrail.data.formats.hf_datasets import open_hf
+from vitrail.data.formats.idx import read_pair
+from vitrail.data.formats.shards import Wanted
+from vitrail.data.formats.webdataset import SCHEME as WDS
+from vitrail.data.formats.webdataset import open_wds
 from vitrail.data.splits import stratified
-from vitrail.data.wds import SCHEME as WDS
-from vitrail.data.wds import open_wds
 from vitrail.errors import VitrailError, did_you_mean
+from vitrail.utils.download import Progress, cache_dir, fetch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Datasets: named splits of (image, label) with class names.
 
-Letters: N images, H height, W width, C channels.
+Shapes: N images, H height, W width, C channels.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vitrail.data.decode import AtLeast, decode
 from vitrail.errors import VitrailError, did_you_mean
+from vitrail.images.convert import Pixels
+from vitrail.images.decode import AtLeast, decode
 
 if TYPE_CHECKING:
     from PIL import Image
 
 Labels = npt.NDArray[np.int64]
-Pixels = npt.NDArray[np.uint8]
 Skipped = dict[str, str]  # {"path", "reason"}
 
 

@@ -2,7 +2,7 @@
 
 Threads, not processes: Pillow lets go of Python's lock while it decodes and resizes, so threads use all cores, and
 there is nothing to fork, pickle or lose. Arrays that need no cropping are gathered straight from memory.
-Letters: B images in a batch, C channels, H height, W width, N images in a split.
+Shapes: B images in a batch, C channels, H height, W width, N images in a split.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vitrail.data.balance import balanced_rows
-from vitrail.data.crop import CROP_DRAWS, crop_stored, random_crop
-from vitrail.data.dataset import ArraySplit, Pixels, Skipped, Split
-from vitrail.data.decode import BadImage
-from vitrail.data.decoded import Read
-from vitrail.data.repeats import Keys, count_repetitions, epoch_order, rows_of
+from vitrail.data.augment.crop import CROP_DRAWS, crop_stored, random_crop
+from vitrail.data.cache.readers import Read
+from vitrail.data.dataset import ArraySplit, Skipped, Split
+from vitrail.data.sampling import Keys, balanced_rows, count_repetitions, epoch_order, rows_of
 from vitrail.errors import VitrailError
-from vitrail.preprocess import Preprocess
-from vitrail.randomness import uniform
+from vitrail.images.convert import Pixels
+from vitrail.images.decode import BadImage
+from vitrail.images.preprocess import Preprocess
+from vitrail.utils.counter_rng import uniform
 
 _IN_MEMORY = 256 << 20  # bytes up to which an array's cropped images are kept, rather than cropped anew every epoch
 _AHEAD = 3  # batches that are being made while one is used
@@ -35,7 +35,7 @@ _AHEAD = 3  # batches that are being made while one is used
 
 @dataclass
 class Batch:
-    """images: uint8 B C H W. labels: int64 B. keys: int64 B, which views these are (see repeats.py); they stay on the
+    """images: uint8 B C H W. labels: int64 B. keys: int64 B, which views these are (see sampling.py); they stay on the
     CPU. stands_in: none of the batch could be read, and this is an image from elsewhere.
     """
 
@@ -198,7 +198,7 @@ class TrainLoader(_Loader):
     batch_size: images in a step, over all processes; process `rank` of `world_size` gets its slice of each batch, so
     that the same images meet in a step however many processes there are. The order depends on (seed, epoch) and the
     crop of an image on (seed, epoch, key) alone. repeats: views of each image in a batch, of so many fewer images
-    (repeated augmentation). balance: every class equally often (see balance.py). drop_last leaves the rest of an epoch
+    (repeated augmentation). balance: every class equally often (see sampling.py). drop_last leaves the rest of an epoch
     out where it does not fill a batch (a split smaller than a batch is one batch).
 
     crop_scale, crop_ratio: range of area, as a share of the image, and of width / height for a random resized crop

@@ -14,7 +14,7 @@ from typing import Protocol, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from vitrail.randomness import fold, uniform, word
+from vitrail.utils.counter_rng import fold, uniform, word
 
 Rows = npt.NDArray[np.int64]
 

@@ -3,7 +3,7 @@
 Vaswani et al., "Attention Is All You Need", 2017 (https://arxiv.org/abs/1706.03762); for images,
 Dosovitskiy et al., "An Image is Worth 16x16 Words", 2020 (https://arxiv.org/abs/2010.11929), equations 5 to 8.
 
-Letters: B batch, N tokens, Q tokens that ask (Q <= N), C width, H heads, D = C / H width of one head.
+Shapes: B batch, N tokens, Q tokens that ask (Q <= N), C width, H heads, D = C / H width of one head.
 """
 
 from typing import Any

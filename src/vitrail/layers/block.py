@@ -1,6 +1,6 @@
 """The pre-norm transformer block, and the small layers that it and Swin share.
 
-Letters: B batch, N tokens, Q tokens that go on (Q <= N), C width.
+Shapes: B batch, N tokens, Q tokens that go on (Q <= N), C width.
 """
 
 import torch

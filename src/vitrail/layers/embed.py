@@ -1,6 +1,6 @@
 """From an image to tokens: patch embedding, the convolutional stem, position embedding and its resampling.
 
-Letters: B batch, I channels of the image, H W its height and width, P side of a patch, h = H / P and w = W / P the
+Shapes: B batch, I channels of the image, H W its height and width, P side of a patch, h = H / P and w = W / P the
 grid, N = h w patches, C width.
 """
 

@@ -3,7 +3,7 @@
 Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", 2021
 (https://arxiv.org/abs/2103.14030), section 3.2.
 
-Letters: B batch, H W height and width of the feature map in tokens, C width, Wh Ww height and width of a window,
+Shapes: B batch, H W height and width of the feature map in tokens, C width, Wh Ww height and width of a window,
 n = Wh Ww tokens of a window, M windows of an image, A heads, D = C / A width of one head.
 """
 

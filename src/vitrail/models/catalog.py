@@ -5,8 +5,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from vitrail.errors import VitrailError, did_you_mean
+from vitrail.images.preprocess import Preprocess
 from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig
-from vitrail.preprocess import Preprocess
 from vitrail.weights.published import PUBLISHED
 from vitrail.weights.record import WeightsRecord
 

@@ -1,6 +1,6 @@
 """ConvNeXt: Liu et al., "A ConvNet for the 2020s", 2022 (https://arxiv.org/abs/2201.03545).
 
-Letters: B batch, I channels of the image, H W height and width of the image or of a feature map, C channels, K classes.
+Shapes: B batch, I channels of the image, H W height and width of the image or of a feature map, C channels, K classes.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """DeiT with its distillation token: Touvron et al., "Training data-efficient image transformers & distillation through
 attention", 2020 (https://arxiv.org/abs/2012.12877). DeiT without the token is a plain ViT (`vit.py`).
 
-Letters: B batch, N tokens, C width, K classes.
+Shapes: B batch, N tokens, C width, K classes.
 """
 
 import torch

@@ -4,7 +4,7 @@ In 1.5 the stride of a bottleneck is in its 3x3 convolution, not in the first 1x
 With a small stem it is the paper's network for CIFAR (section 4.2), but for the shortcuts, which are convolutions
 where the width changes, as everywhere here (the paper's "option B"; there it is "A", which pads with zeros).
 
-Letters: B batch, I channels of the image, H W height and width of the image or of a feature map, C channels, K classes.
+Shapes: B batch, I channels of the image, H W height and width of the image or of a feature map, C channels, K classes.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,7 +1,7 @@
 """Swin Transformer: Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", 2021
 (https://arxiv.org/abs/2103.14030).
 
-Letters: B batch, I channels of the image, H W height and width of the image or of a feature map, C width, M windows,
+Shapes: B batch, I channels of the image, H W height and width of the image or of a feature map, C width, M windows,
 n tokens of a window, A heads, K classes.
 """
 

@@ -3,7 +3,7 @@
 With its options this is also DeiT (https://arxiv.org/abs/2012.12877; the distillation token is in `deit.py`), DeiT III
 (https://arxiv.org/abs/2204.07118) and DINOv2 (https://arxiv.org/abs/2304.07193).
 
-Letters: B batch, I channels of the image, H W its height and width, N tokens (prefix and patches), C width, K classes.
+Shapes: B batch, I channels of the image, H W its height and width, N tokens (prefix and patches), C width, K classes.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """A linear probe: every image goes once through a frozen model, and a linear head is fitted to what comes out.
 
 The head goes into the model, which is then a complete classifier with the logits of the probe.
-Letters: N images, C features, K classes.
+Shapes: N images, C features, K classes.
 """
 
 import time
@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from vitrail.data.loader import EvalLoader
 from vitrail.errors import VitrailError
+from vitrail.evaluation.evaluate import make_loader
+from vitrail.evaluation.linear_probe import NEIGHBOURS, TEMPERATURE, Linear, LogisticRegression, nearest_neighbours
+from vitrail.evaluation.metrics import Evaluation, Recorder
 from vitrail.models.base import ImageModel
-from vitrail.training.device import precision, uses_bf16
-from vitrail.training.evaluate import make_loader
-from vitrail.training.folder import RunFolder
-from vitrail.training.interrupt import Interrupt, Stopped
-from vitrail.training.linear import NEIGHBOURS, TEMPERATURE, Linear, LogisticRegression, nearest_neighbours
-from vitrail.training.metrics import Evaluation, Recorder
-from vitrail.training.plan import class_words
-from vitrail.training.prepare import Setup
-from vitrail.training.progress import Reporter, clock
+from vitrail.training.checkpoints.run_folder import RunFolder
+from vitrail.training.engine.interrupt import Interrupt, Stopped
+from vitrail.training.monitoring.plan import class_words
+from vitrail.training.monitoring.progress import Reporter, clock
+from vitrail.training.setup import Setup
+from vitrail.utils.device import precision, uses_bf16
 from vitrail.weights.heads import HEADS
 
 # What decides a probe. The other keys of the config belong to training.
@@ -101,7 +101,7 @@ def run_probe(
         features = _all_features(setup, device, reporter, tally, skipped, check)
         judge = _Judge(setup, features, device)
         chosen, history = _choose(judge, features, reporter, folder, check)
-    put_head(setup.model, chosen.head, (setup.preprocess.channels, *setup.preprocess.size))
+    set_linear_head(setup.model, chosen.head, (setup.preprocess.channels, *setup.preprocess.size))
     name = setup.dataset.eval_split()
     if name not in features:
         raise VitrailError(f"none of the {name} images can be read")
@@ -185,7 +185,7 @@ def compute_features(
     The head reads the whole of it: without a head, all models give its input, and the last block of a ViT computes
     that alone.
     """
-    take_head_off(model)
+    remove_head(model)
     bf16, tally = uses_bf16(model, device, amp), tally or _Tally()
     values, labels, indices = [], [], []
     begin, waited = time.perf_counter(), loader.wait_seconds
@@ -210,7 +210,7 @@ def compute_features(
     return Features(torch.cat(values).to(place), torch.cat(labels).to(place), torch.cat(indices))
 
 
-def take_head_off(model: nn.Module) -> None:
+def remove_head(model: nn.Module) -> None:
     """Make a model in timm's interface give the features that its head reads.
 
     Raises:
@@ -222,7 +222,7 @@ def take_head_off(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def put_head(model: nn.Module, head: Linear, image: tuple[int, int, int]) -> None:
+def set_linear_head(model: nn.Module, head: Linear, image: tuple[int, int, int]) -> None:
     """Give the model this head; DeiT's two heads both get it, as the mean of their logits is that of the mean feature.
 
     image: channels, height and width of what the model takes, for a trial of a model that is none of ours.
@@ -235,7 +235,7 @@ def put_head(model: nn.Module, head: Linear, image: tuple[int, int, int]) -> Non
     guest = not isinstance(model, ImageModel)
     noise = torch.randn(2, *image, generator=torch.Generator().manual_seed(0)).to(device)
     if guest:
-        take_head_off(model)
+        remove_head(model)
         expected = F.linear(model.eval()(noise), head.weight.to(device), head.bias.to(device))
     model.reset_classifier(kinds)  # type: ignore[operator]
     layers = [module for name, module in model.named_modules() if name in HEADS and isinstance(module, nn.Linear)]

@@ -12,30 +12,30 @@ from torch import nn
 from vitrail.classifier import Classifier
 from vitrail.data.dataset import Dataset
 from vitrail.errors import VitrailError
-from vitrail.files import atomic_folder
+from vitrail.evaluation.metrics import Evaluation
 from vitrail.models.base import ImageModel
-from vitrail.training.batch_picture import draw_first_batch
-from vitrail.training.config import KEYS, check_options, make_config, read_toml, to_toml
-from vitrail.training.cost import cost_lines
-from vitrail.training.details import details
-from vitrail.training.device import compiling, cpu_threads, pick_device
-from vitrail.training.fit import fit_batch_size, memory_advice
-from vitrail.training.folder import RunFolder, check_free, new_run, old_run
-from vitrail.training.interrupt import Stopped
-from vitrail.training.memory import out_of_memory
-from vitrail.training.metrics import Evaluation
-from vitrail.training.outcome import say_result, summarise
-from vitrail.training.plan import plan_lines
-from vitrail.training.prepare import HELD_OUT, Setup, prepare, reopen
+from vitrail.training.checkpoints.provenance import environment, python_call, session_record
+from vitrail.training.checkpoints.run_folder import RunFolder, check_free, new_run, old_run
+from vitrail.training.config.recipes import find_recipe
+from vitrail.training.config.schema import KEYS, check_options, make_config, read_toml, to_toml
+from vitrail.training.engine.interrupt import Stopped
+from vitrail.training.monitoring.batch_preview import draw_first_batch
+from vitrail.training.monitoring.plan import plan_lines
+from vitrail.training.monitoring.progress import Reporter
+from vitrail.training.monitoring.report import write_report
+from vitrail.training.monitoring.report_data import details
+from vitrail.training.monitoring.summary import say_result, summarise
+from vitrail.training.monitoring.trackers import check_trackers
+from vitrail.training.objectives.teacher import Source, lasting_name
 from vitrail.training.probe import PROBE_KEYS, check_probe_keys, result_lines, run_probe
-from vitrail.training.progress import Reporter
-from vitrail.training.recipes import find_recipe
-from vitrail.training.report import write_report
+from vitrail.training.resources.batch_size import fit_batch_size, memory_advice
+from vitrail.training.resources.forecast import cost_lines
 from vitrail.training.session import Session
-from vitrail.training.sessions import environment, python_call, session_record
-from vitrail.training.teacher import Source, lasting_name
-from vitrail.training.trackers import check_trackers
-from vitrail.training.world import World, joined
+from vitrail.training.setup import HELD_OUT, Setup, prepare, reopen
+from vitrail.utils.device import compiling, cpu_threads, pick_device
+from vitrail.utils.distributed import DistributedContext, distributed_context
+from vitrail.utils.files import atomic_folder
+from vitrail.utils.memory import out_of_memory
 
 _NAMED = ("model", "weights", "teacher", "pretrained", "probe", "epochs", "budget", "seed")
 _MAY_CHANGE = (
@@ -91,7 +91,10 @@ def train(
         VitrailError: something that was asked for is not there, does not fit, or cannot be written.
         Stopped: Ctrl-C or SIGTERM; the run is saved, and the text says how to go on. It is a KeyboardInterrupt.
     """
-    with joined() as world, torch.random.fork_rng(devices=[]):  # the caller's own random numbers are left alone
+    with (
+        distributed_context() as distributed,
+        torch.random.fork_rng(devices=[]),
+    ):  # the caller's own random numbers are left alone
         ask = make_ask(
             data,
             model=model,
@@ -110,7 +113,7 @@ def train(
             command=command,
             **config,
         )
-        return _run(ask, world, Reporter(progress and world.first))
+        return _run(ask, distributed, Reporter(progress and distributed.is_main))
 
 
 @dataclass(frozen=True)
@@ -160,34 +163,34 @@ def make_ask(
     return Ask(data, given, guest, own, out, resume, recipe, verbose, show_batch, command)
 
 
-def _run(ask: Ask, world: World, reporter: Reporter) -> Classifier:
-    before = world.by_first(lambda: _before(ask))
-    with world.in_turn():
+def _run(ask: Ask, distributed: DistributedContext, reporter: Reporter) -> Classifier:
+    before = distributed.run_on_main(lambda: _before(ask))
+    with distributed.main_process_first():
         setup = fresh_setup(ask) if before is None else _resumed(ask, before)
     setup.teacher = ask.teacher
     # Each machine has a disk of its own, and all processes must see the same pixels.
-    setup.config = setup.config.model_copy(update={"cache": world.share(setup.config.cache)})
-    if world.size > 1 and (setup.config.probe or setup.auto_batch or ask.show_batch):
+    setup.config = setup.config.model_copy(update={"cache": distributed.broadcast_object(setup.config.cache)})
+    if distributed.world_size > 1 and (setup.config.probe or setup.auto_batch or ask.show_batch):
         raise VitrailError("a probe, batch_size=auto and --show-batch are for one process: leave out torchrun")
     if ask.verbose and setup.pretrained:
         reporter.say(setup.pretrained.report.table())
-    device = pick_device(setup.config.device, world.local_rank if world.size > 1 else None)
+    device = pick_device(setup.config.device, distributed.local_rank if distributed.world_size > 1 else None)
     with cpu_threads(setup.config.threads):
-        session = None if setup.config.probe else make_session(setup, reporter, device, world)
+        session = None if setup.config.probe else make_session(setup, reporter, device, distributed)
         setup = session.setup if session else setup
         if ask.show_batch is not None:
             return _show_batch(session, setup, ask.show_batch, reporter)
-        folder = _folder(ask, setup, world)
+        folder = _folder(ask, setup, distributed)
         with folder.held():
             if ask.resume is None:
-                if world.first:
+                if distributed.is_main:
                     check_free(folder)  # once more: another run may have begun and ended here meanwhile
                 folder.write_config(to_toml(setup.config, KEYS if session else PROBE_KEYS))
             if session is None:
                 folder.add_session(session_record(ask.command, 0, device))
                 return _probe(setup, folder, reporter, device, ask.guest is not None)
             found = session.enter(folder)
-            folder.add_session(session_record(ask.command, session.trainer.place.steps, device))
+            folder.add_session(session_record(ask.command, session.trainer.state.steps, device))
             return _train(session, folder, reporter, found)
 
 
@@ -230,21 +233,21 @@ def _resumed(ask: Ask, before: Mapping[str, Any]) -> Setup:
     return reopen(config, ask.data, ask.guest)
 
 
-def _folder(ask: Ask, setup: Setup, world: World) -> RunFolder:
+def _folder(ask: Ask, setup: Setup, distributed: DistributedContext) -> RunFolder:
     """Where the run goes on, or a free place; the first process's choice."""
 
     def choose() -> Path:
         old = None if ask.resume is None else old_run(ask.resume)
         return (old or new_run(ask.out, setup.dataset.name, setup.config.model)).path
 
-    folder = RunFolder(world.by_first(choose), world.first)
-    world.advice = f"; go on as before, with --resume {folder.path}"
+    folder = RunFolder(distributed.run_on_main(choose), distributed.is_main)
+    distributed.advice = f"; go on as before, with --resume {folder.path}"
     return folder
 
 
-def make_session(setup: Setup, reporter: Reporter, device: torch.device, world: World) -> Session:
+def make_session(setup: Setup, reporter: Reporter, device: torch.device, distributed: DistributedContext) -> Session:
     """A session, with the batch that suits the machine where that was asked for."""
-    session = Session(setup, reporter, device, world)
+    session = Session(setup, reporter, device, distributed)
     if not setup.auto_batch:
         return session
     with compiling():
@@ -257,9 +260,9 @@ def _train(session: Session, folder: RunFolder, reporter: Reporter, resumed: boo
     for line in plan_lines(setup, session.trainer, session.loader.steps_per_epoch, str(folder.path)):
         reporter.say(line)
     if resumed:
-        reporter.say(f"going on at epoch {session.trainer.place.epoch + 1}, step {session.trainer.place.steps}")
+        reporter.say(f"going on at epoch {session.trainer.state.epoch + 1}, step {session.trainer.state.steps}")
     try:
-        if not resumed and session.world.size == 1:
+        if not resumed and session.distributed.world_size == 1:
             with compiling():
                 lines = cost_lines(session)
             for line in lines:
@@ -283,7 +286,7 @@ def _train(session: Session, folder: RunFolder, reporter: Reporter, resumed: boo
     say_result(reporter, summary, folder)
     if folder.writes:
         _report(setup, result, folder, reporter, session.trainer.groups)
-    session.world.numbers(0)  # the others leave when all is written
+    session.distributed.all_gather_numbers(0)  # the others leave when all is written
     return classifier
 
 

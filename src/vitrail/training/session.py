@@ -14,31 +14,32 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vitrail.data.balance import class_weights
+from vitrail.data.cache.readers import Read
 from vitrail.data.dataset import Dataset
-from vitrail.data.decoded import Read
 from vitrail.data.loader import Batch, EvalLoader, TrainLoader
+from vitrail.data.sampling import class_weights
 from vitrail.errors import VitrailError
-from vitrail.training.cached import cached_readers
-from vitrail.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from vitrail.training.config import TrainConfig
-from vitrail.training.distill import begin, identity_of, make_task
-from vitrail.training.evaluate import Abandoned, evaluate_loader, make_loader
-from vitrail.training.folder import RunFolder
-from vitrail.training.guard import LOWER, RETURNS, TOLERATED
-from vitrail.training.interrupt import Interrupt, Stopped
-from vitrail.training.loop import Place, Trainer
-from vitrail.training.metrics import Evaluation
-from vitrail.training.parallel import part_of
-from vitrail.training.plan import epoch_line
-from vitrail.training.prepare import Setup
-from vitrail.training.progress import Reporter
-from vitrail.training.saving import Best, Due, copied, everywhere, fingerprint, without_best
-from vitrail.training.schedule import Schedule
-from vitrail.training.trackers import Trackers
-from vitrail.training.trial import blank
-from vitrail.training.views import Viewer
-from vitrail.training.world import ALONE, World
+from vitrail.evaluation.evaluate import Abandoned, evaluate_loader, make_loader
+from vitrail.evaluation.metrics import Evaluation
+from vitrail.training.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from vitrail.training.checkpoints.policy import Best, CheckpointPolicy, copied, everywhere, fingerprint, without_best
+from vitrail.training.checkpoints.run_folder import RunFolder
+from vitrail.training.config.schema import TrainConfig
+from vitrail.training.engine.batch_augmenter import BatchAugmenter
+from vitrail.training.engine.interrupt import Interrupt, Stopped
+from vitrail.training.engine.non_finite import LOWER, RETURNS, TOLERATED
+from vitrail.training.engine.parallel import check_shareable, part_of
+from vitrail.training.engine.schedule import Schedule
+from vitrail.training.engine.state import TrainState
+from vitrail.training.engine.trainer import Trainer
+from vitrail.training.monitoring.plan import epoch_line
+from vitrail.training.monitoring.progress import Reporter
+from vitrail.training.monitoring.trackers import Trackers
+from vitrail.training.objectives.distillation import begin, identity_of, make_task
+from vitrail.training.resources.image_cache import cached_readers
+from vitrail.training.resources.trial import blank
+from vitrail.training.setup import Setup
+from vitrail.utils.distributed import SINGLE_PROCESS, DistributedContext
 
 
 class Session:
@@ -50,9 +51,11 @@ class Session:
     folder: RunFolder
     trackers: Trackers
 
-    def __init__(self, setup: Setup, reporter: Reporter, device: torch.device, world: World = ALONE) -> None:
+    def __init__(
+        self, setup: Setup, reporter: Reporter, device: torch.device, distributed: DistributedContext = SINGLE_PROCESS
+    ) -> None:
         config, dataset = setup.config, setup.dataset
-        self.world = world
+        self.distributed = distributed
         self.setup = setup
         self.config = config
         self.reporter = reporter
@@ -67,34 +70,36 @@ class Session:
             crop_ratio=config.crop_ratio,
             repeats=config.repeats,
             balance=config.balance == "sample",
-            rank=world.rank,
-            world_size=world.size,
+            rank=distributed.rank,
+            world_size=distributed.world_size,
             pin=device.type == "cuda",
             read=readers.get("train"),
         )
         self.validation = self._eval_loader("val", device, readers.get("val")) if "val" in dataset.splits else None
         if config.grad_checkpointing:
             _checkpoint_gradients(setup.model)
-        check_shareable(config, world)
+        check_shareable(config, distributed)
         # What training on several devices may change (split parameters, other batch norms) is nothing to keep.
-        changes = world.size > 1 and (config.shard or device.type == "cuda")
+        changes = distributed.world_size > 1 and (config.shard or device.type == "cuda")
         self.model = copy.deepcopy(setup.model) if changes else setup.model
         self.trainer = Trainer(
             setup.model,
             make_task(setup, device),
-            Viewer(config, setup.preprocess, dataset.num_classes, device, _class_weights(config, dataset), world),
+            BatchAugmenter(
+                config, setup.preprocess, dataset.num_classes, device, _class_weights(config, dataset), distributed
+            ),
             make_schedule(config.epochs, self.loader.steps_per_epoch, setup),
             config,
             device,
-            world,
-            blank(2, setup.preprocess) if world.size > 1 else None,
+            distributed,
+            blank(2, setup.preprocess) if distributed.world_size > 1 else None,
         )
         self.images = fingerprint(dataset)
         self.teacher = identity_of(self.trainer.task)
         self.best = Best()
         self.history: list[dict[str, Any]] = []
         self.skipped: dict[str, str] = {}
-        self._due = Due(config)
+        self._due = CheckpointPolicy(config)
         self._start: Checkpoint | None = None
         self._signal: int | None = None
 
@@ -105,26 +110,26 @@ class Session:
             VitrailError: it is of other images, or cannot be read.
         """
         self.folder = folder
-        track = self.config.track if self.world.first else "none"
+        track = self.config.track if self.distributed.is_main else "none"
         self.trackers = Trackers(track, folder, self.config.model_dump(), self.reporter.say)
-        found = load_checkpoint(folder.checkpoint) if self.world.first else None
+        found = load_checkpoint(folder.checkpoint) if self.distributed.is_main else None
         return self._take_up(found)
 
     def _take_up(self, found: Checkpoint | None) -> bool:
         """Go to the place of the first process's checkpoint; False where it has none."""
-        record = self.world.share(None if found is None else found.record)
+        record = self.distributed.broadcast_object(None if found is None else found.record)
         if record is None:
             return False
         if record["images"] != self.images:
             raise VitrailError(f"the images are not those that {self.folder.path} was trained on: it cannot go on")
         if record.get("teacher", "") != self.teacher:
             raise VitrailError(f"the teacher is not the one that {self.folder.path} learnt from: it cannot go on")
-        self.trainer.place = Place(**record["place"])
-        self.trainer.load_state(everywhere({} if found is None else without_best(found), self.world))
+        self.trainer.state = TrainState(**record["place"])
+        self.trainer.load_state_dict(everywhere({} if found is None else without_best(found), self.distributed))
         self.best = Best(**record["best"], weights=found.tensors["best"] if found else {})
         self.history = record["history"]
         self.skipped = record["skipped"]
-        self._due.start(self.trainer.place)
+        self._due.start(self.trainer.state)
         return True
 
     def run(self) -> None:
@@ -137,41 +142,41 @@ class Session:
         trainer, schedule = self.trainer, self.trainer.schedule
         self.folder.write_metrics(self.history)
         begin(trainer.task)
-        if not trainer.place.steps and not trainer.place.rollbacks:
+        if not trainer.state.steps and not trainer.state.rollbacks:
             self._start = self._first_checkpoint()
-        self._started = time.perf_counter() - trainer.place.seconds
-        with self.reporter, Interrupt(patient=self.world.size > 1) as interrupt:
-            while trainer.place.step or not schedule.finished(trainer.place.steps, trainer.place.spent):
+        self._started = time.perf_counter() - trainer.state.seconds
+        with self.reporter, Interrupt(patient=self.distributed.world_size > 1) as interrupt:
+            while trainer.state.step or not schedule.finished(trainer.state.steps, trainer.state.spent):
                 self._steps(interrupt)
-                if trainer.place.in_a_row >= TOLERATED:
+                if trainer.state.in_a_row >= TOLERATED:
                     self._return()
                     continue
                 self._stop_if_asked(interrupt)
                 self._end_epoch(interrupt)
                 self._save_if_due()
                 self._stop_if_asked(interrupt)
-        if trainer.place.steps:
+        if trainer.state.steps:
             self.save()
 
     def _steps(self, interrupt: Interrupt) -> None:
         """The rest of this epoch, or as much of it as the schedule, a signal or bad steps allow."""
-        trainer, place, schedule = self.trainer, self.trainer.place, self.trainer.schedule
+        trainer, state, schedule = self.trainer, self.trainer.state, self.trainer.schedule
         begin, waited = time.perf_counter(), self.loader.wait_seconds
-        batches = self.loader.epoch(place.epoch, place.step)
-        while not self._asked(interrupt) and not schedule.finished(place.steps, place.spent):
+        batches = self.loader.epoch(state.epoch, state.step)
+        while not self._asked(interrupt) and not schedule.finished(state.steps, state.spent):
             batch = next(batches, None)
             if batch is None:
                 break
             trainer.counts = self._agree(batch, interrupt)
             trainer.step(batch)
             now = time.perf_counter()
-            if self.world.size == 1:
-                place.seconds = now - self._started
-            place.step_seconds += now - begin
-            place.wait_seconds += self.loader.wait_seconds - waited
+            if self.distributed.world_size == 1:
+                state.seconds = now - self._started
+            state.step_seconds += now - begin
+            state.wait_seconds += self.loader.wait_seconds - waited
             begin, waited = now, self.loader.wait_seconds
             self.reporter.step(trainer)
-            if place.in_a_row >= TOLERATED:
+            if state.in_a_row >= TOLERATED:
                 break
             self._save_if_due()
         trainer.guard.read()
@@ -180,67 +185,67 @@ class Session:
     def _agree(self, batch: Batch, interrupt: Interrupt) -> list[int] | None:
         """What all processes go by in the next step: signals that any has seen, the first one's clock, and the images
         of each, which this returns. Nothing where there is one process only."""
-        if self.world.size == 1:
+        if self.distributed.world_size == 1:
             return None
         images = 0 if batch.stands_in else len(batch)
-        rows = self.world.numbers(images, interrupt.number or 0, self._clock(), self._due.cost)
+        rows = self.distributed.all_gather_numbers(images, interrupt.number or 0, self._clock(), self._due.cost)
         self._signal = round(max(row[1] for row in rows)) or None
-        self.trainer.place.seconds, self._due.cost = rows[0][2:]
+        self.trainer.state.seconds, self._due.cost = rows[0][2:]
         counts = [round(row[0]) for row in rows]
         return counts if any(counts) else [1, *counts[1:]]  # nothing could be read: all learn from one image
 
     def _asked(self, interrupt: Interrupt) -> int | None:
         """The signal that asks the run to stop, as of the last agreement."""
-        return interrupt.number if self.world.size == 1 else self._signal
+        return interrupt.number if self.distributed.world_size == 1 else self._signal
 
     def _clock(self) -> float:
         return time.perf_counter() - self._started
 
     def _return(self) -> None:
         """Back to the last checkpoint, at a lower rate; or the end, after too many returns."""
-        trainer, now = self.trainer, self.trainer.place
+        trainer, now = self.trainer, self.trainer.state
         if now.rollbacks >= RETURNS:
             raise VitrailError(trainer.guard.account(self._due.steps, now.rollbacks, trainer.bf16))
         found = None
-        if self.world.first:
+        if self.distributed.is_main:
             found = load_checkpoint(self.folder.checkpoint) or self._start
         self._take_up(found)
-        place = trainer.place
-        place.rate, place.rollbacks = now.rate * LOWER, now.rollbacks + 1
-        place.skipped, place.in_a_row = now.skipped, 0
+        state = trainer.state
+        state.rate, state.rollbacks = now.rate * LOWER, now.rollbacks + 1
+        state.skipped, state.in_a_row = now.skipped, 0
         for name, value in vars(now).items():
             if name.endswith("seconds"):  # the clock does not go back
-                setattr(place, name, value)
+                setattr(state, name, value)
         first, last = trainer.guard.returned()
         self.folder.write_metrics(self.history)
         self.save()
         self.reporter.say(
             f"steps {first} to {last} were not finite and changed nothing; "
-            f"back at step {place.steps}, with {place.rate:g} of the learning rate"
+            f"back at step {state.steps}, with {state.rate:g} of the learning rate"
         )
 
     def _end_epoch(self, interrupt: Interrupt) -> None:
         """Validate where it is time, note the figures, and go on to the next epoch."""
-        trainer, place = self.trainer, self.trainer.place
+        trainer, state = self.trainer, self.trainer.state
         loss = trainer.mean_loss()
-        last = trainer.schedule.finished(place.steps, place.spent)
+        last = trainer.schedule.finished(state.steps, state.spent)
         record: dict[str, Any] = {
-            "epoch": place.epoch + 1,
-            "steps": place.steps,
+            "epoch": state.epoch + 1,
+            "steps": state.steps,
             "lr": trainer.lr,
             "train_loss": loss if np.isfinite(loss) else None,
-            "train_images": place.epoch_images,
-            "skipped_steps": place.skipped,
-            "rollbacks": place.rollbacks,
+            "train_images": state.epoch_images,
+            "skipped_steps": state.skipped,
+            "rollbacks": state.rollbacks,
         }
-        if self.validation and (last or (place.epoch + 1) % self.config.eval_every == 0):
-            begin, longest = self._clock(), place.validation_seconds if self.best.epoch else 0.0  # else an estimate
+        if self.validation and (last or (state.epoch + 1) % self.config.eval_every == 0):
+            begin, longest = self._clock(), state.validation_seconds if self.best.epoch else 0.0  # else an estimate
             record |= self._validate(self.validation, interrupt)
             took = trainer.schedule.reserve(max(longest, self._clock() - begin))
-            place.validation_seconds = self.world.share(took)
-        place.seconds = self.world.share(self._clock())
-        record |= {"seconds": round(place.seconds, 3), "images_per_second": round(rate(place), 1)}
-        found = [item for items in self.world.gather(self.loader.skipped) for item in items]
+            state.validation_seconds = self.distributed.broadcast_object(took)
+        state.seconds = self.distributed.broadcast_object(self._clock())
+        record |= {"seconds": round(state.seconds, 3), "images_per_second": round(rate(state), 1)}
+        found = [item for items in self.distributed.all_gather_object(self.loader.skipped) for item in items]
         self.skipped |= {item["path"]: item["reason"] for item in found}
         self.history.append(record)
         self.folder.add_metrics(record)
@@ -251,15 +256,15 @@ class Session:
     def _validate(self, loader: EvalLoader, interrupt: Interrupt | None = None) -> dict[str, Any]:
         stop = None if interrupt is None else lambda: interrupt.number
         try:
-            result = self._evaluate(self.trainer.best_guess, loader, "val", stop)
+            result = self._evaluate(self.trainer.eval_model, loader, "val", stop)
         except Abandoned as stopped:
             self._stop(stopped.signal)
         self.skipped |= {item["path"]: item["reason"] for item in result.skipped}
         score = result.top1 if self.config.balance == "none" else result.balanced_top1
         if self.best.beaten_by(score, result.loss):
-            weights = self.trainer.gathered(self.trainer.best_guess.state_dict())
-            kept = copied(weights) if self.world.first else {}
-            self.best = Best(self.trainer.place.epoch + 1, result.top1, result.loss, kept, score)
+            weights = self.trainer.gathered(self.trainer.eval_model.state_dict())
+            kept = copied(weights) if self.distributed.is_main else {}
+            self.best = Best(self.trainer.state.epoch + 1, result.top1, result.loss, kept, score)
         names = ("top1", "balanced_top1", "top5", "loss", "ece")
         return {f"val_{name}": getattr(result, name) for name in names}
 
@@ -269,29 +274,29 @@ class Session:
 
     def _stop(self, number: int) -> NoReturn:
         self.save()
-        where = f"epoch {self.trainer.place.epoch + 1}, step {self.trainer.place.steps}"
+        where = f"epoch {self.trainer.state.epoch + 1}, step {self.trainer.state.steps}"
         raise Stopped(f"stopped at {where}; go on with `vitrail train --resume {self.folder.path}`", number)
 
     def _save_if_due(self) -> None:
-        if self._due.now(self.trainer.place):
+        if self._due.now(self.trainer.state):
             self.trainer.guard.read()
-            if self._due.now(self.trainer.place):
+            if self._due.now(self.trainer.state):
                 self.save()
 
     def save(self) -> None:
         """Write a checkpoint of this very place, unless it stands."""
         self.trainer.guard.read()
-        if self._due.saved(self.trainer.place):
+        if self._due.saved(self.trainer.state):
             return
-        with self._due.saving(self.trainer.place):
+        with self._due.saving(self.trainer.state):
             checkpoint = self._checkpoint()
-            if self.world.first:
-                save_checkpoint(self.folder.checkpoint, self.trainer.place.steps, checkpoint)
+            if self.distributed.is_main:
+                save_checkpoint(self.folder.checkpoint, self.trainer.state.steps, checkpoint)
         self._start = None
 
     def _checkpoint(self) -> Checkpoint:
         """Of this very place; where the model is split, all processes must ask, and the first one gets its tensors."""
-        return Checkpoint(self.trainer.state() | {"best": self.best.weights}, self._record())
+        return Checkpoint(self.trainer.state_dict() | {"best": self.best.weights}, self._record())
 
     def _first_checkpoint(self) -> Checkpoint | None:
         """Of the run's beginning, in the first process's memory: to return to while none is written.
@@ -299,7 +304,7 @@ class Session:
         The average is then the model itself, and the optimiser knows nothing yet.
         """
         weights = self.trainer.gathered(self.trainer.model.state_dict())
-        if not self.world.first:
+        if not self.distributed.is_main:
             return None
         model = copied(weights)
         tensors = {"model": model, "loss": {"sum": torch.zeros_like(self.trainer.loss_sum)}}
@@ -309,7 +314,7 @@ class Session:
         """What a checkpoint holds beside tensors."""
         best = {name: getattr(self.best, name) for name in ("epoch", "top1", "loss", "score")}
         return {
-            "place": asdict(self.trainer.place),
+            "place": asdict(self.trainer.state),
             "best": best,
             "history": list(self.history),
             "skipped": dict(self.skipped),
@@ -322,10 +327,10 @@ class Session:
         """The model, with the best weights; without any validation, with the last ones."""
         trainer = self.trainer
         # The epoch is known to all processes, the weights to the first one alone.
-        weights = self.best.weights if self.best.epoch else trainer.gathered(trainer.best_guess.state_dict())
+        weights = self.best.weights if self.best.epoch else trainer.gathered(trainer.eval_model.state_dict())
         there, kept = trainer.model.state_dict(), self.model.state_dict()
         with torch.no_grad():
-            for _, name, tensor in everywhere({"best": weights}, self.world):
+            for _, name, tensor in everywhere({"best": weights}, self.distributed):
                 there[name].copy_(part_of(tensor, there[name]))
                 kept[name].copy_(tensor)
         return trainer.model.eval()
@@ -337,7 +342,7 @@ class Session:
 
     def _eval_loader(self, split: str, device: torch.device, read: Read | None = None) -> EvalLoader:
         setup, size, workers = self.setup, self.config.eval_batch_size, self.config.workers
-        return make_loader(setup.dataset.split(split), setup.preprocess, device, size, workers, read, self.world)
+        return make_loader(setup.dataset.split(split), setup.preprocess, device, size, workers, read, self.distributed)
 
     def _evaluate(
         self, model: torch.nn.Module, loader: EvalLoader, name: str, stop: Callable[[], int | None] | None = None
@@ -349,21 +354,8 @@ class Session:
             name,
             amp=self.config.amp,
             stop=stop,
-            world=self.world,
+            distributed=self.distributed,
             together=self.trainer.sharded,
-        )
-
-
-def check_shareable(config: TrainConfig, world: World) -> None:
-    """Raise VitrailError for what several processes cannot do."""
-    if world.size == 1:
-        return
-    if config.compile:
-        raise VitrailError("compile=true is for one process: leave it out")
-    if (config.mixup or config.cutmix) and config.batch_size // world.size % 2:
-        raise VitrailError(
-            f"mixing pairs images, and {config.batch_size} over {world.size} processes leaves an odd number in each: "
-            f"use a batch_size that {2 * world.size} divides"
         )
 
 
@@ -388,9 +380,9 @@ def make_schedule(epochs: float | None, steps_per_epoch: int, setup: Setup) -> S
     return Schedule(steps, warmup, config.min_lr / config.lr, config.budget)
 
 
-def rate(place: Place) -> float:
+def rate(state: TrainState) -> float:
     """Training images a second, without validation and checkpoints."""
-    return place.images / place.step_seconds if place.step_seconds else 0.0
+    return state.images / state.step_seconds if state.step_seconds else 0.0
 
 
 def _checkpoint_gradients(model: torch.nn.Module) -> None:

@@ -8,7 +8,7 @@ with the row's preprocessing, or torchvision's.
 import csv
 from pathlib import Path
 
-from vitrail.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from vitrail.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from vitrail.weights.record import WeightsRecord
 
 _HALF = (0.5, 0.5, 0.5)

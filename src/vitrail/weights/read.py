@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from vitrail.errors import VitrailError
-from vitrail.weights.tensors import listing, show
+from vitrail.utils.text import listing, show
 
 _MOST_INFLATED = 200  # an archive that says it holds more than so many times its own size is a bomb
 _LARGEST_JSON = 64 << 20  # bytes

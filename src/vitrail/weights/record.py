@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vitrail.preprocess import Preprocess
+from vitrail.images.preprocess import Preprocess
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vitrail.weights.tensors import listing, shape_words, show
+from vitrail.utils.text import listing, shape_words, show
 
 STATES = ("loaded", "resized", "adapted", "new", "unused")
 

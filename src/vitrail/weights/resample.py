@@ -1,6 +1,6 @@
 """Tables made for one size, turned into tables for another. Each gives what timm 1.0.31 gives (a test compares).
 
-Letters: C width, I channels of the image, P Q sides of a patch, h w the grid, H heads, s t sides of a bias table
+Shapes: C width, I channels of the image, P Q sides of a patch, h w the grid, H heads, s t sides of a bias table
 (twice the window's less one).
 """
 

@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from vitrail.errors import VitrailError
-from vitrail.weights.tensors import Tensors, listing
+from vitrail.utils.text import listing
+from vitrail.weights.tensors import Tensors
 
 # In order of preference: an average over training before the last step, a teacher before its student.
 _CONTAINERS = (

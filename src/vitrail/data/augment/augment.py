@@ -1,0 +1,348 @@
+"""Augmentation of whole batches on the device, with counted randomness.
+
+A view is determined by (seed, epoch, key), where the key is the image's row, and says which repetition of it this is
+(see sampling.py): it looks the same whatever the workers, the batch's other images or the number of processes. Mixing
+pairs neighbours of the (shuffled) batch, two by two, so a process that holds an even slice of the batch holds both
+images of each pair.
+
+Order: geometry, RandAugment, colour, normalising, erasing, mixing; as in timm's training pipeline.
+Shapes: B images, C channels, H height, W width, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from vitrail.data.augment.randaugment import DRAWS, MOST, rand_augment
+from vitrail.errors import VitrailError
+from vitrail.images.preprocess import Preprocess
+from vitrail.utils.counter_rng import fold, uniform
+
+Floats = npt.NDArray[np.float64]
+EDGES = ("black", "edge", "reflect")
+ERASE_FILLS = ("noise", "mean")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """What is done to training images. All off by default; probabilities and shares lie in 0..1.
+
+    flip, vflip: probability of a mirror image. pad_shift: shift by up to so many whole pixels each way (the padded
+    random crop of small images). rotate, shear: up to so many degrees each way. zoom: range of the scale, above 1 is
+    larger.
+    shift: up to this share of the side each way. edge: what comes in from outside, "black", "edge" or "reflect".
+    rand_augment: the magnitude, 0..10, of RandAugment (see randaugment.py), 0 is off; rand_augment_ops: operations for
+    each image; rand_augment_std: the magnitude's standard deviation.
+    brightness, contrast, saturation: strengths, the factor is drawn from [1 - x, 1 + x]; saturation needs 3 channels.
+    erase: probability of random erasing (Zhong et al., 2017); erase_area, erase_ratio: share of the area, height /
+    width;
+    erase_fill: "noise" (a normal deviate for each pixel) or "mean".
+    mixup, cutmix: the alpha of Beta(alpha, alpha) (Zhang et al., 2017; Yun et al., 2019), 0 is off. With both on,
+    switch is the probability of CutMix. mix_prob: probability that a pair is mixed at all.
+    """
+
+    flip: float = 0.0
+    vflip: float = 0.0
+    pad_shift: int = 0
+    rotate: float = 0.0
+    shear: float = 0.0
+    zoom: tuple[float, float] = (1.0, 1.0)
+    shift: float = 0.0
+    edge: str = "black"
+    rand_augment: float = 0.0
+    rand_augment_ops: int = 2
+    rand_augment_std: float = 0.5
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    erase: float = 0.0
+    erase_area: tuple[float, float] = (0.02, 1 / 3)
+    erase_ratio: tuple[float, float] = (0.3, 1 / 0.3)
+    erase_fill: str = "noise"
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_prob: float = 1.0
+    switch: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "vflip", "shift", "erase", "mix_prob", "switch"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise VitrailError(f"augment: {name} must lie in 0..1, not {getattr(self, name)}")
+        positive = ("pad_shift", "rotate", "shear", "brightness", "contrast", "saturation", "mixup", "cutmix")
+        for name in (*positive, "rand_augment_std"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise VitrailError(f"augment: {name} must not be negative, not {getattr(self, name)}")
+        for name in ("zoom", "erase_area", "erase_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise VitrailError(f"augment: {name} must be two numbers above 0, the smaller first, not {low}, {high}")
+        if not 0 <= self.rand_augment <= MOST or self.rand_augment_ops < 1:
+            raise VitrailError(
+                f"augment: rand_augment must lie in 0..{MOST:g} and rand_augment_ops be 1 or more, "
+                f"not {self.rand_augment} and {self.rand_augment_ops}"
+            )
+        for name, known in (("edge", EDGES), ("erase_fill", ERASE_FILLS)):
+            if getattr(self, name) not in known:
+                raise VitrailError(f"augment: {name} {getattr(self, name)!r} is none of {', '.join(known)}")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether targets come out soft."""
+        return (self.mixup > 0 or self.cutmix > 0) and self.mix_prob > 0
+
+    @property
+    def affine(self) -> bool:
+        """Whether pixels are interpolated, rather than moved by whole pixels."""
+        return bool(self.rotate or self.shear or self.shift) or self.zoom != (1.0, 1.0)
+
+    @property
+    def active(self) -> list[str]:
+        """The fields that differ from "off", for a line that says what is done."""
+        return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+
+
+def augment(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    num_classes: int,
+    keys: torch.Tensor,
+    *,
+    config: Augment,
+    preprocess: Preprocess,
+    seed: int,
+    epoch: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Augment and normalise a batch, on the images' device.
+
+    images: uint8 B C H W. labels: int64 B. keys: int64 B, on the CPU.
+    Returns float32 B C H W, normalised, and the targets: `labels` as they are, or float32 B K that add up to 1 where
+    the config mixes. Label smoothing is the loss's: cross_entropy(..., label_smoothing=) takes soft targets too.
+    """
+
+    def draw(stream: str, n: int) -> Floats:
+        return uniform(seed, epoch, keys.numpy(), stream, n)
+
+    x: torch.Tensor = images
+    if config.affine:
+        x = _affine(x.to(torch.float32), config, draw("affine", 10))
+    elif config.flip or config.vflip or config.pad_shift:
+        x = _move(x, config, draw("move", 4))
+    if config.rand_augment:
+        x = rand_augment(
+            x.round().clamp(0, 255).to(torch.uint8) if x.is_floating_point() else x,
+            draw("rand_augment", DRAWS * config.rand_augment_ops),
+            magnitude=config.rand_augment,
+            std=config.rand_augment_std,
+            fill=tuple(round(255 * value) for value in preprocess.mean),
+        )
+    if config.brightness or config.contrast or config.saturation:
+        x = _colour(x.to(torch.float32), config, draw("colour", 3))
+    x = preprocess.normalize(x)
+    if config.erase:
+        x = _erase(x, config, draw("erase", 7), fold(seed, epoch, "noise"))
+    if not config.mixes:
+        return x, labels
+    return _mix(x, labels, num_classes, config, draw("mix", 5))
+
+
+def _tensor(values: npt.NDArray[np.generic], like: torch.Tensor) -> torch.Tensor:
+    """A float array as float32, other arrays as they are, on the device of `like`."""
+    if values.dtype == np.float64:
+        values = values.astype(np.float32)
+    return torch.from_numpy(values).to(like.device, non_blocking=True)
+
+
+def _signed(u: Floats) -> Floats:
+    return 2.0 * u - 1.0
+
+
+def _move(images: torch.Tensor, config: Augment, u: Floats) -> torch.Tensor:
+    """Mirror and shift by whole pixels: exact. u: (B, 4)."""
+    pad = config.pad_shift
+    steps = np.floor(u[:, :2] * (2 * pad + 1)).astype(np.int64)
+    mirror = np.stack([u[:, 2] < config.vflip, u[:, 3] < config.flip], axis=1)
+    if images.device.type == "cpu":
+        return _move_each(images, steps, mirror, pad, config.edge)
+    return _move_windows(images, steps, mirror, pad, config.edge)
+
+
+def _move_each(
+    images: torch.Tensor, steps: npt.NDArray[np.int64], mirror: npt.NDArray[np.bool_], pad: int, edge: str
+) -> torch.Tensor:
+    """On the CPU: a slice of the padded image for each, which is several times faster than one large gather."""
+    height, width = images.shape[2:]
+    mode: Literal["constant", "edge", "reflect"] = (
+        "edge" if edge == "edge" else "reflect" if edge == "reflect" else "constant"
+    )
+    source = images.numpy()
+    if pad:
+        source = np.pad(source, ((0, 0), (0, 0), (pad, pad), (pad, pad)), mode)
+    moved = np.empty(images.shape, dtype=np.uint8)
+    for b, ((y, x), (flip_y, flip_x)) in enumerate(zip(steps.tolist(), mirror.tolist(), strict=True)):
+        part = source[b, :, y : y + height, x : x + width]
+        if flip_x or flip_y:  # by torch, which mirrors bytes in vectors
+            part = torch.from_numpy(part).flip([axis for axis, flip in ((1, flip_y), (2, flip_x)) if flip]).numpy()
+        moved[b] = part
+    return torch.from_numpy(moved)
+
+
+def _move_windows(
+    images: torch.Tensor, steps: npt.NDArray[np.int64], mirror: npt.NDArray[np.bool_], pad: int, edge: str
+) -> torch.Tensor:
+    """The same in a fixed number of kernels, for accelerators."""
+    height, width = images.shape[2:]
+    x = images.to(torch.float32)
+    if pad:
+        x = F.pad(x, (pad, pad, pad, pad), {"black": "constant", "edge": "replicate", "reflect": "reflect"}[edge])
+        y_, x_ = _tensor(steps[:, 0], x), _tensor(steps[:, 1], x)
+        windows = x.unfold(2, height, 1).unfold(3, width, 1)  # B C 2pad+1 2pad+1 H W, a view
+        x = windows[torch.arange(len(x), device=x.device), :, y_, x_]
+    for axis in (0, 1):
+        if mirror[:, axis].any():
+            x = torch.where(_tensor(mirror[:, axis], x)[:, None, None, None], x.flip(2 + axis), x)
+    return x
+
+
+def _affine(x: torch.Tensor, config: Augment, u: Floats) -> torch.Tensor:
+    """Rotate, zoom, shear, shift and mirror in one interpolation. u: (B, 10)."""
+    height, width = x.shape[2:]
+    angle = np.radians(_signed(u[:, 0]) * config.rotate)
+    low, high = np.log(config.zoom[0]), np.log(config.zoom[1])
+    size = np.exp(low + u[:, 1] * (high - low))
+    shear_x, shear_y = (np.tan(np.radians(_signed(u[:, i]) * config.shear)) for i in (2, 3))
+    mirror_x = np.where(u[:, 4] < config.flip, -1.0, 1.0)
+    mirror_y = np.where(u[:, 5] < config.vflip, -1.0, 1.0)
+    cos, sin = np.cos(angle) / size, np.sin(angle) / size
+    # Output to input, in pixels from the centre: mirror, then shear, then turn and zoom.
+    a = np.stack([cos - sin * shear_y, cos * shear_x - sin, sin + cos * shear_y, sin * shear_x + cos], axis=1)
+    a[:, [0, 2]] *= mirror_x[:, None]
+    a[:, [1, 3]] *= mirror_y[:, None]
+    steps = _signed(u[:, 6:8]) * config.shift
+    if config.pad_shift:
+        whole = np.floor(u[:, 8:10] * (2 * config.pad_shift + 1)) - config.pad_shift
+        steps = steps + whole / np.array([width, height])
+    theta = np.zeros((len(u), 2, 3))
+    # grid_sample counts each side as 2, so a turn of a non-square image needs the ratio of the sides.
+    theta[:, 0, 0], theta[:, 0, 1] = a[:, 0], a[:, 1] * height / width
+    theta[:, 1, 0], theta[:, 1, 1] = a[:, 2] * width / height, a[:, 3]
+    theta[:, :, 2] = 2.0 * steps
+    grid = F.affine_grid(_tensor(theta, x), list(x.shape), align_corners=False)
+    padding = {"black": "zeros", "edge": "border", "reflect": "reflection"}[config.edge]
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode=padding, align_corners=False)
+
+
+def _colour(x: torch.Tensor, config: Augment, u: Floats) -> torch.Tensor:
+    """Brightness, contrast, saturation, in this order, each clipped to 0..255 as in torchvision's ColorJitter."""
+    strengths = (config.brightness, config.contrast, config.saturation)
+    for k, strength in enumerate(strengths):
+        if not strength or (k == 2 and x.shape[1] != 3):
+            continue
+        low = max(0.0, 1.0 - strength)
+        factor = _tensor(low + u[:, k] * (1.0 + strength - low), x)[:, None, None, None]
+        if k == 0:
+            x = x * factor
+        else:
+            grey = x if x.shape[1] == 1 else _luma(x)
+            x = torch.lerp(grey.mean(dim=(2, 3), keepdim=True) if k == 1 else grey, x, factor)
+        x = x.clamp_(0, 255)
+    return x
+
+
+def _luma(x: torch.Tensor) -> torch.Tensor:
+    """B 3 H W -> B 1 H W, ITU-R 601."""
+    return 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
+
+
+def _inside(boxes: Floats, height: int, width: int, like: torch.Tensor) -> torch.Tensor:
+    """Whole-pixel boxes (B, 4: top, left, bottom, right) -> bool B 1 H W."""
+    box = _tensor(boxes, like)[:, :, None]
+    y, x = torch.arange(height, device=like.device)[None], torch.arange(width, device=like.device)[None]
+    in_y, in_x = (y >= box[:, 0]) & (y < box[:, 2]), (x >= box[:, 1]) & (x < box[:, 3])
+    return (in_y[:, :, None] & in_x[:, None, :])[:, None]
+
+
+def _erase(x: torch.Tensor, config: Augment, u: Floats, noise_seed: int) -> torch.Tensor:
+    height, width = x.shape[2:]
+    area = (config.erase_area[0] + u[:, 1] * (config.erase_area[1] - config.erase_area[0])) * height * width
+    low, high = np.log(config.erase_ratio[0]), np.log(config.erase_ratio[1])
+    ratio = np.exp(low + u[:, 2] * (high - low))
+    h = np.rint(np.sqrt(area * ratio)).clip(1, height)
+    w = np.rint(np.sqrt(area / ratio)).clip(1, width)
+    top, left = np.floor(u[:, 3] * (height - h + 1)), np.floor(u[:, 4] * (width - w + 1))
+    boxes = np.stack([top, top + h, left, left + w, u[:, 5] * height, u[:, 6] * width], axis=1).astype(np.int64)
+    # numpy's slices cost a tenth of torch's; on the CPU both are the same memory.
+    target = x.numpy() if x.device.type == "cpu" else x
+    sheet = _noise(noise_seed, x.shape[1], height, width, x.device) if config.erase_fill == "noise" else None
+    for b in np.flatnonzero(u[:, 0] < config.erase).tolist():
+        y0, y1, x0, x1, down, right = boxes[b].tolist()
+        # Each image has a window of its own in one sheet of noise an epoch.
+        fill = 0.0 if sheet is None else sheet[:, down + y0 : down + y1, right + x0 : right + x1]
+        target[b, :, y0:y1, x0:x1] = fill
+    return x
+
+
+@lru_cache(maxsize=2)
+def _noise(seed: int, channels: int, height: int, width: int, device: torch.device) -> torch.Tensor:
+    """C 2H 2W of normal deviates, drawn on the CPU so that every device gets the same."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(channels, 2 * height, 2 * width, generator=generator).to(device)
+
+
+def _beta(alpha: float, u: Floats) -> Floats:
+    """Beta(alpha, alpha) from uniform numbers, by the inverse of its distribution function."""
+    if alpha == 1.0:
+        return u
+    from scipy.special import betaincinv  # type: ignore[import-untyped,unused-ignore]
+
+    return np.asarray(betaincinv(alpha, alpha, u), dtype=np.float64)
+
+
+def _mix(
+    x: torch.Tensor, labels: torch.Tensor, num_classes: int, config: Augment, u: Floats
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mixup or CutMix of each image with its neighbour. u: (B, 5).
+
+    Image b becomes w x_b + (1 - w) x_partner, with w one number (Mixup) or 0 inside a box and 1 outside (CutMix); its
+    target is the same mixture of the labels, with the mean of w.
+    """
+    height, width = x.shape[2:]
+    cut = u[:, 1] < (config.switch if config.mixup and config.cutmix else float(config.cutmix > 0))
+    mixed = u[:, 0] < config.mix_prob
+    mixed[len(x) & ~1 :] = False  # the last of an odd batch is alone
+    keep = np.where(cut, _beta(config.cutmix or 1.0, u[:, 2]), _beta(config.mixup or 1.0, u[:, 2]))
+    keep = np.where(mixed, keep, 1.0)
+    weight = _tensor(np.where(cut, 1.0, keep), x)[:, None, None, None]
+    if cut.any():
+        boxes = _cut_boxes(keep, u[:, 3:5], height, width) * cut[:, None]
+        weight = torch.where(_inside(boxes, height, width, x), 0.0, weight)
+        area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        keep = np.where(cut, 1.0 - area / (height * width), keep)
+    hard = (labels[:, None] == torch.arange(num_classes, device=labels.device)).to(torch.float32)
+    return _with_partner(x, weight), _with_partner(hard, _tensor(keep, x)[:, None])
+
+
+def _with_partner(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """weight x + (1 - weight) partner, where 0 and 1, 2 and 3, ... are partners."""
+    mixed = x.clone()
+    even, odd = x[: len(x) & ~1 : 2], x[1::2]
+    weight = weight.expand(-1, *x.shape[1:])
+    torch.lerp(odd, even, weight[: len(x) & ~1 : 2], out=mixed[: len(x) & ~1 : 2])
+    torch.lerp(even, odd, weight[1::2], out=mixed[1::2])
+    return mixed
+
+
+def _cut_boxes(keep: Floats, u: Floats, height: int, width: int) -> Floats:
+    """CutMix's boxes: a share 1 - keep of the area, centred anywhere, cut off at the border. Returns (B, 4)."""
+    ratio = np.sqrt(1.0 - keep)
+    h, w = np.floor(height * ratio), np.floor(width * ratio)
+    y, x = np.floor(u[:, 0] * height), np.floor(u[:, 1] * width)
+    top, left = (y - h // 2).clip(0, height), (x - w // 2).clip(0, width)
+    return np.stack([top, left, (y + h // 2).clip(0, height), (x + w // 2).clip(0, width)], axis=1)

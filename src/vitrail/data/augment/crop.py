@@ -1,0 +1,88 @@
+"""The random resized crop of Inception (Szegedy et al., "Going deeper with convolutions", CVPR 2015), at decode.
+
+The rectangle is drawn as torchvision's RandomResizedCrop draws it, but from counted numbers. It is known before the
+pixels are, so that a JPEG is decoded no larger than the crop needs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vitrail.data.dataset import Split
+from vitrail.images.convert import Pixels
+from vitrail.images.preprocess import Preprocess
+from vitrail.images.resize import resize_part
+
+_TRIES = 10
+CROP_DRAWS = 2 * _TRIES + 2  # numbers that one crop takes
+
+
+def crop_box(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], draw: npt.NDArray[np.float64]
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random rectangle. draw: CROP_DRAWS numbers in [0, 1).
+
+    scale: least and greatest share of the area. ratio: least and greatest width / height, drawn evenly in its
+    logarithm.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for k in range(_TRIES):
+        area = height * width * (scale[0] + float(draw[2 * k]) * (scale[1] - scale[0]))
+        aspect = math.exp(low + float(draw[2 * k + 1]) * (high - low))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(draw[-2] * (height - h + 1)), int(draw[-1] * (width - w + 1)), h, w
+    # No rectangle fitted: the largest one in the middle whose ratio is allowed.
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = max(1, round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        w = max(1, round(height * ratio[1]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def crop_stored(
+    pixels: Pixels,
+    preprocess: Preprocess,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    draw: npt.NDArray[np.float64],
+    out: torch.Tensor,
+) -> None:
+    """Decoded pixels, uint8 H W C, cropped at random and resized into `out`, uint8 C H W."""
+    box = crop_box(pixels.shape[0], pixels.shape[1], scale, ratio, draw)
+    resize_part(pixels, box, preprocess.interpolation, out)
+
+
+def random_crop(
+    split: Split,
+    row: int,
+    preprocess: Preprocess,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    draw: npt.NDArray[np.float64],
+) -> Pixels:
+    """Image `row` of a split, cropped at random and resized: uint8 H W C of preprocess.size."""
+    from PIL import Image
+
+    from vitrail.images.convert import to_channels
+
+    goal_h, goal_w = preprocess.size
+    full: list[tuple[int, int]] = []
+
+    def needed(height: int, width: int) -> tuple[int, int]:
+        full.append((height, width))
+        _, _, h, w = crop_box(height, width, scale, ratio, draw)
+        return math.ceil(height * min(1.0, goal_h / h)), math.ceil(width * min(1.0, goal_w / w))
+
+    image = to_channels(split.image(row, needed), preprocess.channels)
+    height, width = full[0] if full else (image.height, image.width)
+    top, left, h, w = crop_box(height, width, scale, ratio, draw)
+    x, y = image.width / width, image.height / height  # below 1 where the JPEG was decoded small
+    box = (left * x, top * y, min((left + w) * x, image.width), min((top + h) * y, image.height))
+    image = image.resize((goal_w, goal_h), Image.Resampling[preprocess.interpolation.upper()], box=box)
+    return np.asarray(image).reshape(goal_h, goal_w, preprocess.channels)

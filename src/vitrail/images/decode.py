@@ -1,0 +1,173 @@
+"""Files, bytes and Pillow images -> upright RGB or grey, or BadImage with the reason in one line."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from vitrail.images.convert import BadImage, orientation, quiet_pillow, to_channels
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from PIL import Image
+
+__all__ = ["AtLeast", "BadImage", "Header", "decode", "image_extensions", "read_header"]
+
+PIXEL_LIMIT = 178_956_970  # Pillow's own, above which it calls a file a decompression bomb
+AtLeast = tuple[int, int] | Callable[[int, int], tuple[int, int]]
+
+# Readers that start another program (EPS runs Ghostscript), that only recognise and never decode, or that work on one
+# system.
+_NOT_PICTURES = frozenset({"EPS", "WMF", "MPEG", "HDF5", "BUFR", "GRIB", "PDF"})
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is known without decoding: the size after orientation, Pillow's format, and whether decoding may fail."""
+
+    height: int
+    width: int
+    format: str
+    doubtful: bool
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in Image.OPEN if name not in _NOT_PICTURES)
+
+
+@lru_cache(maxsize=1)
+def image_extensions() -> frozenset[str]:
+    """The file name endings that mean an image, in lower case, with the dot."""
+    from PIL import Image
+
+    formats = set(_formats())
+    return frozenset(end.lower() for end, name in Image.registered_extensions().items() if name in formats)
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Turn whatever a decoder raises into BadImage. Damaged files make Pillow raise nearly every exception there is."""
+    try:
+        yield
+    except BadImage:
+        raise
+    except FileNotFoundError:
+        raise BadImage("does not exist") from None
+    except PermissionError:
+        raise BadImage("may not be read (permission denied)") from None
+    except MemoryError:
+        raise BadImage("needs more memory than there is") from None
+    except Exception as error:
+        raise BadImage(_words(error)) from None
+
+
+def _words(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if type(error).__name__ == "DecompressionBombError":
+        return f"has more pixels than the limit of {PIXEL_LIMIT:,}"
+    if type(error).__name__ == "UnidentifiedImageError":
+        return "is not an image that Pillow can read"
+    if "truncated" in text.lower() or isinstance(error, EOFError):
+        return f"is truncated ({text})" if text else "is truncated"
+    return f"cannot be decoded ({text or type(error).__name__})"[:200]
+
+
+@contextmanager
+def _regular(path: str | os.PathLike[str]) -> Iterator[tuple[IO[bytes], int]]:
+    """Open a regular file, and its size. Opening a pipe would wait for ever."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise BadImage("is a folder" if stat.S_ISDIR(status.st_mode) else "is not a regular file")
+    with open(path, "rb") as file:
+        yield file, status.st_size
+
+
+def _content(source: bytes) -> AbstractContextManager[tuple[IO[bytes], int]]:
+    return nullcontext((io.BytesIO(source), len(source)))
+
+
+def _open(file: IO[bytes], size: int) -> Image.Image:
+    from PIL import Image
+
+    if size == 0:
+        raise BadImage("is empty (0 bytes)")
+    image = Image.open(file, formats=_formats())
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise BadImage(f"has no pixels ({width} x {height})")
+    if width * height > PIXEL_LIMIT:
+        raise BadImage(f"has {width * height:,} pixels ({width} x {height}), more than the limit of {PIXEL_LIMIT:,}")
+    return image
+
+
+def decode(
+    source: str | os.PathLike[str] | bytes | Image.Image, channels: int = 3, at_least: AtLeast | None = None
+) -> Image.Image:
+    """Decode to "RGB" (channels=3) or "L" (channels=1), upright, alpha on white, the first frame of an animation.
+
+    at_least: (height, width) that the result must keep, or a function from the image's (height, width) to it. A JPEG
+    may then be decoded at 1/2, 1/4 or 1/8 of its size, several times faster; leave it out where pixels must be exact.
+    Raises BadImage.
+    """
+    with quiet_pillow(), _reasons():
+        if isinstance(source, bytes):
+            return _decode_file(io.BytesIO(source), len(source), channels, at_least)
+        if isinstance(source, str | os.PathLike):
+            with _regular(source) as (file, size):
+                return _decode_file(file, size, channels, at_least)
+        if source.width < 1 or source.height < 1:
+            raise BadImage(f"has no pixels ({source.width} x {source.height})")
+        return to_channels(source, channels)
+
+
+def _decode_file(file: IO[bytes], size: int, channels: int, at_least: AtLeast | None) -> Image.Image:
+    with _open(file, size) as image:
+        if at_least is not None and image.format in ("JPEG", "MPO"):
+            sideways = orientation(image) >= 5
+            height, width = image.size if sideways else image.size[::-1]
+            need_h, need_w = at_least(height, width) if callable(at_least) else at_least
+            # draft keeps both sides at least as long as asked.
+            image.draft(None, (need_h, need_w) if sideways else (need_w, need_h))
+        return to_channels(image, channels)
+
+
+def read_header(source: Path | bytes) -> Header:
+    """Size and format, from the first and last bytes of a file or of its content. Raises BadImage."""
+    with (
+        quiet_pillow(),
+        _reasons(),
+        _content(source) if isinstance(source, bytes) else _regular(source) as (file, size),
+        _open(file, size) as image,
+    ):
+        width, height = image.size
+        # Pillow turns TIFF itself and reports the turned size; the others are turned by us.
+        if image.format in ("JPEG", "MPO", "PNG", "WEBP", "AVIF") and orientation(image) >= 5:
+            width, height = height, width
+        # Wide integers and floats are refused where their scale is unknown, which only their values tell.
+        doubtful = image.mode in ("I", "F") or _lacks_end(file, size, image.format or "")
+        return Header(height, width, image.format or "", doubtful)
+
+
+def _lacks_end(file: IO[bytes], size: int, kind: str) -> bool:
+    """Whether the mark that ends a whole file is missing. Good files may lack it too: decoding tells."""
+    tail = min(size, 64)
+    if kind == "WEBP":
+        file.seek(4)
+        return int.from_bytes(file.read(4), "little") + 8 > size
+    file.seek(size - tail)
+    last = file.read(tail)
+    if kind in ("JPEG", "MPO"):
+        return b"\xff\xd9" not in last
+    return kind == "PNG" and b"IEND" not in last

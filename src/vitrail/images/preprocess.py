@@ -1,0 +1,206 @@
+"""Preprocess: how an image becomes a model's input, once and for all.
+
+The same frozen record serves training's evaluation, predict, embed and export, and travels inside the model folder.
+Its words and its arithmetic are timm's (`create_transform` with is_training=False) and, for square inputs, those of
+torchvision's classification presets. Importing this module imports neither torch, numpy nor Pillow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from vitrail.errors import VitrailError, did_you_mean
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+    from PIL import Image
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+CROP_MODES = ("center", "squash", "border")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_IN_CACHE = 1 << 18  # floats of a batch that one thread works on at a time: 1 MiB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """Resize, crop and normalise.
+
+    size: (height, width) in pixels. mean, std: one number a channel, on the scale 0..1.
+    crop_pct: the image is resized to floor(size / crop_pct), then the middle is cut out.
+    crop_mode: "center" resizes the shorter side and loses the overhang; "squash" ignores the aspect ratio; "border"
+    resizes the longer side and fills up with the mean colour.
+    channels: 3 (RGB) or 1 (grey). Other numbers are for inputs that are arrays, never files.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
+    crop_mode: str = "center"
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        # JSON and callers give lists; a frozen record that is compared and hashed needs tuples.
+        for name in ("size", "mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.size) != 2 or not all(isinstance(x, int) and x > 0 for x in self.size):
+            raise VitrailError(f"preprocessing: size must be two positive integers (height, width), not {self.size}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise VitrailError(
+                f"preprocessing: interpolation {self.interpolation!r} is none of {', '.join(INTERPOLATIONS)}"
+            )
+        if self.crop_mode not in CROP_MODES:
+            raise VitrailError(f"preprocessing: crop_mode {self.crop_mode!r} is none of {', '.join(CROP_MODES)}")
+        if not (isinstance(self.crop_pct, int | float) and 0 < self.crop_pct <= 1):
+            raise VitrailError(f"preprocessing: crop_pct must be above 0 and at most 1, not {self.crop_pct}")
+        if self.channels < 1 or len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise VitrailError(
+                f"preprocessing: {self.channels} channels need as many means and stds, "
+                f"not {len(self.mean)} and {len(self.std)}"
+            )
+        if not all(math.isfinite(x) for x in (*self.mean, *self.std)) or min(self.std) <= 0:
+            raise VitrailError("preprocessing: means must be numbers and stds positive numbers")
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """One image, any Pillow mode -> float32 C H W, normalised. Raises BadImage where its pixels make no sense."""
+        import torch
+
+        pixels = torch.from_numpy(self.crop(image)).permute(2, 0, 1)
+        return self.normalize(pixels[None])[0].contiguous()
+
+    def crop(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+        """The part that the CPU does: upright, right mode, resized and cropped. Returns a new uint8 H W C array."""
+        import numpy as np
+        from PIL import Image
+
+        from vitrail.images.convert import to_channels
+
+        if self.channels not in (1, 3):
+            raise VitrailError(f"this model takes {self.channels} channels; image files have 1 or 3")
+        image = to_channels(image, self.channels)
+        height, width = self._resized(image.height, image.width)
+        if (width, height) != image.size:
+            image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
+        return np.array(self._center(image)).reshape(*self.size, self.channels)
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """The size after resizing and before cropping, with each library's own rounding."""
+        goal_h, goal_w = (math.floor(x / self.crop_pct) for x in self.size)
+        if self.crop_mode == "squash":
+            return goal_h, goal_w
+        if self.crop_mode == "center" and goal_h == goal_w:  # torchvision's Resize(int): the longer side is cut off
+            if width <= height:
+                return int(goal_h * height / width), goal_h
+            return goal_h, int(goal_h * width / height)
+        ratios = height / goal_h, width / goal_w
+        ratio = max(ratios) if self.crop_mode == "border" else min(ratios)
+        return max(1, round(height / ratio)), max(1, round(width / ratio))  # timm's ResizeKeepRatio
+
+    def keeps(self, height: int, width: int) -> bool:
+        """Whether images of this size are already what `crop` would make of them."""
+        return (height, width) == self.size == self._resized(height, width)
+
+    def _center(self, image: Image.Image) -> Image.Image:
+        """Cut out the middle; where the image is smaller, fill up (the mean colour for "border", else black)."""
+        from PIL import Image
+
+        (height, width), (crop_h, crop_w) = (image.height, image.width), self.size
+        if (height, width) == self.size:
+            return image
+        if crop_w > width or crop_h > height:
+            color = tuple(round(255 * m) for m in self.mean) if self.crop_mode == "border" else (0,) * self.channels
+            canvas = Image.new(
+                image.mode, (max(width, crop_w), max(height, crop_h)), color if self.channels > 1 else color[0]
+            )
+            canvas.paste(image, (max(0, crop_w - width) // 2, max(0, crop_h - height) // 2))
+            image, height, width = canvas, canvas.height, canvas.width
+        # Rounds half to even, as both libraries do.
+        top, left = round((height - crop_h) / 2), round((width - crop_w) / 2)
+        return image.crop((left, top, left + crop_w, top + crop_h))
+
+    def normalize(self, batch: torch.Tensor) -> torch.Tensor:
+        """B C H W, uint8 or float, in 0..255 -> float32 of the same shape: (x / 255 - mean) / std. Runs on its
+        device.
+        """
+        import torch
+
+        scale, shift = _affine(self.mean, self.std, batch.device)
+        if batch.dtype == torch.uint8:
+            if batch.device.type == "cpu" and batch.numel() > (size := _IN_CACHE * torch.get_num_threads()):
+                # The same in parts, each of which goes through three passes without leaving the processor's cache.
+                out = torch.empty(batch.shape)
+                count = max(1, size * len(batch) // batch.numel())
+                for source, part in zip(batch.split(count), out.split(count), strict=True):
+                    part.copy_(source).mul_(scale).add_(shift)
+                return out
+            return batch.to(torch.float32).mul_(scale).add_(shift)
+        return torch.addcmul(shift, batch.to(torch.float32), scale)
+
+    def replace(self, **changes: Any) -> Preprocess:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Preprocess:
+        """The inverse of to_dict. Raises VitrailError for an unknown key or a value of nonsense."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in record:
+            if key not in known:
+                raise VitrailError(f"preprocessing: unknown key {key!r}{did_you_mean(key, known)}")
+        try:
+            return cls(**record)
+        except TypeError as error:
+            raise VitrailError(f"preprocessing: {error}") from None
+
+    def to_timm(self) -> dict[str, Any]:
+        """The part of timm's pretrained_cfg that says the same."""
+        return {
+            "input_size": [self.channels, *self.size],
+            "interpolation": self.interpolation,
+            "crop_pct": self.crop_pct,
+            "crop_mode": self.crop_mode,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+    @classmethod
+    def from_timm(cls, config: Mapping[str, Any]) -> Preprocess:
+        """From timm's pretrained_cfg; what it leaves out takes timm's defaults."""
+        channels, height, width = config.get("input_size", (3, 224, 224))
+        record = {
+            "size": (height, width),
+            "channels": channels,
+            "interpolation": config.get("interpolation") or "bicubic",
+            "crop_pct": config.get("crop_pct") or 0.875,
+            "crop_mode": config.get("crop_mode") or "center",
+            "mean": config.get("mean") or IMAGENET_MEAN,
+            "std": config.get("std") or IMAGENET_STD,
+        }
+        return cls.from_dict(record)
+
+
+@lru_cache(maxsize=64)
+def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale, shift), each 1 C 1 1, so that x * scale + shift normalises x in 0..255. Kept a device, for the small
+    batches.
+    """
+    import torch
+
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+
+    scale = [1 / (255 * s) for s in std]
+    return column(scale), column([-m / s for m, s in zip(mean, std, strict=True)])

@@ -1,0 +1,134 @@
+"""What a person hands to a model (paths, folders, patterns, images, arrays) to crops that are ready for it.
+
+Shapes: H W height and width, C channels.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from vitrail.images.decode import BadImage, decode, image_extensions
+from vitrail.images.preprocess import Preprocess
+
+Pixels = npt.NDArray[np.uint8]
+Input = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any]
+Inputs = Input | Iterable[Input]
+_THREADS = min(8, os.cpu_count() or 1)  # Pillow lets go of the interpreter while it decodes and resizes
+
+
+@dataclass(frozen=True)
+class Crop:
+    """One input: uint8 H W C pixels of the model's size, or the `error` that kept it from being read.
+
+    `path` is None for what came from memory.
+    """
+
+    path: str | None
+    pixels: Pixels | None = None
+    error: str | None = None
+
+
+def crops(inputs: Inputs, preprocess: Preprocess, ahead: int) -> Iterator[Crop]:
+    """Every input in order, decoded and cropped on a few threads that keep up to `ahead` crops ready."""
+    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="decode")
+    try:
+        waiting: deque[Any] = deque()
+        for source in expand(inputs):
+            waiting.append(pool.submit(crop, source, preprocess))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def expand(inputs: Inputs) -> Iterator[Input | Crop]:
+    """Single images from all of `inputs`: folders are searched all the way down, patterns are matched.
+
+    A folder or pattern without images comes out as a Crop with an error, so that no word of the caller's is lost.
+    """
+    if isinstance(inputs, str | os.PathLike | bytes | Image.Image):
+        inputs = [inputs]
+    elif isinstance(inputs, np.ndarray):
+        inputs = list(inputs) if inputs.ndim == 4 else [inputs]
+    for source in inputs:
+        if not isinstance(source, str | os.PathLike):
+            yield source
+            continue
+        path = os.fspath(source)
+        if os.path.isdir(path):
+            yield from _or_error(path, _images_below(path), "holds no images")
+        elif not os.path.lexists(path) and glob.has_magic(path):
+            yield from _or_error(path, _matching(path), "matches no image")
+        else:
+            yield source
+
+
+def _or_error(path: str, found: Iterator[str], error: str) -> Iterator[str | Crop]:
+    first = next(found, None)
+    yield Crop(path, error=error) if first is None else first
+    yield from found
+
+
+def _matching(pattern: str) -> Iterator[str]:
+    for path in sorted(glob.glob(os.path.expanduser(pattern), recursive=True)):
+        if os.path.isdir(path):
+            if "**" not in pattern:  # "**" has gone down already
+                yield from _images_below(path)
+        else:
+            yield path
+
+
+def _images_below(folder: str) -> Iterator[str]:
+    """Files that are images by name, in alphabetical order, hidden ones left out."""
+    for here, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in image_extensions():
+                yield os.path.join(here, name)
+
+
+def crop(source: Input | Crop, preprocess: Preprocess) -> Crop:
+    """Decode and crop one image; whatever is wrong with it becomes the crop's error."""
+    if isinstance(source, Crop):
+        return source
+    path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
+    try:
+        if isinstance(source, np.ndarray):
+            return Crop(path, _crop_array(source, preprocess))
+        return Crop(path, preprocess.crop(decode(source, preprocess.channels)))
+    except BadImage as error:
+        return Crop(path, error=error.reason)
+
+
+def _crop_array(array: npt.NDArray[Any], preprocess: Preprocess) -> Pixels:
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in array.shape:
+        raise BadImage(f"is an array of {array.dtype} {array.shape}; give uint8 H W or H W C")
+    channels = 1 if array.ndim == 2 else array.shape[2]
+    if channels == preprocess.channels and channels not in (1, 3):
+        return _crop_bands(array, preprocess)
+    if channels not in (1, 3, 4):
+        raise BadImage(f"is an array of {channels} channels for a model of {preprocess.channels}")
+    array = np.ascontiguousarray(array)
+    image = Image.fromarray(array[..., 0] if channels == 1 and array.ndim == 3 else array)
+    return preprocess.crop(decode(image, preprocess.channels))
+
+
+def _crop_bands(array: npt.NDArray[Any], preprocess: Preprocess) -> Pixels:
+    """Channels that are no colours: each is resized and cropped as a grey image of its own."""
+    bands = [
+        preprocess.replace(channels=1, mean=(mean,), std=(std,)).crop(Image.fromarray(np.ascontiguousarray(band)))
+        for band, mean, std in zip(np.moveaxis(array, 2, 0), preprocess.mean, preprocess.std, strict=True)
+    ]
+    return np.concatenate(bands, axis=2)

@@ -1,0 +1,276 @@
+"""What a config.json beside the weights says of the network: ours, timm's or transformers'.
+
+Options that change what the network computes and that ours cannot express are refused: to overlook one would be to lose
+accuracy in silence.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from torch import Tensor
+
+from vitrail.errors import VitrailError
+from vitrail.images.preprocess import Preprocess
+from vitrail.models.catalog import VARIANTS
+from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig
+from vitrail.utils.text import show
+from vitrail.weights.record import WeightsRecord
+
+Config = Mapping[str, Any]
+# timm's options that say how a network is run or trained, not what it computes from an image of its own size.
+_HARMLESS = {
+    "always_partition",
+    "drop_path_rate",
+    "drop_rate",
+    "dynamic_img_pad",
+    "dynamic_img_size",
+    "features_only",
+    "pretrained",
+    "scriptable",
+    "strict_img_size",
+    "weight_init",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What is known; None where the file does not say."""
+
+    name: str | None = None  # the catalog's, where it is one of the catalog's
+    config: ModelConfig | None = None
+    preprocess: Preprocess | None = None
+    class_names: tuple[str, ...] | None = None
+
+
+def read_config(config: Config, processor: Config | None, where: str) -> Architecture:
+    """From the content of config.json, and of preprocessor_config.json where there is one.
+
+    Raises:
+        VitrailError: values of nonsense, or an option that ours does not have.
+    """
+    try:
+        if isinstance(config.get("vitrail"), Mapping):
+            return _ours(config["vitrail"], where)
+        if "model_type" in config and not isinstance(config.get("architecture"), str):
+            return _transformers(config, processor, where)
+        if isinstance(config.get("architecture"), str):
+            return _timm(config, where)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise VitrailError(f"{where} makes no sense: {show(str(error), 200)}") from None
+    return Architecture()
+
+
+def check(config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> None:
+    """That a stranger's config has values of the right kinds, and that a network of this size can have these tensors.
+
+    Otherwise three lines of JSON could ask for a network of any size.
+
+    Raises:
+        VitrailError: it is not so.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        TypeAdapter(type(config)).validate_json(json.dumps(asdict(config)), strict=True)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in fault["loc"])
+        raise VitrailError(f"{where} makes no sense: {name} is {show(repr(fault['input']), 60)}") from None
+    sizes = {size for tensor in tensors.values() for size in tensor.shape} | {1}
+    largest = max(sizes)
+    match config:
+        case ViTConfig():
+            blocks, widths = config.depth, [config.embed_dim, int(config.embed_dim * config.mlp_ratio)]
+            patches = (config.img_size[0] // config.patch_size) * (config.img_size[1] // config.patch_size)
+            small = [patches, config.patch_size, config.reg_tokens, config.num_heads]
+        case SwinConfig():
+            blocks, widths = sum(config.depths), [config.embed_dim * 2 ** min(len(config.depths) - 1, 30)]
+            small = [config.patch_size, config.window_size, *config.num_heads]
+        case ConvNeXtConfig():
+            blocks, widths, small = sum(config.depths), [*config.dims], []
+        case ResNetConfig():
+            blocks, widths, small = sum(config.layers), [], []
+        case _:
+            raise TypeError(f"no architecture goes with a {type(config).__name__}")
+    if blocks > len(tensors) or not set(widths) <= sizes or max([*small, config.in_chans]) > largest:
+        raise VitrailError(f"{where} describes another network than the weights beside it")
+
+
+def of_record(record: WeightsRecord) -> Architecture:
+    """From a row of the table of published weights."""
+    config = VARIANTS[record.model].config
+    config = replace(config, num_classes=record.num_classes, img_size=record.preprocess.size)
+    return Architecture(name=record.model, config=config, preprocess=record.preprocess)
+
+
+def _ours(section: Config, where: str) -> Architecture:
+    from pathlib import Path
+
+    from vitrail.pretrained.model_folder import parse_config
+
+    names = section.get("class_names")
+    return Architecture(
+        name=section["architecture"] if section.get("architecture") in VARIANTS else None,
+        config=parse_config(section, Path(where)),
+        preprocess=Preprocess.from_dict(section["preprocess"]),
+        class_names=_names(names),
+    )
+
+
+def _timm(config: Config, where: str) -> Architecture:
+    """A folder of timm's: the catalog's variant, changed by `model_args`."""
+    cfg: Config = config.get("pretrained_cfg") or config  # older files had no section of its own
+    preprocess = Preprocess.from_timm(cfg) if "input_size" in cfg else None
+    names = _names(config.get("label_names") or cfg.get("label_names"))
+    name = config["architecture"]
+    if name not in VARIANTS:
+        return Architecture(preprocess=preprocess, class_names=names)
+    args = {key: value for key, value in (config.get("model_args") or {}).items() if key not in _HARMLESS}
+    base = VARIANTS[name].config
+    known = {field.name for field in fields(base)}
+    if args.get("global_pool") == "avg" and "global_pool" not in known:
+        del args["global_pool"]  # what all but our ViT do; timm writes out what it was given
+    for key in args.keys() - known:
+        raise VitrailError(f"{where}: {name} with {show(str(key))}={show(str(args[key]), 40)} is none of our models")
+    args = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
+    if isinstance(args.get("img_size"), int):
+        args["img_size"] = (args["img_size"],) * 2
+    if isinstance(base, ResNetConfig | ConvNeXtConfig) and preprocess is not None:
+        args["img_size"] = preprocess.size  # timm's have no size of their own
+    classes = config.get("num_classes", cfg.get("num_classes", base.num_classes))
+    return Architecture(
+        name=name,
+        config=replace(base, **{"num_classes": classes, **args}),
+        preprocess=preprocess,
+        class_names=names if names and len(names) == classes else None,
+    )
+
+
+def _names(names: object) -> tuple[str, ...] | None:
+    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
+        return None
+    return tuple(names)
+
+
+# ---- transformers
+
+
+def _transformers(config: Config, processor: Config | None, where: str) -> Architecture:
+    kind = config["model_type"]
+    reader = _READERS.get(kind)
+    if reader is None:
+        raise VitrailError(f"{where} describes a {show(str(kind), 40)!r}: read are {', '.join(_READERS)}")
+    act = config.get("hidden_act", "gelu")
+    if act != "gelu":
+        raise VitrailError(f"{where} asks for the activation {show(str(act), 40)!r}, and our models have 'gelu'")
+    preprocess = None if processor is None else _processor(processor)
+    return Architecture(config=reader(config, where), preprocess=preprocess, class_names=_labels(config))
+
+
+def _common(config: Config, patch: int) -> dict[str, Any]:
+    sides = config.get("image_size", 224)
+    size = (sides, sides) if isinstance(sides, int) else tuple(sides)
+    patch = config.get("patch_size", patch)
+    return {
+        "img_size": size,
+        "in_chans": config.get("num_channels", 3),
+        "patch_size": patch if isinstance(patch, int) else patch[0],
+        "qkv_bias": config.get("qkv_bias", True),
+    }
+
+
+def _vit(config: Config, where: str) -> ViTConfig:
+    width = config.get("hidden_size", 768)
+    return ViTConfig(
+        **_common(config, 16),
+        embed_dim=width,
+        depth=config.get("num_hidden_layers", 12),
+        num_heads=config.get("num_attention_heads", 12),
+        mlp_ratio=config.get("intermediate_size", 3072) / width,
+        norm_eps=config.get("layer_norm_eps", 1e-12),
+        dist_token=config["model_type"] == "deit",
+    )
+
+
+def _dinov2(config: Config, where: str) -> ViTConfig:
+    if config.get("use_swiglu_ffn"):
+        raise VitrailError(f"{where} has a SwiGLU in its blocks (DINOv2's giant), which our models do not have")
+    registers = config.get("num_register_tokens", 4) if config["model_type"] == "dinov2_with_registers" else 0
+    return ViTConfig(
+        **_common(config, 16 if registers else 14),
+        embed_dim=config.get("hidden_size", 768),
+        depth=config.get("num_hidden_layers", 12),
+        num_heads=config.get("num_attention_heads", 12),
+        mlp_ratio=float(config.get("mlp_ratio", 4)),
+        norm_eps=config.get("layer_norm_eps", 1e-6),
+        init_values=1e-5,
+        reg_tokens=registers,
+        no_embed_class=registers > 0,  # as in timm: the class token holds its position itself
+        num_classes=0,
+    )
+
+
+def _swin(config: Config, where: str) -> SwinConfig:
+    if config.get("use_absolute_embeddings"):
+        raise VitrailError(f"{where} has absolute position embeddings, which our Swin does not have")
+    return SwinConfig(
+        **_common(config, 4),
+        embed_dim=config.get("embed_dim", 96),
+        depths=tuple(config.get("depths", (2, 2, 6, 2))),
+        num_heads=tuple(config.get("num_heads", (3, 6, 12, 24))),
+        window_size=config.get("window_size", 7),
+        mlp_ratio=float(config.get("mlp_ratio", 4.0)),
+        norm_eps=config.get("layer_norm_eps", 1e-5),
+    )
+
+
+_READERS: dict[str, Callable[[Config, str], ModelConfig]] = {
+    "vit": _vit,
+    "deit": _vit,
+    "dinov2": _dinov2,
+    "dinov2_with_registers": _dinov2,
+    "swin": _swin,
+}
+
+
+def _labels(config: Config) -> tuple[str, ...] | None:
+    """transformers numbers unknown labels LABEL_0, LABEL_1, ...: those are no names."""
+    table = config.get("id2label")
+    if not isinstance(table, Mapping) or not table:
+        return None
+    names = _names([table.get(str(index), table.get(index)) for index in range(len(table))])
+    return None if names is None or names[0] == "LABEL_0" else names
+
+
+def _processor(config: Config) -> Preprocess | None:
+    """transformers' image processor, where it is one of the plain ones; None where it does something else."""
+    size, crop = _sides(config.get("size")), _sides(config.get("crop_size"))
+    center = bool(config.get("do_center_crop")) and crop is not None
+    if not config.get("do_resize", True) or size is None:
+        return None
+    if abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+        return None
+    final = crop if center and crop is not None else size
+    normalise = config.get("do_normalize", True)
+    by_shortest = isinstance(config.get("size"), Mapping) and "shortest_edge" in config["size"]
+    return Preprocess(
+        size=final,
+        mean=tuple(config["image_mean"]) if normalise else (0.0,) * 3,
+        std=tuple(config["image_std"]) if normalise else (1.0,) * 3,
+        interpolation={0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}[config.get("resample", 2)],
+        crop_pct=final[0] / size[0],
+        crop_mode="center" if by_shortest else "squash",
+    )
+
+
+def _sides(size: object) -> tuple[int, int] | None:
+    match size:
+        case int():
+            return size, size
+        case {"height": int(height), "width": int(width)}:
+            return height, width
+        case {"shortest_edge": int(side)}:
+            return side, side
+    return None

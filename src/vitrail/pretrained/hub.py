@@ -1,0 +1,152 @@
+"""Repositories of the Hugging Face Hub, through huggingface_hub: its cache, its resumed downloads, its settings.
+
+A revision is turned into a commit first, so that all files are of the same one; what is in the cache needs no network.
+"""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+from vitrail.errors import VitrailError
+from vitrail.pretrained.local import CARD, CONFIG, PROCESSOR, choose_weights, shard_names
+from vitrail.utils.files import atomic_write_text
+from vitrail.utils.text import show
+from vitrail.weights.read import one_line
+
+_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+def hub_weights(name: str, sha256: str | None = None) -> tuple[Path, str]:
+    """The file of weights of "org/repo" or "org/repo@revision", its config and card beside it; and the commit.
+
+    sha256: what the file must have, or as much of its beginning as is known.
+
+    Raises:
+        VitrailError: no such repository or revision, no permission, no connection and not in the cache, a checksum that
+            does not match, or no weights in it.
+    """
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise VitrailError(f"hf:{show(name)} names no repository: write hf:org/repo or hf:org/repo@revision")
+    repo, _, revision = name.partition("@")
+    commit, files = _files(repo, revision or "main")
+    weights = choose_weights(files, f"hf:{name}")
+    path = _download(repo, weights, commit)
+    if sha256 is not None:
+        _check_pinned(path, sha256, f"{weights} of hf:{name}")
+    for extra in (CONFIG, PROCESSOR, CARD):
+        if extra in files:
+            _download(repo, extra, commit)
+    if weights.endswith(".index.json"):
+        for shard in shard_names(path):
+            _download(repo, shard, commit)
+    if commit != (revision or "main"):
+        atomic_write_text(_cache(repo) / "refs" / (revision or "main"), commit)  # so that it is found offline
+    return path, commit
+
+
+def _files(repo: str, revision: str) -> tuple[str, set[str]]:
+    """The commit and its files: the hub's word, or without a connection what the cache holds."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    cached = _cached(repo, revision)
+    if cached and cached.name == revision:  # a commit never changes, and this one is here
+        files = {file.name for file in cached.iterdir()}
+        if any(file.endswith((".safetensors", ".bin", ".npz", ".pth", ".pt", ".index.json")) for file in files):
+            return revision, files
+    try:
+        info = HfApi(endpoint=_endpoint()).model_info(repo, revision=revision, timeout=10)
+    except HfHubHTTPError as error:
+        raise VitrailError(_refusal(repo, revision, error)) from None
+    except Exception as error:  # the connection; whose error that is differs from version to version
+        if cached:
+            return cached.name, {file.name for file in cached.iterdir()}
+        raise VitrailError(_offline(repo, error)) from None
+    names = {entry.rfilename for entry in info.siblings or () if "/" not in entry.rfilename}
+    return info.sha or revision, names
+
+
+def _download(repo: str, file: str, commit: str) -> Path:
+    """One file, from the cache or the hub; what is new and has its sha256 for a name in the cache is checked."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    known = try_to_load_from_cache(repo, file, revision=commit)
+    if isinstance(known, str):
+        return Path(known)
+    try:
+        path = Path(hf_hub_download(repo, file, revision=commit, endpoint=_endpoint()))
+    except LocalEntryNotFoundError as error:
+        raise VitrailError(_offline(f"{repo}/{file}", error)) from None
+    except HfHubHTTPError as error:
+        raise VitrailError(_refusal(repo, commit, error)) from None
+    except Exception as error:  # the connection or the disk
+        raise VitrailError(f"cannot download {file} of hf:{repo}: {one_line(error)}") from None
+    _check(path, f"{file} of hf:{repo}")
+    return path
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_pinned(path: Path, sha256: str, what: str) -> None:
+    """The file stays where it is: it may be what the hub holds now, and another may want that."""
+    found = _digest(path)
+    if not found.startswith(sha256):
+        raise VitrailError(
+            f"{what} is not what the catalog knows: its sha256 begins with {found[:12]} and should with {sha256[:12]}"
+        )
+
+
+def _check(path: Path, what: str) -> None:
+    """The hub names large files by their sha256."""
+    blob = path.resolve()
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name) and _digest(blob) != blob.name:
+        path.unlink()
+        blob.unlink(missing_ok=True)
+        raise VitrailError(f"{what} came damaged (its sha256 is not {blob.name[:12]}...) and was removed: try again")
+
+
+def _cached(repo: str, revision: str) -> Path | None:
+    """The folder of a revision in the cache, whole or in part."""
+    reference = _cache(repo) / "refs" / revision
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    folder = _cache(repo) / "snapshots" / commit
+    return folder if re.fullmatch(r"[\w.-]+", commit) and folder.is_dir() else None
+
+
+def _cache(repo: str) -> Path:
+    """A repository's place in huggingface_hub's cache: refs/ names commits, snapshots/ holds their files."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+
+
+def _endpoint() -> str | None:
+    """Another hub than huggingface.co, where the usual variable names one."""
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+def _refusal(repo: str, revision: str, error: Exception) -> str:
+    from huggingface_hub import errors
+
+    match error:
+        case errors.GatedRepoError():
+            return f"hf:{repo} asks for its terms to be accepted: do so on its page, then `hf auth login`"
+        case errors.RepositoryNotFoundError():
+            return f"the hub has no hf:{repo}, or it is private: check the name, or `hf auth login`"
+        case errors.RevisionNotFoundError():
+            return f"hf:{repo} has no revision {show(revision)!r}: leave it out for the newest"
+        case errors.EntryNotFoundError():
+            return f"hf:{repo} does not have the file that it listed: try again"
+    return f"the hub refuses hf:{repo}: {one_line(error)}"
+
+
+def _offline(what: str, error: Exception) -> str:
+    return (
+        f"cannot reach the hub for hf:{what}, and the cache does not hold it ({one_line(error, 80)}): connect once, "
+        f"set HF_HOME to a cache that has it, or give a local file"
+    )

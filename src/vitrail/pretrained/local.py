@@ -1,0 +1,76 @@
+"""A folder with weights: a model folder of ours or timm's, transformers', a hub snapshot, or a run."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from vitrail.errors import VitrailError
+from vitrail.pretrained.foreign_configs import Architecture, read_config
+from vitrail.utils.text import listing, show
+from vitrail.weights.read import plain_name, read_file, read_json, read_shards
+from vitrail.weights.tensors import Tensors
+from vitrail.weights.unwrap import unwrap
+
+CONFIG, PROCESSOR, CARD = "config.json", "preprocessor_config.json", "README.md"
+USUAL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin", ".ckpt")
+_NOT_WEIGHTS = {"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt"}
+
+
+def choose_weights(names: Iterable[str], where: str) -> str:
+    """The one file of a folder or repository that holds the weights.
+
+    Raises:
+        VitrailError: there is none, or there are several of no usual name.
+    """
+    names = set(names)
+    for name in USUAL:
+        if name in names:
+            return name
+    others = sorted(name for name in names if name.endswith(_SUFFIXES) and name not in _NOT_WEIGHTS and "/" not in name)
+    if len(others) == 1:
+        return others[0]
+    if others:
+        raise VitrailError(f"{where} holds several checkpoints ({listing(others, 4)}): name the file that you mean")
+    raise VitrailError(f"{where} holds no weights: looked for {USUAL[0]}, {USUAL[2]} or any of {', '.join(_SUFFIXES)}")
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index lists, each checked to lie beside it."""
+    table = read_json(index).get("weight_map")
+    values = table.values() if isinstance(table, dict) else ()
+    return sorted({plain_name(name, index) for name in values if isinstance(name, str)})
+
+
+def read_tensors(path: Path) -> Tensors:
+    """The flat state dict of a file, or of the several files of an index; names as the file has them, no wrappers."""
+    return unwrap(read_shards(path) if path.name.endswith(".index.json") else read_file(path))
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """What config.json beside the weights says."""
+    config = folder / CONFIG
+    if not config.is_file():
+        return Architecture()
+    processor = read_json(folder / PROCESSOR) if (folder / PROCESSOR).is_file() else None
+    return read_config(read_json(config), processor, str(config))
+
+
+def find_weights(folder: Path) -> Path:
+    """The file of weights in a folder; a run's folder has them in its model folder."""
+    if not (folder / CONFIG).is_file() and (folder / "model" / CONFIG).is_file():
+        folder = folder / "model"
+    names = [entry.name for entry in folder.iterdir() if entry.is_file()]
+    return folder / choose_weights(names, str(folder))
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence that a model card states in its head (`license: mit`)."""
+    try:
+        with (folder / CARD).open(encoding="utf-8", errors="replace") as file:
+            head = file.read(1 << 16)
+    except OSError:
+        return None
+    front = re.match(r"---\n(.*?)\n---", head, re.DOTALL)
+    found = re.search(r"^license:\s*[\"']?([^\"'\n]+)", front[1], re.MULTILINE) if front else None
+    return show(found[1].strip(), 60) if found else None

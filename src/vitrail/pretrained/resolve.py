@@ -1,0 +1,233 @@
+"""Every place that weights are taken from, told apart by looking at the word that names it.
+
+A word is, in this order: a tag of the model's published weights ("default" is the first); hf:org/repo[@revision];
+timm:name[.tag]; torchvision:name[.WEIGHTS]; an https URL with #sha256=...; a file or a folder.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from torch import nn
+
+from vitrail.errors import VitrailError, did_you_mean
+from vitrail.models.configs import ViTConfig
+from vitrail.pretrained.foreign_configs import Architecture, check, of_record
+from vitrail.pretrained.hub import hub_weights
+from vitrail.pretrained.local import CONFIG, USUAL, find_weights, licence_of, read_architecture, read_tensors
+from vitrail.utils.download import cache_dir, fetch
+from vitrail.utils.text import show
+from vitrail.weights.formats.detect import to_ours
+from vitrail.weights.heads import HeadPolicy, num_classes_of
+from vitrail.weights.labels import label_names
+from vitrail.weights.load import fit
+from vitrail.weights.published import PUBLISHED
+from vitrail.weights.record import WeightsRecord
+from vitrail.weights.report import Report
+from vitrail.weights.tensors import Tensors
+
+_FILES = (".safetensors", ".npz", ".pth", ".pt", ".bin", ".ckpt", ".index.json")
+_TORCHVISION = {  # torchvision's names where they are not ours
+    "vit_b_16": ("vit_base_patch16_224", "vit_base_patch16_384"),
+    "vit_b_32": ("vit_base_patch32_224",),
+    "vit_l_16": ("vit_large_patch16_224",),
+    "vit_l_32": ("vit_large_patch32_224",),
+    "vit_h_14": ("vit_huge_patch14_224",),
+    "swin_t": ("swin_tiny_patch4_window7_224",),
+    "swin_s": ("swin_small_patch4_window7_224",),
+    "swin_b": ("swin_base_patch4_window7_224",),
+}
+_UNKNOWN = Architecture()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """Weights under our names, and everything that came with them.
+
+    source: in words, with the commit where there is one. layout: the format that they had. record: the row of the table
+    of published weights, for those. architecture: config, preprocessing and class names, as far as known.
+    """
+
+    tensors: Tensors
+    layout: str
+    source: str
+    record: WeightsRecord | None = None
+    architecture: Architecture = _UNKNOWN
+    licence: str | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the head in the file; 0 without one."""
+        return num_classes_of(self.tensors)
+
+    def fit(
+        self,
+        model: nn.Module,
+        *,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+        heads: HeadPolicy = "auto",
+    ) -> Report:
+        """Load into `model`; see `vitrail.weights.load.fit`."""
+        config = self.architecture.config
+        grid = None
+        if isinstance(config, ViTConfig):
+            grid = (config.img_size[0] // config.patch_size, config.img_size[1] // config.patch_size)
+        return fit(
+            model,
+            self.tensors,
+            num_classes=num_classes,
+            class_names=class_names,
+            file_class_names=self.architecture.class_names,
+            heads=heads,
+            grid=grid,
+            source=self.source,
+            layout=self.layout,
+        )
+
+
+def load_source(source: str | Path, model: str | None = None) -> Loaded:
+    """Find, download where necessary, and read the weights that `source` names.
+
+    Args:
+        source: see above.
+        model: the catalog's name of the model that they are for; needed for tags.
+
+    Raises:
+        VitrailError: there is no such thing, or it cannot be had, or it is not to be trusted; in one line.
+    """
+    word = str(source)
+    if isinstance(source, str) and (record := _by_tag(word, model)):
+        return _published(record)
+    kind, _, rest = word.partition(":")
+    if isinstance(source, str) and kind == "hf":
+        return _hub(rest)
+    if isinstance(source, str) and kind == "timm":
+        found = _by_name(rest)
+        return _published(found) if found else _hub(f"timm/{rest}")
+    if isinstance(source, str) and kind == "torchvision":
+        return _published(_by_torchvision_name(rest))
+    if isinstance(source, str) and kind in ("http", "https"):
+        return _url(word)
+    path = Path(source).expanduser()
+    if path.exists() or isinstance(source, Path) or "/" in word or "\\" in word or word.endswith(_FILES):
+        return _local(path)
+    raise VitrailError(_unknown(word, model))
+
+
+def is_of_catalog(source: str) -> bool:
+    """Whether a word such as timm:resnet50.a1_in1k or torchvision:vit_b_16 names weights of a model of the catalog."""
+    kind, _, name = source.partition(":")
+    model = name.partition(".")[0]
+    return model in PUBLISHED or (kind == "torchvision" and model in _TORCHVISION)
+
+
+def _unknown(word: str, model: str | None) -> str:
+    tags = [record.tag for record in PUBLISHED.get(model or "", ())]
+    if word == "default" or (model and not tags):
+        return f"nothing is published for {model or 'a model without a name'}: give a file, a folder or hf:org/repo"
+    known = f"{model} has the tags {', '.join(tags)}" if tags else "give a file, a folder, hf:org/repo or a URL"
+    return f"no weights are called {show(word)!r}{did_you_mean(word, tags or PUBLISHED)}; {known}"
+
+
+def _by_tag(tag: str, model: str | None) -> WeightsRecord | None:
+    records = PUBLISHED.get(model or "", ())
+    if tag == "default":
+        return records[0] if records else None
+    return next((record for record in records if tag in (record.tag, record.name)), None)
+
+
+def _by_name(name: str) -> WeightsRecord | None:
+    """timm's "model.tag", or a model's first."""
+    model, _, tag = name.partition(".")
+    return _by_tag(tag or "default", model)
+
+
+def _by_torchvision_name(name: str) -> WeightsRecord:
+    """torchvision's "model.WEIGHTS", or the newest of a model's weights on ImageNet at its usual size."""
+    model, _, weights = name.partition(".")
+    models = _TORCHVISION.get(model, (model,))
+    records = {r.tag: r for m in models for r in PUBLISHED.get(m, ()) if r.tag.startswith("torchvision_")}
+    if not records:
+        known = [*_TORCHVISION, *(m for m in PUBLISHED if m.startswith(("resnet", "convnext")))]
+        raise VitrailError(
+            f"torchvision:{show(name)} is not known{did_you_mean(model, known)}: there are {', '.join(known)}"
+        )
+    tag = (
+        weights.lower()
+        .replace("imagenet1k", "torchvision")
+        .replace("swag_e2e_v1", "swag")
+        .replace("linear_v1", "linear")
+    )
+    if not weights or weights == "DEFAULT":
+        tag = "torchvision_v2" if "torchvision_v2" in records else "torchvision_v1"
+    if tag not in records:
+        raise VitrailError(f"torchvision:{model} has no weights {show(weights)!r}: there are {', '.join(records)}")
+    return records[tag]
+
+
+def _published(record: WeightsRecord) -> Loaded:
+    """Preprocessing and licence are the record's own."""
+    if record.source.startswith("hf:"):
+        found = _hub(record.source.removeprefix("hf:"), record.sha256)
+    else:
+        found = _url(f"{record.source}#sha256={record.sha256}")
+    known = of_record(record)
+    architecture = Architecture(
+        name=record.model,
+        config=found.architecture.config or known.config,
+        preprocess=record.preprocess,
+        class_names=found.architecture.class_names or label_names(record.labels),
+    )
+    source = f"{record.name} ({found.source})"
+    return replace(found, source=source, record=record, architecture=architecture, licence=record.licence)
+
+
+def _hub(name: str, sha256: str | None = None) -> Loaded:
+    path, commit = hub_weights(name, sha256)
+    repo = name.partition("@")[0]
+    return _read(path, f"hf:{repo}@{commit[:12]}")
+
+
+def _url(word: str) -> Loaded:
+    """An URL states its checksum, whole or at least 8 digits of it, as torch's hub does in its file names."""
+    url, _, fragment = word.partition("#")
+    match = re.fullmatch(r"sha256=([0-9a-fA-F]{8,64})", fragment)
+    if not match:
+        raise VitrailError(
+            f"{show(word)} needs its checksum to be trusted: append #sha256=... (run sha256sum on a good copy)"
+        )
+    name = unquote(urlsplit(url).path).rpartition("/")[2]
+    name = re.sub(r"[^\w.-]", "_", name).lstrip(".") or "weights"
+    digest = match[1].lower()
+    path = fetch(url, cache_dir() / "weights" / digest / name, sha256=digest)
+    return _convert(path, url)
+
+
+def _local(path: Path) -> Loaded:
+    if path.is_dir():
+        return _read(find_weights(path), str(path))
+    if not path.exists():
+        raise VitrailError(f"there is no {path}: check the path")
+    if path.name in USUAL:
+        return _read(path, str(path))
+    return _convert(path, str(path))
+
+
+def _read(path: Path, source: str) -> Loaded:
+    """A file of weights with its config and card beside it."""
+    known, found = read_architecture(path.parent), _convert(path, source)
+    if known.config is not None:
+        check(known.config, found.tensors, str(path.parent / CONFIG))
+    return replace(found, architecture=known, licence=licence_of(path.parent))
+
+
+def _convert(path: Path, source: str) -> Loaded:
+    """A file of weights by itself."""
+    try:
+        tensors, layout = to_ours(read_tensors(path))
+    except VitrailError as error:
+        raise VitrailError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    return Loaded(tensors=tensors, layout=layout.name, source=source)

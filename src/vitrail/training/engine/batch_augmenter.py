@@ -1,0 +1,103 @@
+"""From a batch of images to what the model sees of it.
+
+Shapes: B batch, C channels, H W height and width, K classes.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from vitrail.data.augment.augment import Augment, augment
+from vitrail.data.loader import Batch
+from vitrail.data.sampling import rows_of
+from vitrail.images.preprocess import Preprocess
+from vitrail.training.config.schema import TrainConfig
+from vitrail.utils.distributed import SINGLE_PROCESS, DistributedContext
+
+
+@dataclass(frozen=True)
+class View:
+    """A batch as the model sees it, and what it is a view of.
+
+    images: float B C H W, normalised. targets: int64 B (class numbers) or float B K (shares that sum to 1, where
+    images are mixed).
+    keys: int64 B; with `epoch` they determine the view, and `indices` are the samples' places in the training split.
+    class_weights: float K, where the loss is balanced: how much a share of each class counts. Over the batch that this
+    is, or is a part of, a target counts 1 in the mean; so parts add up to the loss of the whole.
+    """
+
+    images: Tensor
+    targets: Tensor
+    keys: Tensor
+    epoch: int
+    class_weights: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def indices(self) -> Tensor:
+        """int64 B: rows of the training split."""
+        return rows_of(self.keys)
+
+    def part(self, rows: slice) -> "View":
+        """The view of some of the images."""
+        return View(self.images[rows], self.targets[rows], self.keys[rows], self.epoch, self.class_weights)
+
+
+def augmentation(config: TrainConfig) -> Augment:
+    """The config's augmentation: its keys have the names of Augment's fields."""
+    return Augment(**{field.name: getattr(config, field.name) for field in fields(Augment)})
+
+
+class BatchAugmenter:
+    """Moves batches to a device, augments and normalises them there; a pure function of batch and epoch.
+
+    class_weights: K, what the loss of each class counts; None: all the same.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        preprocess: Preprocess,
+        num_classes: int,
+        device: torch.device,
+        class_weights: npt.ArrayLike | None = None,
+        distributed: DistributedContext = SINGLE_PROCESS,
+    ) -> None:
+        self.augment = augmentation(config)
+        self.preprocess = preprocess
+        self.num_classes = num_classes
+        self.seed = config.seed
+        self.device = device
+        self.distributed = distributed
+        self.class_weights = None
+        if class_weights is not None:
+            self.class_weights = torch.as_tensor(class_weights, dtype=torch.float32, device=device)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, epoch: int) -> View:
+        there = batch.to(self.device)
+        images, targets = augment(
+            there.images,
+            there.labels,
+            self.num_classes,
+            batch.keys,
+            config=self.augment,
+            preprocess=self.preprocess,
+            seed=self.seed,
+            epoch=epoch,
+        )
+        return View(images, targets, batch.keys, epoch, self._weights(targets))
+
+    def _weights(self, targets: Tensor) -> Tensor | None:
+        """The class weights, such that the targets of this batch, in all processes, count 1 in the mean."""
+        weights = self.class_weights
+        if weights is None:
+            return None
+        each = targets @ weights if targets.is_floating_point() else weights[targets]
+        total = torch.stack([each.sum(), torch.full_like(weights[0], len(each))])
+        self.distributed.all_reduce(total)
+        return weights * total[1] / total[0]

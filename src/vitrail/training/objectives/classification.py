@@ -1,0 +1,71 @@
+"""What the loss is. The loop calls a task and knows none by name."""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitrail.errors import VitrailError
+from vitrail.training.engine.batch_augmenter import View
+
+
+class Task(Protocol):
+    """The mean loss of a view, a scalar that can be differentiated."""
+
+    def __call__(self, model: nn.Module, view: View) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Classify:
+    """Cross-entropy with label smoothing, 0 <= smoothing < 1, on class numbers or on shares.
+
+    With kind "bce", the binary cross-entropy of each class by itself, in the mean over classes (Wightman et al.,
+    "ResNet strikes back", 2021, https://arxiv.org/abs/2110.00476): a mixed image is of both its classes, and not half
+    of each. There, shares above the threshold become 1 and others 0; None: they stay.
+
+    Of a model that gives two outputs in training (DeiT's two heads) each learns the same target, and the loss is their
+    mean.
+    """
+
+    smoothing: float = 0.0
+    kind: Literal["ce", "bce"] = "ce"
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None and self.kind != "bce":
+            raise VitrailError("bce_threshold belongs to loss=bce: set that too, or leave it out")
+
+    def __call__(self, model: nn.Module, view: View) -> Tensor:
+        output = model(view.images)
+        heads: tuple[Tensor, ...] = output if isinstance(output, tuple) else (output,)
+        losses = [self.loss(logits, view) for logits in heads]
+        return losses[0] if len(losses) == 1 else sum(losses[1:], losses[0]) / len(losses)
+
+    def loss(self, logits: Tensor, view: View) -> Tensor:
+        """The loss of one head's logits, B K, on the view's targets.
+
+        With class weights w and shares t it is the sum of w t * -log p over that of w t, as torch has it for class
+        numbers; what smoothing spreads is weighed, but does not count below.
+        """
+        if self.kind == "bce":
+            return self._binary(logits, view)
+        if view.class_weights is None:
+            return F.cross_entropy(logits, view.targets, label_smoothing=self.smoothing)
+        logits = logits.to(view.class_weights.dtype)
+        total = F.cross_entropy(
+            logits, view.targets, view.class_weights, label_smoothing=self.smoothing, reduction="sum"
+        )
+        return total / len(view)
+
+    def _binary(self, logits: Tensor, view: View) -> Tensor:
+        """With class weights, an image counts as much as they say of its shares."""
+        hard = not view.targets.is_floating_point()
+        shares = F.one_hot(view.targets, logits.shape[1]).to(logits.dtype) if hard else view.targets
+        targets = shares * (1 - self.smoothing) + self.smoothing / logits.shape[1]
+        if self.threshold is not None:
+            targets = (targets > self.threshold).to(logits.dtype)
+        if view.class_weights is None:
+            return F.binary_cross_entropy_with_logits(logits, targets)
+        each = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1)
+        return (each * (shares @ view.class_weights)).mean()

@@ -1,0 +1,264 @@
+"""A teacher: any classifier whose answers a student learns from; how it is opened, and what it is shown.
+
+The teacher sees the very view that the student sees, prepared its own way: the student's normalisation is undone,
+colours become grey or grey becomes colours, the size is changed where it differs, and the teacher's normalisation is
+applied, in one pass where the images are. Of its answer the student's classes are kept, matched by name.
+
+Shapes: B batch, C channels, H W height and width, K classes.
+"""
+
+import copy
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitrail.classifier import Classifier, resolve_model
+from vitrail.errors import VitrailError, did_you_mean
+from vitrail.images.preprocess import Preprocess
+from vitrail.inference.onnx_runtime import OnnxModel
+from vitrail.pretrained.external import open_external_model
+from vitrail.training.engine.batch_augmenter import View
+from vitrail.training.setup import lasting_path
+from vitrail.utils.device import precision
+
+_GIVEN = "python:"  # how a run's config names a teacher that was passed as an object
+_GREY = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow makes grey of colours
+
+Source = str | Path | Classifier | nn.Module
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Something that answers images with logits.
+
+    model: float B C H W, normalised its way, to B K. preprocess: its own way; None: it is shown what the student sees.
+    class_names: None where nobody knows them. identity: a word that changes when its weights do. notes: what was
+    assumed.
+    """
+
+    name: str
+    model: nn.Module
+    preprocess: Preprocess | None
+    class_names: tuple[str, ...] | None
+    identity: str
+    size: str  # such as "25,557,032 parameters"
+    notes: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """Its name, its size and what it sees, for a line."""
+        sees = ""
+        if self.preprocess is not None:
+            height, width = self.preprocess.size
+            sees = f", sees {height}x{width} pixels{' in grey' if self.preprocess.channels == 1 else ''}"
+        return f"{self.name}, {self.size}{sees}"
+
+
+def lasting_name(source: Source) -> str:
+    """How a run's config names its teacher: a path by the whole of it; an object by its class and its weights."""
+    if isinstance(source, Classifier | nn.Module):
+        model = source.model if isinstance(source, Classifier) else source
+        return f"{_GIVEN}{type(model).__name__}:{fingerprint(model)[:16]}"
+    return lasting_path(str(source), must_exist=not isinstance(source, Path))
+
+
+def open_teacher(source: Source) -> Teacher:
+    """What MODEL names, an .onnx file, or the caller's own classifier or module.
+
+    Raises:
+        VitrailError: there is none, or it has no head for classes.
+    """
+    if isinstance(source, nn.Module):
+        return _of_module(copy.deepcopy(source))  # the caller's own may be trained, moved, or be the student itself
+    if isinstance(source, Classifier):
+        return _of_classifier(source, copy.deepcopy(source.model), source.architecture)
+    word = str(source)
+    if word.startswith(_GIVEN):
+        raise VitrailError(f"this run's teacher was passed from Python ({word}): pass it again, as teacher=")
+    try:
+        if word.lower().endswith(".onnx"):
+            found = OnnxModel(Path(word).expanduser())
+            size = f"{found.bytes / 1e6:,.1f} MB"
+            return Teacher(word, found, found.preprocess, found.class_names, found.identity, size, found.notes)
+        if (guest := open_external_model(word)) is not None:
+            return _teacher(word, guest.model, guest.preprocess, guest.class_names)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            classifier = resolve_model(word)
+        return _of_classifier(classifier, classifier.model, word, tuple(str(warning.message) for warning in caught))
+    except VitrailError as error:
+        raise VitrailError(f"the teacher cannot be opened: {error}") from None
+
+
+def _of_classifier(classifier: Classifier, model: nn.Module, name: str, notes: tuple[str, ...] = ()) -> Teacher:
+    if not classifier.class_names:
+        raise VitrailError(f"the teacher {name} has no head for classes, and gives features: name one that classifies")
+    if name != classifier.architecture:
+        name = f"{name} ({classifier.architecture})"
+    return _teacher(name, model, classifier.preprocess, classifier.class_names, notes)
+
+
+def _of_module(module: nn.Module) -> Teacher:
+    """A module in timm's interface or any other; what it does not say of itself is taken to be as the student's."""
+    from collections.abc import Mapping
+
+    record, names = getattr(module, "pretrained_cfg", None), getattr(module, "class_names", None)
+    preprocess = Preprocess.from_timm(record) if isinstance(record, Mapping) else None
+    notes = () if preprocess else ("it says nothing of its preprocessing: it is shown what the student sees",)
+    return _teacher(type(module).__name__, module, preprocess, tuple(names) if names else None, notes)
+
+
+def _teacher(
+    name: str,
+    model: nn.Module,
+    preprocess: Preprocess | None,
+    class_names: tuple[str, ...] | None,
+    notes: tuple[str, ...] = (),
+) -> Teacher:
+    """The model as a teacher: in eval mode, and without gradients."""
+    if getattr(model, "num_classes", None) == 0:
+        raise VitrailError(f"the teacher {name} has no head for classes, and gives features: name one that classifies")
+    model.eval().requires_grad_(False)
+    size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
+    return Teacher(name, model, preprocess, class_names, fingerprint(model), size, notes)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A word that changes with any bit of the weights, or with the network that they are for."""
+    digest = hashlib.blake2b(f"{type(model).__qualname__} {getattr(model, 'config', '')}".encode(), digest_size=16)
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Adapt:
+    """A student's images to a teacher's: float B C H W to float B C' H' W'.
+
+    The affine change comes after the resizing (both are linear, and the weights of the latter add up to 1), so where
+    only the normalisation differs it is one multiplication and addition, and where nothing does, nothing.
+    """
+
+    def __init__(self, student: Preprocess, teacher: Preprocess, device: torch.device) -> None:
+        def column(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+
+        if {student.channels, teacher.channels} - {1, 3} and student.channels != teacher.channels:
+            raise VitrailError(
+                f"the teacher sees {teacher.channels} channels and the student {student.channels}: "
+                "only grey and colour can be made of one another"
+            )
+        mean, std = student.mean, student.std
+        self.mixing: Tensor | None = None
+        if student.channels > teacher.channels:  # undone and mixed to grey: mean 0 and deviation 1 are left
+            self.mixing = column([grey * s for grey, s in zip(_GREY, std, strict=True)])
+            mean, std = (sum(grey * m for grey, m in zip(_GREY, mean, strict=True)),), (1.0,)
+        if len(mean) < teacher.channels:
+            mean, std = mean * teacher.channels, std * teacher.channels
+        same = (mean, std) == (teacher.mean, teacher.std)
+        self.scale = None if same else column([s / t for s, t in zip(std, teacher.std, strict=True)])
+        shifts = [(m - mine) / t for m, mine, t in zip(mean, teacher.mean, teacher.std, strict=True)]
+        self.shift = column(shifts)
+        self.channels = teacher.channels
+        self.size = None if student.size == teacher.size else teacher.size
+        self.mode = {"nearest": "nearest", "bilinear": "bilinear"}.get(teacher.interpolation, "bicubic")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        x = images
+        if self.mixing is not None:
+            x = (x * self.mixing).sum(dim=1, keepdim=True)
+        if self.size is not None:
+            x = F.interpolate(x, self.size, mode=self.mode, antialias=self.mode != "nearest")
+        if self.scale is not None:
+            return torch.addcmul(self.shift, x, self.scale)
+        return x if x.shape[1] == self.channels else x.expand(-1, self.channels, -1, -1)
+
+
+def match_classes(
+    known: tuple[str, ...] | None, count: int, wanted: Sequence[str], name: str
+) -> tuple[list[int] | None, str]:
+    """The columns of the teacher's answer that are the student's classes, in order, and what there is to say of it.
+
+    known: the teacher's classes, `count` of them; None where they have no names, for which numbers from 0 stand too.
+    None for columns means: all, as they stand.
+
+    Raises:
+        VitrailError: the teacher lacks a class, or nobody can tell which is which.
+    """
+    if known is None or (not set(wanted) <= set(known) and known == tuple(str(n) for n in range(count))):
+        if count != len(wanted):
+            raise VitrailError(
+                f"the teacher {name} has {count} classes without names, and the data {len(wanted)}: "
+                "which is which cannot be told"
+            )
+        return None, "its classes have no names, and are taken to stand in the data's order"
+    place = {label: i for i, label in enumerate(known)}
+    lacking = [label for label in wanted if label not in place]
+    if lacking:
+        more = f" and {len(lacking) - 1} more of the data's classes" if len(lacking) > 1 else ""
+        raise VitrailError(
+            f"the teacher {name} does not know the class {lacking[0]!r}{did_you_mean(lacking[0], known)}{more}: "
+            "a teacher must know every class of the data, by the same name"
+        )
+    columns = [place[label] for label in wanted]
+    if columns == list(range(count)):
+        return None, ""
+    return columns, "" if len(columns) == count else f"{len(columns)} of its {count} classes are asked for"
+
+
+class TeacherLogits:
+    """What a teacher says of a view: float32 B K, logits of the student's classes, without gradients."""
+
+    def __init__(self, teacher: Teacher, student: Preprocess, class_names: Sequence[str], device: torch.device) -> None:
+        self.teacher = teacher
+        self.student = student
+        self.class_names = tuple(class_names)
+        self.device = device
+        self.model = teacher.model.to(device)
+        self.adapt: Callable[[Tensor], Tensor] | None = None
+        if teacher.preprocess is not None:
+            self.adapt = Adapt(student, teacher.preprocess, device)
+        self.columns: Tensor | None = None
+        self.notes = ""
+
+    def check(self, bf16: bool) -> None:
+        """One blank image through the teacher: what does not fit is found now, and not in the first step.
+
+        Raises:
+            VitrailError: it cannot take the image, gives no logits, or its classes are others.
+        """
+        blank = torch.zeros(1, self.student.channels, *self.student.size, device=self.device)
+        name = self.teacher.name
+        try:
+            with precision(self.device, bf16):
+                answer = self._all(blank)
+        except (RuntimeError, ValueError, TypeError) as error:
+            shown = blank.shape if self.adapt is None else self.adapt(blank).shape
+            what = f"{shown[1]} channels of {shown[2]}x{shown[3]} pixels"
+            raise VitrailError(f"the teacher {name} cannot take {what}: {' '.join(str(error).split())}") from error
+        if not isinstance(answer, Tensor) or answer.dim() != 2 or len(answer) != 1 or answer.shape[1] < 1:
+            kind = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+            raise VitrailError(f"the teacher {name} gives {kind} for an image, not logits of shape (1, classes)")
+        count, known = answer.shape[1], self.teacher.class_names
+        if known is not None and len(known) != count:
+            raise VitrailError(f"the teacher {name} gives {count} logits and has {len(known)} class names")
+        columns, note = match_classes(known, count, self.class_names, name)
+        self.columns = None if columns is None else torch.tensor(columns, device=self.device)
+        self.notes = "".join(f"; {words}" for words in (note, *self.teacher.notes) if words)
+
+    def __call__(self, view: View) -> Tensor:
+        answer = self._all(view.images)
+        if self.columns is not None:
+            answer = answer.index_select(1, self.columns)
+        return answer.float()
+
+    @torch.no_grad()
+    def _all(self, images: Tensor) -> Tensor:
+        answer: Tensor = self.model(images if self.adapt is None else self.adapt(images))
+        return answer

@@ -1,0 +1,244 @@
+"""From what a person asks for to what is trained: data, choices, config, model and preprocessing."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitrail.data.catalog import lasting_data, open_dataset
+from vitrail.data.dataset import Dataset
+from vitrail.errors import VitrailError
+from vitrail.evaluation.evaluate import default_workers
+from vitrail.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from vitrail.models.catalog import VARIANTS, variant
+from vitrail.pretrained.create import create_model
+from vitrail.pretrained.load import Pretrained, load_pretrained
+from vitrail.pretrained.model_folder import name_of
+from vitrail.training.config.automatic import DatasetStats, choose
+from vitrail.training.config.recipes import Recipe, named_recipe, recipe_names
+from vitrail.training.config.schema import TrainConfig, check_options, make_config
+from vitrail.training.resources.image_cache import settle_cache
+from vitrail.utils.counter_rng import fold
+
+_MODEL_OPTIONS = {"drop": "drop_rate", "drop_path": "drop_path_rate", "attn_drop": "attn_drop_rate"}
+_WHOLE_IMAGE = 64  # pixels a side up to which evaluation sees the whole image, and not the middle of a larger one
+_CROP_PCT = 0.95
+_CROP_MODES = {"crop": "center", "pad": "border", "squash": "squash"}
+_MUCH_LOST = 0.4  # share of an image
+_FAMILIES = {row.family for row in VARIANTS.values()}
+
+
+@dataclass
+class Setup:
+    """All that a run starts from. `reasons` says in a line each what was chosen and why."""
+
+    config: TrainConfig
+    dataset: Dataset
+    model: nn.Module
+    preprocess: Preprocess
+    reasons: list[str]
+    pretrained: Pretrained | None = None
+    facts: DatasetStats | None = None  # what the choice went by
+    given: Mapping[str, Any] = field(default_factory=dict)  # and what it was not asked for
+    teacher: Any = None  # where it was passed as an object, and not by name
+    recipe: Recipe | None = None  # that was asked for
+    auto_batch: bool = False  # whether the batch size is to be fitted to the machine; config has a provisional one
+
+    def with_batch_size(self, size: int, reason: str) -> "Setup":
+        """The same with another batch size and what goes with it, above all the learning rate; `reason` in a line."""
+        assert self.facts is not None
+        given = {**self.given, "batch_size": size}
+        choice = choose(self.facts, given, self.recipe)
+        config = make_config({**self.config.model_dump(), **choice.values, **given})
+        others = self.reasons[len(choice.reasons) :]
+        return replace(self, config=config, reasons=[*choice.reasons, reason, *others], auto_batch=False)
+
+
+def prepare(
+    data: str | Path | Dataset,
+    given: Mapping[str, Any],
+    guest: nn.Module | None = None,
+    recipe: Recipe | None = None,
+) -> Setup:
+    """Open the data, choose what `given` leaves open, and build the model (or fit `guest`, the caller's own).
+
+    recipe: settings that were asked for; None: those that `given` names, or that are chosen.
+
+    Raises:
+        VitrailError: data, a key, a value or a model that is not there or does not fit.
+    """
+    given = check_options(given)
+    if recipe is None and given.get("recipe") in recipe_names():
+        recipe = named_recipe(given["recipe"])
+    pretrained = bool(given.get("pretrained") or given.get("weights"))
+    if guest is None and "model" in given and not given.get("weights"):
+        variant(given["model"])  # before a download, not after
+    held_out = {key: TrainConfig.model_fields[key].default for key in HELD_OUT} | {
+        key: value for key, value in given.items() if key in HELD_OUT
+    }
+    dataset = data if isinstance(data, Dataset) else open_dataset(data, data_dir=given.get("data_dir"), **held_out)
+    train = dataset.split("train")
+    fixed = {**given, "data": _lasting_name(data)} | ({"model": type(guest).__name__} if guest is not None else {})
+    for key in ("teacher", "teacher_outputs"):
+        if fixed.get(key):
+            fixed[key] = lasting_path(fixed[key], must_exist=key == "teacher")
+    auto_batch = fixed.get("batch_size") == 0
+    if auto_batch:
+        del fixed["batch_size"]
+    facts = DatasetStats(len(train), dataset.sizes.median, dataset.sizes.uniform, pretrained)
+    found = None
+    if pretrained and guest is None:
+        if not given.get("weights") and "model" not in given:
+            fixed["model"] = choose(facts, fixed, recipe).values["model"]
+        found = _load(fixed, dataset)
+        fixed["model"] = found.name or name_of(found.model.config)
+    choice = choose(facts, fixed, recipe)
+    config = make_config({"workers": default_workers(train), **choice.values, **fixed})
+    if guest is not None:
+        model, preprocess = _prepare_external(guest, config, dataset)
+    elif found is not None:
+        own = found.model.config
+        model, preprocess = found.model, found.preprocess or _fresh_preprocess(dataset, own.img_size, own.in_chans)
+    else:
+        model, preprocess = _build(config, dataset)
+    if config.fit != "auto":
+        preprocess = preprocess.replace(crop_mode=_CROP_MODES[config.fit])
+    _check_model(model, preprocess, dataset.num_classes)
+    config, cache_line = settle_cache(config, dataset, preprocess)
+    fixed["cache"] = config.cache
+    weights = [str(found.report)] if found else []
+    reasons = [*choice.reasons, *weights, *advise_fit(dataset, preprocess, config), *cache_line]
+    return Setup(config, dataset, model, preprocess, reasons, found, facts, fixed, recipe=recipe, auto_batch=auto_batch)
+
+
+def advise_fit(dataset: Dataset, preprocess: Preprocess, config: TrainConfig) -> list[str]:
+    """A line where the middle crop would lose much of the images and nobody chose it."""
+    height, width = preprocess.size
+    narrow, _, wide = (aspect * height / width for aspect in dataset.sizes.aspect)
+    lost = 1 - min(narrow, 1 / wide, 1.0)
+    if config.fit != "auto" or preprocess.crop_mode != "center" or lost < _MUCH_LOST:
+        return []
+    long = "wide" if wide > 1 / narrow else "tall"
+    return [
+        f"advice: some images are very {long}, and the middle crop loses up to {lost:.0%} of them; "
+        "--fit pad or --fit squash keeps them whole"
+    ]
+
+
+HELD_OUT = ("val_fraction", "test_fraction", "split_seed")  # what decides which images are held out
+
+
+def reopen(config: TrainConfig, data: str | Path | Dataset | None, guest: nn.Module | None = None) -> Setup:
+    """The setup of a run that goes on; `data` is needed only where it has no name that lasts (a Dataset)."""
+    return prepare(config.data if data is None else data, config.model_dump(exclude={"data"}), guest)
+
+
+def _lasting_name(data: str | Path | Dataset) -> str:
+    """How a run's config names its data: a dataset by name, a folder by its whole path."""
+    if isinstance(data, Dataset):
+        return data.name
+    return lasting_data(data)
+
+
+def lasting_path(word: str, *, must_exist: bool = True) -> str:
+    """A path by the whole of it; a word that is no path, such as a model's name, as it is."""
+    path = Path(word).expanduser()
+    return word if word in VARIANTS or (must_exist and not path.exists()) else str(path.resolve())
+
+
+def _build(config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, Preprocess]:
+    """A model from scratch, at the data's own mean and deviation."""
+    row = variant(config.model).config
+    size = config.img_size or row.img_size
+    preprocess = _fresh_preprocess(dataset, size, config.in_chans or dataset.channels)
+    torch.manual_seed(fold(config.seed, "weights"))
+    model = create_model(
+        config.model,
+        num_classes=dataset.num_classes,
+        img_size=size,
+        in_chans=preprocess.channels,
+        **_model_options(config),
+    )
+    return model, preprocess
+
+
+def _load(given: Mapping[str, Any], dataset: Dataset) -> Pretrained:
+    """A model with weights, for these classes. Where no model of the catalog is named, the weights say which it is."""
+    options = make_config({**given, "model": given.get("model", "")})
+    named = options.model not in ("", *_FAMILIES)  # a family is what a run's config says of weights without a name
+    torch.manual_seed(fold(options.seed, "weights"))  # of a fresh head
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the report, which is always printed, says the same
+        return load_pretrained(
+            options.weights or "default",
+            variant(options.model).name if named else None,
+            num_classes=dataset.num_classes,
+            class_names=dataset.class_names,
+            img_size=options.img_size,
+            in_chans=options.in_chans,
+            **_model_options(options),
+        )
+
+
+def _model_options(config: TrainConfig) -> dict[str, Any]:
+    values = {_MODEL_OPTIONS[key]: getattr(config, key) for key in _MODEL_OPTIONS}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+@torch.no_grad()
+def _check_model(model: nn.Module, preprocess: Preprocess, num_classes: int) -> None:
+    """One blank image through the model: a size that it cannot take is found now, and not in the first step."""
+    training, device = model.training, next(model.parameters()).device
+    blank = torch.zeros(1, preprocess.channels, *preprocess.size, device=device)
+    try:
+        logits = model.eval()(blank)
+    except (RuntimeError, ValueError) as error:
+        height, width = preprocess.size
+        what = f"{preprocess.channels} channels of {height}x{width} pixels"
+        raise VitrailError(f"{type(model).__name__} cannot take {what}: {' '.join(str(error).split())}") from error
+    finally:
+        model.train(training)
+    if tuple(logits.shape) != (1, num_classes):
+        raise VitrailError(f"{type(model).__name__} gives {tuple(logits.shape)} for an image, not (1, {num_classes})")
+
+
+def _fresh_preprocess(dataset: Dataset, size: tuple[int, int], channels: int) -> Preprocess:
+    """For a model from scratch: the data's own mean and deviation."""
+    crop_pct = 1.0 if max(size) <= _WHOLE_IMAGE else _CROP_PCT
+    return Preprocess(size=size, crop_pct=crop_pct, **_colours(dataset, channels))
+
+
+def _colours(dataset: Dataset, channels: int | None) -> dict[str, Any]:
+    """channels, mean and std for a model of that many channels; grey stands for each colour, their mean for grey."""
+    mean, std = dataset.mean or IMAGENET_MEAN, dataset.std or IMAGENET_STD
+    if len(mean) != channels:
+        mean, std = ((sum(values) / len(values),) * (channels or 3) for values in (mean, std))
+    return {"channels": channels, "mean": mean, "std": std}
+
+
+def _prepare_external(model: nn.Module, config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, Preprocess]:
+    """The caller's own model, with a head for these classes; its preprocessing is its own where it says."""
+    for key in ("pretrained", "weights", *_MODEL_OPTIONS):
+        if getattr(config, key):
+            raise VitrailError(f"{key} belongs to models made by name: set it on your own model before you pass it in")
+    if getattr(model, "num_classes", None) != dataset.num_classes:
+        if not hasattr(model, "reset_classifier"):
+            kind = type(model).__name__
+            raise VitrailError(f"{kind} needs num_classes = {dataset.num_classes}, or a reset_classifier to set it")
+        torch.manual_seed(fold(config.seed, "weights"))
+        model.reset_classifier(dataset.num_classes)  # type: ignore[operator]
+    own: Any = getattr(model, "config", None)
+    if hasattr(own, "img_size") and hasattr(own, "in_chans"):  # one of ours
+        return model, _fresh_preprocess(dataset, config.img_size or own.img_size, config.in_chans or own.in_chans)
+    if isinstance(record := getattr(model, "pretrained_cfg", None), Mapping):  # one of timm's
+        preprocess = Preprocess.from_timm(record)
+        return model, preprocess.replace(size=config.img_size or preprocess.size)
+    if config.img_size is None:
+        raise VitrailError(
+            f"{type(model).__name__} does not say which size it takes: pass img_size=224 or whatever it is"
+        )
+    return model, _fresh_preprocess(dataset, config.img_size, config.in_chans or 3)

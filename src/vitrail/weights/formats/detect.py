@@ -1,0 +1,82 @@
+"""Every checkpoint layout that is read here: one pure function each, from the file's names to ours, which are timm's.
+
+A layout is a table of rules, pattern -> new name, and its function applies them; a few then put tensors together. A
+name that no rule knows goes through as it is, and the strict fit (`fit.py`) will call it by its name. `detect` picks
+the layout whose rules know the most names, so that one odd name does not hide what a file is.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from vitrail.errors import VitrailError
+from vitrail.utils.text import listing
+from vitrail.weights.formats import google as google
+from vitrail.weights.formats import timm as timm
+from vitrail.weights.formats import torchvision as torchvision
+from vitrail.weights.formats import transformers as transformers
+from vitrail.weights.formats.keymap import Rules
+from vitrail.weights.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class Format:
+    """A layout: what a person calls it, the rules that tell it, and the function that reads it."""
+
+    name: str
+    rules: Rules
+    convert: Callable[[Tensors], Tensors]
+
+    def knows(self, names: list[str]) -> int:
+        """How many of the names are this layout's."""
+        pattern = re.compile("|".join(f"(?:{pattern})" for pattern in self.rules))
+        return sum(pattern.fullmatch(name) is not None for name in names)
+
+
+FORMATS = (
+    Format("timm ViT", timm.TIMM_VIT, timm.timm_vit),
+    Format("timm Swin", timm.TIMM_SWIN, timm.timm_swin),
+    Format("ResNet", timm.TIMM_RESNET, timm.timm_resnet),
+    Format("timm ConvNeXt", timm.TIMM_CONVNEXT, timm.timm_convnext),
+    Format("authors' ViT", timm.AUTHORS_VIT, timm.authors_vit),
+    Format("authors' Swin", timm.AUTHORS_SWIN, timm.authors_swin),
+    Format("authors' ConvNeXt", timm.AUTHORS_CONVNEXT, timm.authors_convnext),
+    Format("torchvision ViT", torchvision.TORCHVISION_VIT, torchvision.torchvision_vit),
+    Format("torchvision Swin", torchvision.TORCHVISION_SWIN, torchvision.torchvision_swin),
+    Format("torchvision ConvNeXt", torchvision.TORCHVISION_CONVNEXT, torchvision.torchvision_convnext),
+    Format("transformers ViT", transformers.TRANSFORMERS_VIT, transformers.transformers_vit),
+    Format("transformers DINOv2", transformers.TRANSFORMERS_DINOV2, transformers.transformers_dinov2),
+    Format("transformers Swin", transformers.TRANSFORMERS_SWIN, transformers.transformers_swin),
+    Format("Google ViT", google.GOOGLE_VIT, google.google_vit),
+)
+
+
+def detect(names: Iterable[str]) -> Format:
+    """The layout that knows the most of these names; of equals the first in `FORMATS`.
+
+    Raises:
+        VitrailError: none knows at least half of them.
+    """
+    names = list(names)
+    known = [layout.knows(names) for layout in FORMATS]
+    best = max(known)
+    if not names or 2 * best < len(names):
+        raise VitrailError(
+            f"the tensors' names are of no layout that is read here ({listing(names, 4) or 'there are none'}): "
+            f"known are {', '.join(layout.name for layout in FORMATS)}"
+        )
+    return FORMATS[known.index(best)]
+
+
+def to_ours(tensors: Tensors) -> tuple[Tensors, Format]:
+    """The tensors under our names, and the layout that they came in.
+
+    A name outside the wrapper around the others (Lightning keeps losses and metrics there) that the layout does not
+    know goes to the unused ones.
+    """
+    layout = detect(tensors)
+    out = layout.convert(tensors)
+    for name in [name for name in out if name in out.outside]:
+        out.unused[out.called(name)] = "it stands outside the model in the checkpoint"
+        del out[name]
+    return out, layout

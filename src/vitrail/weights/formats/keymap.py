@@ -1,0 +1,100 @@
+"""What checkpoint layouts share: rules that rename tensors, and the few steps that are more than a new name."""
+
+import re
+
+import torch
+from torch import Tensor
+
+from vitrail.errors import VitrailError
+from vitrail.utils.text import shape_words, show
+from vitrail.weights.tensors import Tensors
+
+Rules = dict[str, str | None]  # pattern of the whole name -> our name; None: known, and of no use to the model
+
+PARAM = r"\.(weight|bias)"
+BUFFERS = r"\.(weight|bias|running_mean|running_var|num_batches_tracked)"
+WHY_BUFFER = "a constant that the model computes itself"
+
+
+def rename(tensors: Tensors, rules: Rules, why_unused: str = "this model has no such part") -> Tensors:
+    """Apply the first rule that fits each name.
+
+    Raises:
+        VitrailError: two tensors come to the same name.
+    """
+    compiled = [(re.compile(pattern), new) for pattern, new in rules.items()]
+    out = tensors.heir()
+    for name, tensor in tensors.items():
+        match, new = next(((m, new) for p, new in compiled if (m := p.fullmatch(name))), (None, name))
+        if new is None:
+            out.unused[tensors.called(name)] = why_unused
+            continue
+        put(out, match.expand(new) if match else name, tensor, tensors.called(name))
+        if match is None and name in tensors.outside:
+            out.outside.add(name)
+    return out
+
+
+def put(out: Tensors, name: str, tensor: Tensor, origin: str) -> None:
+    """Add a tensor under its new name; two under one name are an error, not a choice."""
+    if name in out:
+        raise VitrailError(
+            f"the file holds {name} twice, as {show(out.called(name))} and as {show(origin)}: remove one"
+        )
+    out[name] = tensor
+    if origin != name:
+        out.origin[name] = origin
+
+
+def join(tensors: Tensors, part: str) -> Tensors:
+    """Put x.q, x.k and x.v (`part` is "qkv", weights and biases) together as x.qkv, rows in that order.
+
+    A group that is not whole is left as it is.
+    """
+    out = tensors.heir()
+    groups: dict[str, dict[str, str]] = {}
+    for name in tensors:
+        if match := re.fullmatch(rf"(.+)\.([{part}])\.(weight|bias)", name):
+            groups.setdefault(f"{match[1]}.{part}.{match[3]}", {})[match[2]] = name
+    whole = {new: [parts[letter] for letter in part] for new, parts in groups.items() if len(parts) == len(part)}
+    taken = {name for parts in whole.values() for name in parts}
+    for name, tensor in tensors.items():
+        if name not in taken:
+            put(out, name, tensor, tensors.called(name))
+    for new, parts in whole.items():
+        shapes = {tensors[name].shape for name in parts}
+        if len(shapes) > 1 or not tensors[parts[0]].ndim:
+            told = "; ".join(f"{show(tensors.called(name))} is {shape_words(tensors[name].shape)}" for name in parts)
+            raise VitrailError(f"{told}: they should be alike")
+        put(out, new, torch.cat([tensors[name] for name in parts]), " + ".join(tensors.called(name) for name in parts))
+    out.outside = tensors.outside
+    return out
+
+
+def drop_head(tensors: Tensors, why: str) -> None:
+    """Move the classifier's tensors to the unused ones."""
+    for name in ("head.weight", "head.bias"):
+        if tensors.pop(name, None) is not None:
+            tensors.unused[tensors.called(name)] = why
+
+
+def without_pre_logits(tensors: Tensors) -> Tensors:
+    """The first ViTs had a layer between features and head. timm left it out, and with it that head has no meaning."""
+    layer = [name for name in tensors if name.startswith("pre_logits.")]
+    if layer:
+        drop_head(tensors, "it reads a 'pre_logits' layer that this model does not have")
+    for name in layer:
+        del tensors[name]
+        tensors.unused[tensors.called(name)] = "this model has no pre_logits layer"
+    return tensors
+
+
+def shift_merging(tensors: Tensors) -> Tensors:
+    """Swin: where patches are merged at the end of a stage, put that at the beginning of the next one, as in timm."""
+    out = tensors.heir()
+    out.outside = tensors.outside
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"layers\.(\d+)(\.downsample\..+)", name)
+        new = f"layers.{int(match[1]) + 1}{match[2]}" if match else name
+        put(out, new, tensor, tensors.called(name))
+    return out

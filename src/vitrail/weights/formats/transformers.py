@@ -1,0 +1,97 @@
+"""transformers' names: those that its files have, and those of its modules since version 5 (read off 5.23)."""
+
+import re
+
+from vitrail.weights.formats.keymap import PARAM, WHY_BUFFER, Rules, drop_head, join, rename, shift_merging
+from vitrail.weights.tensors import Tensors
+
+_HF_LAYER = r"(?:vit\.|deit\.|dinov2\.|dinov2_with_registers\.)?(?:encoder\.layer|layers|encoder\.layers)\.(\d+)\."
+_HF_EMBEDDINGS = r"(?:vit\.|deit\.|dinov2\.|dinov2_with_registers\.)?embeddings\."
+_HF_TOP = r"(?:vit\.|deit\.|dinov2\.|dinov2_with_registers\.)?"
+WHY_POOLER = "transformers' pooler or mask token, which the logits do not use"
+
+
+def _hf_attention(layer: str, here: str, inner: str) -> Rules:
+    """Query, key, value and output of one layer; `inner` is the word that old names repeat."""
+    rules: Rules = {
+        rf"{layer}attention\.(?:{inner}\.{word}|{word[0]}_proj){PARAM}": rf"{here}.attn.{word[0]}.\g<{{last}}>"
+        for word in ("query", "key", "value")
+    }
+    rules[rf"{layer}attention\.(?:output\.dense|o_proj){PARAM}"] = rf"{here}.attn.proj.\g<{{last}}>"
+    last = re.compile(layer).groups + 1
+    return {pattern: new and new.replace("{last}", str(last)) for pattern, new in rules.items()}
+
+
+def _hf_mlp(layer: str, here: str) -> Rules:
+    last = re.compile(layer).groups + 1
+    return {
+        rf"{layer}(?:intermediate\.dense|mlp\.fc1){PARAM}": rf"{here}.mlp.fc1.\g<{last}>",
+        rf"{layer}(?:output\.dense|mlp\.fc2){PARAM}": rf"{here}.mlp.fc2.\g<{last}>",
+        rf"{layer}layernorm_before{PARAM}": rf"{here}.norm1.\g<{last}>",
+        rf"{layer}layernorm_after{PARAM}": rf"{here}.norm2.\g<{last}>",
+    }
+
+
+_HF_VIT_COMMON: Rules = {
+    rf"{_HF_EMBEDDINGS}cls_token": "cls_token",
+    rf"{_HF_EMBEDDINGS}position_embeddings": "pos_embed",
+    rf"{_HF_EMBEDDINGS}mask_token": None,
+    rf"{_HF_EMBEDDINGS}patch_embeddings\.projection{PARAM}": r"patch_embed.proj.\1",
+    **_hf_attention(_HF_LAYER, r"blocks.\1", "attention"),
+    rf"{_HF_TOP}layernorm{PARAM}": r"norm.\1",
+    rf"{_HF_TOP}pooler\.dense{PARAM}": None,
+}
+TRANSFORMERS_VIT: Rules = {
+    **_HF_VIT_COMMON,
+    **_hf_mlp(_HF_LAYER, r"blocks.\1"),
+    rf"{_HF_EMBEDDINGS}distillation_token": "dist_token",
+    rf"(?:cls_)?classifier{PARAM}": r"head.\1",
+    rf"distillation_classifier{PARAM}": r"head_dist.\1",
+}
+
+
+def transformers_vit(tensors: Tensors) -> Tensors:
+    """transformers' ViT, and DeiT with a teacher (two heads) or without (one head, that reads the class token)."""
+    return join(rename(tensors, TRANSFORMERS_VIT, WHY_POOLER), "qkv")
+
+
+TRANSFORMERS_DINOV2: Rules = {
+    **_HF_VIT_COMMON,
+    rf"{_HF_EMBEDDINGS}register_tokens": "reg_token",
+    rf"{_HF_LAYER}(norm1|norm2|mlp\.fc1|mlp\.fc2){PARAM}": r"blocks.\1.\2.\3",
+    rf"{_HF_LAYER}layer_scale([12])\.lambda1": r"blocks.\1.ls\2.gamma",
+    rf"classifier{PARAM}": r"head.\1",
+}
+
+
+def transformers_dinov2(tensors: Tensors) -> Tensors:
+    """transformers' DINOv2, with registers or without."""
+    out = join(rename(tensors, TRANSFORMERS_DINOV2, WHY_POOLER), "qkv")
+    head, token = out.get("head.weight"), out.get("cls_token")
+    if head is not None and token is not None and head.shape[-1:] == (2 * token.shape[-1],):
+        drop_head(
+            out, "it reads the class token and the patches' mean side by side; this model's head reads one of them"
+        )
+    return out
+
+
+_HF_SWIN_BLOCK = r"(?:swin\.)?encoder\.layers\.(\d+)\.blocks\.(\d+)\."
+TRANSFORMERS_SWIN: Rules = {
+    rf"(?:swin\.)?embeddings\.patch_embeddings\.projection{PARAM}": r"patch_embed.proj.\1",
+    rf"(?:swin\.)?embeddings\.norm{PARAM}": r"patch_embed.norm.\1",
+    r"(?:swin\.)?embeddings\.mask_token": None,
+    **_hf_attention(_HF_SWIN_BLOCK, r"layers.\1.blocks.\2", "self"),
+    **_hf_mlp(_HF_SWIN_BLOCK, r"layers.\1.blocks.\2"),
+    rf"{_HF_SWIN_BLOCK}attention\.(?:self|relative_position_bias)\.relative_position_bias_table": (
+        r"layers.\1.blocks.\2.attn.relative_position_bias_table"
+    ),
+    rf"{_HF_SWIN_BLOCK}attention\.(?:self|relative_position_bias)\.relative_position_index": None,
+    rf"(?:swin\.)?encoder\.layers\.(\d+)\.downsample\.(norm|reduction){PARAM}": r"layers.\1.downsample.\2.\3",
+    rf"(?:swin\.)?layernorm{PARAM}": r"norm.\1",
+    rf"classifier{PARAM}": r"head.fc.\1",
+}
+
+
+def transformers_swin(tensors: Tensors) -> Tensors:
+    """transformers' Swin."""
+    return shift_merging(join(rename(tensors, TRANSFORMERS_SWIN, WHY_BUFFER), "qkv"))

@@ -1,0 +1,245 @@
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.make_folder import BROKEN, GOOD, make_folder, picture
+from vitrail.data.catalog import open_dataset
+from vitrail.data.dataset import FileSplit
+from vitrail.data.formats.folder import natural
+from vitrail.data.loader import EvalLoader, TrainLoader
+from vitrail.errors import VitrailError
+from vitrail.images.preprocess import Preprocess
+
+SMALL = Preprocess(size=(32, 32))
+
+
+def paths(dataset, name):
+    split = dataset.splits[name]
+    assert isinstance(split, FileSplit)
+    return split.paths
+
+
+def test_twelve_good_and_eight_broken_kinds(tmp_path):
+    made = make_folder(tmp_path / "photos", classes=2, per_class=24)
+    assert len(GOOD) == 12
+    assert len(made.broken) == len(BROKEN) == 8
+    dataset = open_dataset(tmp_path / "photos")
+    assert dataset.class_names == made.class_names
+    reasons = {s["path"]: s["reason"] for s in dataset.skipped}
+    assert reasons.keys() == made.broken.keys()
+    for path, kind in made.broken.items():
+        assert BROKEN[kind][0] in reasons[path]
+    every = [path for name in dataset.splits for path in paths(dataset, name)]
+    assert sorted(every) == sorted(made.good)
+    assert dataset.counts() == {"train": 38, "val": 5, "test": 5}
+    for name, split in dataset.splits.items():
+        assert [f"class{label}" for label in split.labels] == [
+            os.path.basename(os.path.dirname(p)) for p in paths(dataset, name)
+        ]
+        loader = EvalLoader(split, SMALL, batch_size=7)
+        assert sum(len(batch) for batch in loader) == len(split)
+        assert not loader.skipped
+    assert dataset.sizes.count == 48
+    assert dataset.sizes.median == (48, 64)
+    assert dataset.sizes.uniform
+    assert dataset.sizes.aspect == pytest.approx((4 / 3,) * 3)
+    assert dataset.eval_split() == "test"
+    assert "split seed 0" in dataset.how_split
+
+
+def test_what_goes_bad_later_is_left_out_and_named(tmp_path):
+    made = make_folder(tmp_path / "photos", per_class=12, broken=False)
+    dataset = open_dataset(tmp_path / "photos", val_fraction=0, test_fraction=0)
+    gone = sorted(made.good)[5]
+    os.unlink(gone)
+    for workers in (0, 2):
+        loader = TrainLoader(dataset.splits["train"], SMALL, batch_size=6, workers=workers)
+        for _ in range(2):
+            batches = list(loader.epoch(0))
+            assert sorted(len(b) for b in batches) == [5, 6, 6, 6]
+            assert all(len(b.images) == len(b.labels) == len(b.indices) for b in batches)
+        assert loader.skipped == [{"path": gone, "reason": "does not exist"}]
+        loader.close()
+
+
+def test_a_batch_with_nothing_left_is_replaced(tmp_path):
+    make_folder(tmp_path / "photos", per_class=4, broken=False)
+    dataset = open_dataset(tmp_path / "photos", val_fraction=0, test_fraction=0)
+    for path in paths(dataset, "train")[:6]:
+        os.unlink(path)
+    loader = TrainLoader(dataset.splits["train"], SMALL, batch_size=1)
+    first = [int(b.indices[0]) for b in loader.epoch(0)]
+    assert len(first) == 8
+    assert set(first) == {6, 7}
+    assert first[5:] == [int(b.indices[0]) for b in loader.epoch(0, start_step=5)]
+    for path in paths(dataset, "train")[6:]:
+        os.unlink(path)
+    with pytest.raises(VitrailError, match="does not exist"):
+        next(iter(loader.epoch(1)))
+
+
+@pytest.mark.parametrize(
+    ("layout", "own"),
+    [
+        (("train", "val", "test"), 3),
+        (("train", "validation"), 2),
+        (("training", "testing"), 2),
+        (("Train",), 1),
+        (("test",), 1),
+    ],
+)
+def test_split_folders(layout, own, tmp_path):
+    make_folder(tmp_path / "d", per_class=12, broken=False, layout=layout)
+    dataset = open_dataset(tmp_path / "d")
+    expected = {
+        ("train", "val", "test"): {"train": 24, "val": 24, "test": 24},
+        ("train", "validation"): {"train": 24, "val": 24},
+        ("training", "testing"): {"train": 21, "val": 3, "test": 24},
+        ("Train",): {"train": 18, "val": 3, "test": 3},
+        ("test",): {"test": 24},
+    }[layout]
+    assert dataset.counts() == expected
+    assert list(dataset.splits) == list(expected)
+    everything = [p for name in dataset.splits for p in paths(dataset, name)]
+    assert len(set(everything)) == len(everything) == 24 * own
+    assert dataset.how_split
+
+
+def test_few_images_give_no_test_split(tmp_path):
+    make_folder(tmp_path / "d", per_class=6, broken=False)
+    dataset = open_dataset(tmp_path / "d")
+    assert dataset.counts() == {"train": 10, "val": 2}
+    assert "no test split" in dataset.how_split
+    assert dataset.eval_split() == "val"
+    with pytest.raises(VitrailError, match="no 'test' split"):
+        dataset.split("test")
+
+
+def test_one_image_a_class_stays_in_train(tmp_path):
+    make_folder(tmp_path / "d", per_class=1, broken=False)
+    assert open_dataset(tmp_path / "d").counts() == {"train": 2}
+
+
+def test_sub_folders_links_and_files_of_no_interest(tmp_path):
+    made = make_folder(tmp_path / "d", per_class=2, broken=False)
+    inner = tmp_path / "d" / "class0" / "2024" / "may"
+    inner.mkdir(parents=True)
+    picture(0, 7).save(inner / "deep.jpg")
+    (inner / "up").symlink_to(tmp_path / "d" / "class0", target_is_directory=True)  # a loop
+    (inner / "self").symlink_to(inner / "self")
+    for name in ("notes.txt", "Thumbs.db", ".DS_Store", "._photo.jpg", "data.json"):
+        (tmp_path / "d" / "class1" / name).write_bytes(b"nothing")
+    (tmp_path / "d" / ".git").mkdir()
+    (tmp_path / "d" / "README.md").write_text("about")
+    dataset = open_dataset(tmp_path / "d", val_fraction=0)
+    assert sorted(paths(dataset, "train")) == sorted([*made.good, str(inner / "deep.jpg")])
+    assert dataset.skipped == []
+    assert dataset.class_names == ("class0", "class1")
+    picture(0, 8).save(tmp_path / "d" / "stray.jpg")
+    (stray,) = open_dataset(tmp_path / "d").skipped
+    assert stray["path"].endswith("stray.jpg")
+    assert "outside" in stray["reason"]
+
+
+def test_natural_order_and_odd_names(tmp_path):
+    names = ["class10", "class2", "Zebra", "apple", "ärger", "日本", "with space", "2", "10"]
+    for c, name in enumerate(names):
+        (tmp_path / "d" / name).mkdir(parents=True)
+        picture(c, 0).save(tmp_path / "d" / name / "a.png")
+    found = open_dataset(tmp_path / "d").class_names
+    assert found == tuple(sorted(names, key=natural))
+    assert found.index("2") < found.index("10") < found.index("class2") < found.index("class10")
+
+
+def test_a_class_named_like_a_split(tmp_path):
+    for name in ("train", "bus", "test"):
+        (tmp_path / "d" / name).mkdir(parents=True)
+        for i in range(3):
+            picture(0, i).save(tmp_path / "d" / name / f"{i}.png")
+    assert open_dataset(tmp_path / "d").class_names == ("bus", "test", "train")
+
+
+def write(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".png":
+            Image.new("RGB", (8, 8)).save(path)
+        elif path.suffix:
+            path.write_bytes(b"")
+        else:
+            path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ([], "class folder"),
+        (["a.png", "b.png"], "no class folders"),
+        (["cat/a.png"], "one class"),
+        (["cat/a.png", "dog/a.jpg"], "'dog'.*is empty"),
+        (["cat/a.png", "dog/notes.txt"], "'dog'.*0 files"),
+        (["cat/a.png", "dog"], "'dog'.*0 files"),
+        (["train/a.png", "val/a.png"], "no class folders"),
+        (["train/cat/a.png", "train/dog/a.png", "val/cat/a.png", "val/dgo/a.png"], "'dgo'.*'dog'"),
+        (["train/cat/a.png", "train/dog/a.png", "val/cat/a.png"], "lacks the class 'dog'"),
+        (["train/cat/a.png", "train/dog/a.png", "val/cat/a.png", "valid/cat/a.png"], "val/ and valid/"),
+    ],
+)
+def test_folders_of_no_use(names, words, tmp_path):
+    (tmp_path / "d").mkdir()
+    write(tmp_path / "d", *names)
+    with pytest.raises(VitrailError, match=words) as error:
+        open_dataset(tmp_path / "d")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_or_nothing_is_no_dataset(tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(b"")
+    with pytest.raises(VitrailError, match="is a file"):
+        open_dataset(tmp_path / "photo.jpg")
+    with pytest.raises(VitrailError, match="did you mean 'fashion-mnist'"):
+        open_dataset("fashion-minst")
+    with pytest.raises(VitrailError, match="neither a folder"):
+        open_dataset(tmp_path / "nowhere")
+
+
+def test_holding_out_is_stratified_seeded_and_steady(tmp_path):
+    make_folder(tmp_path / "d", classes=3, per_class=20, broken=False)
+    one = open_dataset(tmp_path / "d", val_fraction=0.2, test_fraction=0.1)
+    assert [np.bincount(one.splits[s].labels).tolist() for s in ("train", "val", "test")] == [
+        [14] * 3,
+        [4] * 3,
+        [2] * 3,
+    ]
+    again = open_dataset(tmp_path / "d", val_fraction=0.2, test_fraction=0.1)
+    assert all(paths(one, s) == paths(again, s) for s in one.splits)
+    other = open_dataset(tmp_path / "d", val_fraction=0.2, test_fraction=0.1, split_seed=1)
+    assert paths(one, "val") != paths(other, "val")
+    # The choice hangs on names: moving the folder changes nothing, and an image more moves few.
+    os.rename(tmp_path / "d", tmp_path / "e")
+    moved = open_dataset(tmp_path / "e", val_fraction=0.2, test_fraction=0.1)
+    assert [p.replace("/e/", "/d/") for p in paths(moved, "test")] == paths(one, "test")
+    picture(0, 99).save(tmp_path / "e" / "class0" / "000_a.png")
+    more = open_dataset(tmp_path / "e", val_fraction=0.2, test_fraction=0.1)
+    assert len(set(paths(moved, "val")) - set(paths(more, "val"))) <= 2
+
+
+def test_labels_follow_a_models_classes(tmp_path):
+    make_folder(tmp_path / "d", classes=2, per_class=3, broken=False)
+    dataset = open_dataset(tmp_path / "d", val_fraction=0, class_names=("class1", "other", "class0"))
+    assert dataset.class_names == ("class1", "other", "class0")
+    folders = [os.path.basename(os.path.dirname(path)) for path in paths(dataset, "train")]
+    labels = dataset.splits["train"].labels.tolist()
+    assert set(zip(folders, labels, strict=True)) == {("class0", 2), ("class1", 0)}
+    with pytest.raises(VitrailError, match="'class0', which the model does not know"):
+        open_dataset(tmp_path / "d", class_names=("class1", "class2"))
+
+
+def test_progress(tmp_path):
+    make_folder(tmp_path / "d", per_class=40, broken=False)
+    seen = []
+    open_dataset(tmp_path / "d", progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(64, 80), (80, 80)]

@@ -1,0 +1,211 @@
+"""The config: every key is checked, stored, read, and does something."""
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from training import tiny
+from vitrail.data.augment.augment import Augment
+from vitrail.errors import VitrailError
+from vitrail.training.config.schema import KEYS, TrainConfig, make_config, parse_overrides, read_toml, to_toml
+from vitrail.training.run import train
+
+
+@pytest.fixture(autouse=True)
+def _variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.add_variant(monkeypatch)
+
+
+def test_words_are_read_by_type() -> None:
+    values = parse_overrides(
+        ["lr=1e-3", "img-size=32x48", "betas=0.9,0.95", "budget=1h30m", "ema-warmup=no", "drop_path=none", "workers=2"]
+    )
+    assert values == {
+        "lr": 1e-3,
+        "img_size": (32, 48),
+        "betas": (0.9, 0.95),
+        "budget": 5400.0,
+        "ema_warmup": False,
+        "drop_path": None,
+        "workers": 2,
+    }
+    assert parse_overrides(["img_size=64", "crop_scale=0.3:1"]) == {"img_size": (64, 64), "crop_scale": (0.3, 1.0)}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("90", 90.0), ("90s", 90.0), ("10m", 600.0), ("1.5h", 5400.0), ("2m30", 150.0)]
+)
+def test_durations(text: str, expected: float) -> None:
+    assert parse_overrides([f"budget={text}"]) == {"budget": expected}
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("warmup_epoch=3", "did you mean 'warmup_epochs'"),
+        ("lr=-1", "greater than 0"),
+        ("lr=nan", "finite"),
+        ("img_size=large", "integer"),
+        ("budget=10x", "number"),
+        ("amp=fp16", "'auto', 'bf16' or 'off'"),
+        ("drop=1", "less than 1"),
+        ("workers=-1", "greater than or equal to 0"),
+        ("lr", "lr=1e-3"),
+    ],
+)
+def test_bad_words_are_one_line(word: str, hint: str) -> None:
+    with pytest.raises(VitrailError) as error:
+        parse_overrides([word])
+    assert hint in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_toml_and_back(tmp_path: Path) -> None:
+    config = make_config({"data": 'a "folder"\\\x7f ü', "model": "m", "budget": "2m", "betas": [0.8, 0.9], "lr": 1e-7})
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(config), encoding="utf-8")
+    assert make_config(read_toml(file)) == config
+    assert set(read_toml(file)) == set(KEYS)
+
+
+@pytest.mark.parametrize("text", ["lr = ", "lrr = 1", "lr = 'much'", "[part]\nlr = 1"])
+def test_bad_toml(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(text)
+    with pytest.raises(VitrailError, match=r"recipe\.toml"):
+        read_toml(file)
+    with pytest.raises(VitrailError, match=r"missing\.toml"):
+        read_toml(tmp_path / "missing.toml")
+
+
+def test_keys_have_descriptions_and_cover_the_augmentation() -> None:
+    assert not [key for key, field in TrainConfig.model_fields.items() if not field.description]
+    for field in fields(Augment):
+        assert TrainConfig.model_fields[field.name].default == field.default, field.name
+
+
+def test_every_key_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    read = set()
+
+    def note(self: TrainConfig, name: str) -> Any:
+        frame = sys._getframe(1)
+        while frame.f_code.co_name.startswith("<") and frame.f_back:  # a comprehension's own frame, before Python 3.12
+            frame = frame.f_back
+        if frame.f_code.co_name not in ("to_toml", "check_options"):
+            read.add(name)
+        return object.__getattribute__(self, name)
+
+    monkeypatch.setattr(TrainConfig, "__getattribute__", note, raising=False)
+    train(tiny.dataset(), out=tmp_path / "run", progress=False, **{**tiny.PLAIN, "ema": 0.5, "epochs": 1.2})
+    handled_before = {"data", "data_dir"}  # see test_data_keys_reach_the_dataset
+    assert set(KEYS) - read == handled_before
+
+
+def test_data_keys_reach_the_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vitrail.training import setup as prepare
+
+    seen: dict[str, Any] = {}
+
+    def opened(data: str, **options: Any) -> Any:
+        seen.update(options, data=data)
+        return tiny.dataset()
+
+    monkeypatch.setattr(prepare, "open_dataset", opened)
+    asked = {"data_dir": "/there", "val_fraction": 0.2, "test_fraction": 0.3, "split_seed": 5}
+    prepare.prepare("digits", {**tiny.PLAIN, **asked})
+    assert seen == {**asked, "data": "digits"}
+
+
+BASE: dict[str, torch.Tensor] = {}
+
+_CHANGES = {
+    "img_size": 12,
+    "in_chans": 3,
+    "epochs": 0.6,
+    "batch_size": 12,
+    "lr": 2e-2,
+    "backbone_lr": 1e-3,
+    "head_lr": 1e-3,
+    "layer_decay": 0.5,
+    "min_lr": 5e-3,
+    "warmup_epochs": 0.5,
+    "weight_decay": 0.5,
+    "betas": (0.5, 0.9),
+    "clip_grad": 0.1,
+    "loss": "bce",
+    "label_smoothing": 0.2,
+    "balance": "sample",
+    "drop": 0.3,
+    "drop_path": 0.5,
+    "attn_drop": 0.3,
+    "crop_scale": (0.3, 0.6),
+    "flip": 0.5,
+    "vflip": 0.5,
+    "pad_shift": 1,
+    "rotate": 30.0,
+    "shear": 10.0,
+    "zoom": (0.7, 1.3),
+    "shift": 0.2,
+    "rand_augment": 9.0,
+    "repeats": 3,
+    "brightness": 0.3,
+    "contrast": 0.3,
+    "erase": 0.9,
+    "mixup": 0.5,
+    "cutmix": 0.5,
+    "ema": 0.9,
+    "amp": "bf16",
+    "seed": 3,
+}
+
+# Keys that only change what another one does.
+_CHANGES_OF_CHANGES = {
+    "crop_ratio": ({"crop_scale": (0.3, 0.6)}, (2.0, 3.0)),
+    "bce_threshold": ({"loss": "bce", "mixup": 0.8}, 0.3),
+    "edge": ({"pad_shift": 2}, "reflect"),
+    "rand_augment_ops": ({"rand_augment": 5.0}, 3),
+    "rand_augment_std": ({"rand_augment": 5.0}, 2.0),
+    "erase_area": ({"erase": 1.0}, (0.5, 0.9)),
+    "erase_ratio": ({"erase": 1.0}, (3.0, 5.0)),
+    "erase_fill": ({"erase": 1.0}, "mean"),
+    "mix_prob": ({"mixup": 0.5}, 0.3),
+    "switch": ({"mixup": 0.5, "cutmix": 0.5}, 1.0),
+    "ema_warmup": ({"ema": 0.9}, False),
+}
+
+
+@pytest.mark.parametrize("key", sorted(_CHANGES))
+def test_a_key_changes_the_weights(key: str) -> None:
+    BASE.update({} if BASE else tiny.trained())
+    assert not tiny.same(tiny.trained(**{key: _CHANGES[key]}), BASE)
+
+
+@pytest.mark.parametrize("key", sorted(_CHANGES_OF_CHANGES))
+def test_a_key_changes_what_another_does(key: str) -> None:
+    others, value = _CHANGES_OF_CHANGES[key]
+    assert not tiny.same(tiny.trained(**others, **{key: value}), tiny.trained(**others))
+
+
+@pytest.mark.parametrize("key", ["grad_checkpointing", "accumulate"])
+def test_memory_is_saved_without_changing_the_result(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to rounding: the same gradients. (Without batch norm, which sees its part of the batch alone.)"""
+    from dataclasses import replace
+
+    plain = replace(tiny.VARIANT, config=replace(tiny.CONFIG, stem="patch"))
+    monkeypatch.setitem(tiny.VARIANTS, tiny.VARIANT.name, plain)
+    base, changed = tiny.trained(lr=1e-4), tiny.trained(lr=1e-4, **{key: 3 if key == "accumulate" else True})
+    for name in base:
+        torch.testing.assert_close(changed[name], base[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_every_key_that_decides_the_training_is_changed_above() -> None:
+    """A new key of augmentation or regularisation that nothing reads is found by the tests above, if it is there."""
+    first, last = KEYS.index("lr"), KEYS.index("ema_warmup")
+    tested = _CHANGES.keys() | _CHANGES_OF_CHANGES.keys()
+    elsewhere = {"saturation", "balance"}  # of colour images; of uneven classes
+    distillation = {key for key in KEYS if key.startswith(("teacher", "distill"))} | {"temperature"}
+    assert set(KEYS[first : last + 1]) - tested - elsewhere - distillation == set()

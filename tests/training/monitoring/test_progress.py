@@ -1,0 +1,70 @@
+"""What a run tells while it goes on."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from training import tiny
+from vitrail.training.monitoring import progress
+from vitrail.training.monitoring.progress import Reporter, clock, describe
+
+
+@pytest.fixture(autouse=True)
+def _variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.add_variant(monkeypatch)
+
+
+def test_one_line_says_it_all() -> None:
+    trainer = tiny.session(epochs=2).trainer
+    state = trainer.state
+    state.steps, state.images, state.seconds, state.step_seconds, state.wait_seconds = 5, 50, 10.0, 5.0, 1.0
+    state.epoch_images = 50
+    assert describe(trainer) == " 50%  loss 0.0000  10 images/s  10 s left  20% waiting for data"
+
+
+def test_nothing_done_yet() -> None:
+    assert "0 s left" in describe(tiny.session().trainer)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (125, "2 m 05 s"), (7629, "2 h 07 m"), (3600, "1 h 00 m")])
+def test_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+def test_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(progress, "_LINE_SECONDS", 0.0)
+    trainer = tiny.session().trainer
+    with Reporter() as reporter:
+        reporter.step(trainer)
+        reporter.epoch("an epoch [1/2]", last=False)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [f"epoch 1  {describe(trainer)}", "an epoch [1/2]"]
+
+
+def test_of_many_short_epochs_some_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with Reporter() as reporter:
+        for number in range(5):
+            reporter.epoch(f"epoch {number}", last=number == 4)
+    assert capsys.readouterr().err.splitlines() == ["epoch 0", "epoch 4"]
+
+
+def test_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    with Reporter(enabled=False) as reporter:
+        reporter.say("something")
+        reporter.epoch("more", last=True)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_BAR_SECONDS", 0.0)
+    screen = io.StringIO()
+    reporter = Reporter()
+    reporter.console = Console(file=screen, force_terminal=True, width=150)
+    reporter._every = 0.0
+    with reporter:
+        reporter.step(tiny.session().trainer)
+        reporter.epoch("an epoch", last=True)
+    assert "waiting for data" in screen.getvalue()
+    assert "an epoch" in screen.getvalue()

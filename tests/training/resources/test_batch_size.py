@@ -1,0 +1,194 @@
+"""The batch that suits the machine: the search on made-up machines, and a run on this one."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from training import tiny
+from training.runs import KEYS, assert_same, outcome
+from vitrail.errors import VitrailError
+from vitrail.training.config.schema import make_config, parse_overrides, read_toml
+from vitrail.training.engine.trainer import Trainer
+from vitrail.training.resources import batch_size as fit
+from vitrail.training.resources.batch_size import Rates, fastest, fit_batch_size, ladder, largest
+from vitrail.training.run import train
+from vitrail.training.setup import prepare
+
+
+@pytest.fixture(autouse=True)
+def _variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.add_variant(monkeypatch)
+
+
+def test_the_sizes_that_are_tried() -> None:
+    assert ladder(8, 100) == [8, 12, 16, 24, 32, 48, 64, 96]
+    assert ladder(8, 8) == [8]
+    assert ladder(5, 5) == [5]
+
+
+@pytest.mark.parametrize("capacity", [1, 8, 11, 12, 31, 95, 96, 1000])
+def test_the_largest_that_fits_is_found_in_few_tries(capacity: int) -> None:
+    tried = []
+
+    def holds(size: int) -> bool:
+        tried.append(size)
+        return size <= capacity
+
+    sizes = ladder(8, 100)
+    assert largest(sizes, holds) == max([8, *(size for size in sizes if size <= capacity)])
+    assert len(tried) <= 3
+
+
+@pytest.mark.parametrize(
+    ("rate", "expected"),
+    [
+        (lambda size: 100.0, 32),  # all the same: the recipe's
+        (lambda size: min(size, 128), 128),  # faster up to 128
+        (lambda size: float(size), 256),  # ever faster: eight times the recipe's at most
+        (lambda size: 1 / size, 4),  # ever slower: an eighth at least
+        (lambda size: 1 - abs(math.log2(size / 16)) / 10, 16),
+        (lambda size: 1.04 ** math.log2(size), 32),  # a gain too small to leave the recipe's for
+    ],
+)
+def test_the_fastest_is_found_from_the_recipes_own(rate: Any, expected: int) -> None:
+    assert fastest(32, 256, rate, lambda size: True) == expected
+
+
+def test_memory_and_the_number_of_images_bound_the_search() -> None:
+    assert fastest(32, 64, float, lambda size: True) == 64
+    assert fastest(32, 256, float, lambda size: size < 100) == 64
+    assert fastest(32, 256, float, lambda size: size < 20) == 16, "also the recipe's own may be too large"
+
+
+def test_no_size_is_measured_twice_or_when_the_time_is_up() -> None:
+    calls: list[int] = []
+    rates = Rates(lambda size: calls.append(size) or float(size))
+    assert (rates(8), rates(8), rates(16)) == (8.0, 8.0, 16.0)
+    assert calls == [8, 16]
+    late = Rates(lambda size: float(size), seconds=0.0)
+    assert (late(8), late(16)) == (8.0, 0.0), "the first is always measured"
+
+
+def test_the_fastest_of_some_steps_counts_and_the_first_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that steps move on: 9 s, then 0.4, 0.2, 0.3; and where they are slow, until five seconds are over."""
+    now, durations = [0.0], iter([9.0, 0.4, 0.2, 0.3])
+    session = tiny.session()
+    monkeypatch.setattr(fit, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def step(batch: Any) -> None:
+        now[0] += next(durations)
+
+    monkeypatch.setattr(session.trainer, "step", step)
+    assert fit._images_per_second(session, 10) == pytest.approx(10 / 0.2)
+    durations = iter([9.0, 4.0, 3.0])
+    assert fit._images_per_second(session, 10) == pytest.approx(10 / 3)
+    assert next(durations, None) is None
+
+
+def test_a_fitted_run_is_the_run_with_that_batch_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so it resumes without being fitted again."""
+    monkeypatch.setattr(fit, "_images_per_second", lambda session, size: min(size, 16.0))
+    keys = {key: value for key, value in KEYS.items() if key not in ("batch_size", "lr")}
+    train(tiny.dataset(), out=tmp_path / "auto", progress=False, batch_size="auto", **keys)
+    config = make_config(read_toml(tmp_path / "auto" / "config.toml"))
+    usual = prepare(tiny.dataset(), keys).config
+    assert usual.batch_size == 8, "of fifty images"
+    assert config.batch_size == 8, "an epoch has eight steps or nearly"
+    monkeypatch.setattr(fit, "_batch_size", lambda usual, images: 32)
+    train(tiny.dataset(), out=tmp_path / "larger", progress=False, batch_size="auto", **keys)
+    config = make_config(read_toml(tmp_path / "larger" / "config.toml"))
+    assert config.batch_size == 16
+    assert config.lr == pytest.approx(usual.lr * 2**0.5, rel=1e-2)
+    train(tiny.dataset(), out=tmp_path / "named", progress=False, batch_size=16, **keys)
+    assert make_config(read_toml(tmp_path / "named" / "config.toml")) == config
+    assert_same(outcome(tmp_path / "larger"), outcome(tmp_path / "named"))
+
+
+def test_a_rate_that_was_named_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "_images_per_second", lambda session, size: float(size))
+    monkeypatch.setattr(fit, "_batch_size", lambda usual, images: 32)
+    keys = {**KEYS, "batch_size": "auto", "epochs": 0}
+    train(tiny.dataset(), out=tmp_path / "run", progress=False, **keys)
+    config = make_config(read_toml(tmp_path / "run" / "config.toml"))
+    assert (config.batch_size, config.lr) == (32, KEYS["lr"])
+
+
+def test_on_a_device_of_its_own_the_largest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A made-up device: a step needs a gigabyte for eight images, and there are ten."""
+    session = tiny.session(batch_size=16)
+    session.trainer.device = torch.device("cuda")
+    monkeypatch.setattr(fit, "_batch_size", lambda usual, images: usual)
+    monkeypatch.setattr(fit, "room", lambda device: 10 * 2**30)
+    needed: list[int] = []
+
+    def fits(trainer: Trainer, batch: Any) -> bool:
+        needed.append(len(batch) * 2**27)
+        return needed[-1] <= 10 * 2**30
+
+    for name, stand_in in {
+        "fits": fits,
+        "reset_peak_memory": lambda device: None,
+        "peak": lambda device: needed[-1],
+        "untouched": lambda trainer: __import__("contextlib").nullcontext(),
+    }.items():
+        monkeypatch.setattr(fit, name, stand_in)
+    size, reason = fit_batch_size(session)
+    assert size == 64, "72 images would take nine tenths, 96 all of it and more"
+    assert "10.0 GiB" in reason
+
+
+def test_a_batch_that_does_not_fit_is_told_in_parts_that_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of more than three images at once finds no memory."""
+    original = Trainer.step
+
+    def step(self: Trainer, batch: Any, *others: Any) -> None:
+        if len(batch) / self.config.accumulate > 3:
+            torch.empty(2**60)
+        original(self, batch, *others)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(
+        fit, "expected_peak", lambda trainer, preprocess, size: size // trainer.config.accumulate * 2**20
+    )
+    monkeypatch.setattr(fit, "room", lambda device: 4 * 2**20)
+    keys = {**KEYS, "batch_size": 12}
+    with pytest.raises(VitrailError, match=r"a batch of 12 images .*\(0\.004 GiB\): use accumulate=4") as error:
+        train(tiny.dataset(), out=tmp_path / "run", progress=False, **keys)
+    assert "\n" not in str(error.value)
+    train(tiny.dataset(), out=tmp_path / "parts", progress=False, accumulate=4, **keys)
+    monkeypatch.setattr(fit, "room", lambda device: 1)
+    with pytest.raises(VitrailError, match="not even image by image"):
+        train(tiny.dataset(), out=tmp_path / "other", progress=False, **keys)
+
+
+def test_the_word_auto() -> None:
+    assert parse_overrides(["batch_size=auto"]) == {"batch_size": 0}
+    assert parse_overrides(["batch_size=12"]) == {"batch_size": 12}
+    with pytest.raises(VitrailError, match="batch_size cannot be 'most'"):
+        parse_overrides(["batch_size=most"])
+    with pytest.raises(VitrailError, match="batch_size cannot be '-1'"):
+        parse_overrides(["batch_size=-1"])
+
+
+@pytest.mark.slow
+def test_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train("digits", out=tmp_path / "run", batch_size="auto", epochs=1)
+    config = make_config(read_toml(tmp_path / "run" / "config.toml"))
+    assert 16 <= config.batch_size <= 128
+    assert f"batches of {config.batch_size}: images/s" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_cuda(tmp_path: Path) -> None:
+    setup = prepare("digits", {"model": "vit_tiny_patch16_224", "img_size": 224, "batch_size": "auto"})
+    from vitrail.training.monitoring.progress import Reporter
+    from vitrail.training.session import Session
+
+    session = Session(setup, Reporter(False), torch.device("cuda"))
+    size, _ = fit_batch_size(session)
+    assert fit.fits(session.trainer, fit.blank(size, setup.preprocess))

@@ -1,0 +1,185 @@
+"""What a run is told to cost, against what it costs."""
+
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from training import tiny
+from training.runs import KEYS
+from vitrail.training.engine.trainer import Trainer
+from vitrail.training.resources import forecast as cost
+from vitrail.training.resources.forecast import Cost, cost_lines
+from vitrail.training.run import train
+from vitrail.utils import memory
+from vitrail.utils.memory import gib, held, out_of_memory, peak, room
+
+
+@pytest.fixture(autouse=True)
+def _variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.add_variant(monkeypatch)
+
+
+class Clock:
+    """Time that goes on by the work that is done: half a second a batch that is read, two a step."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    from vitrail.data.loader import TrainLoader
+
+    clock = Clock()
+    monkeypatch.setattr(cost, "time", clock)
+    epoch = TrainLoader.epoch
+
+    def read(self: Any, *place: int) -> Any:
+        for batch in epoch(self, *place):
+            clock.now += 0.5
+            yield batch
+
+    def step(self: Trainer, batch: Any) -> None:
+        clock.now += 2.0 if self.state.steps else 9.0  # the first is slower
+        self.state.steps += 1
+
+    monkeypatch.setattr(TrainLoader, "epoch", read)
+    monkeypatch.setattr(Trainer, "step", step)
+    return clock
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, **keys: Any) -> Cost:
+    found = []
+    original = Cost.line
+
+    def line(self: Cost) -> str:
+        found.append(self)
+        return original(self)
+
+    monkeypatch.setattr(Cost, "line", line)
+    cost_lines(tiny.session(**keys))
+    return found[0]
+
+
+def test_the_estimate_by_hand(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five steps an epoch of 2.5 s; 12 images to validate, 15 to test, each a tenth of (0.5 + 2 / 3) s."""
+    told = measured(monkeypatch, epochs=40, eval_every=2)
+    an_image = (0.5 + 2 / 3) / 10
+    assert told.seconds == pytest.approx(40 * 5 * 2.5 + 20 * 12 * an_image + 15 * an_image)
+    assert (told.epochs, told.images_per_second) == (40, 4.0)
+
+
+def test_beside_an_accelerator_reading_and_learning_overlap(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = tiny.session(epochs=40)
+    session.trainer.device = torch.device("meta")
+    monkeypatch.setattr(cost, "untouched", lambda trainer: __import__("contextlib").nullcontext())
+    monkeypatch.setattr(cost, "room", lambda device: None)
+    (line,) = cost_lines(session)
+    assert "(5 images/s)" in line
+
+
+def test_a_budget_is_told_in_epochs(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = measured(monkeypatch, epochs=None, budget=1000)
+    an_image = (0.5 + 2 / 3) / 10
+    assert told.epochs == pytest.approx(1000 / (5 * 2.5 + 12 * an_image))
+    assert told.seconds == pytest.approx(1000, rel=0.02)
+
+
+def test_trials_take_a_fiftieth_of_the_run_at_most(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    original = Trainer.step
+
+    def step(self: Trainer, batch: Any) -> None:
+        steps.append(1)
+        original(self, batch)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    for epochs, expected in ((19, 0), (20, 2), (30, 3), (400, 4)):
+        steps.clear()
+        assert len(cost_lines(tiny.session(epochs=epochs))) == (expected > 0)
+        assert len(steps) == expected
+    steps.clear()
+    cost_lines(tiny.session(epochs=None, budget=100))
+    assert len(steps) == 1, "after nine seconds of a hundred"
+
+
+def test_too_little_memory_is_told_before_it_is_taken(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = tiny.session(epochs=40)
+    monkeypatch.setattr(cost, "room", lambda device: 2**30)
+    monkeypatch.setattr(cost, "expected_peak", lambda *_: 2 * 2**30)
+    (line,) = cost_lines(session)
+    assert line.startswith("warning: the run takes about 2.0 GiB of memory, and there are 1.0 GiB; accumulate=2")
+    assert session.trainer.state.steps == 0
+    assert clock.now == 0, "and no step is tried"
+
+
+def test_the_line() -> None:
+    told = Cost(754.0, 20.0, 10.0, 1349.8, 2**30 // 2, 8 * 2**30)
+    assert told.line() == "cost    about 12 m 34 s for 10 epochs (1,350 images/s), 0.5 GiB of 8.0 GiB memory"
+    assert replace(told, peak=None).line().endswith("(1,350 images/s)")
+
+
+def test_a_run_says_what_it_will_cost_and_keeps_to_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Loosely: on a busy machine within a factor of three."""
+    summary = train(tiny.dataset(), out=tmp_path / "run", **{**KEYS, "epochs": 25, "checkpoint_every": 0}).report
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cost ")]
+    assert len(lines) == 1
+    told = re.fullmatch(r"cost +about (\d+) s for 25 epochs \(([\d,]+) images/s\), .* GiB memory", lines[0])
+    assert told, lines
+    rate = float(told[2].replace(",", ""))
+    assert 1 / 3 < rate / summary["images_per_second"] < 3
+    assert math.ceil(summary["seconds"]) / 3 - 1 <= int(told[1]) <= 3 * summary["seconds"] + 1
+
+
+def test_memory_of_this_process() -> None:
+    cpu = torch.device("cpu")
+    most, there = peak(cpu), room(cpu)
+    assert most is not None
+    assert there is not None
+    assert 50 * 2**20 < held() < 1.02 * most < there
+    block = torch.ones(64 * 2**20, dtype=torch.uint8)
+    assert held() > 64 * 2**20
+    del block
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, none = tmp_path / "limit", tmp_path / "none"
+    limit.write_text("12345\n")
+    none.write_text("max\n")
+    free = room(torch.device("cpu"))
+    monkeypatch.setattr(memory, "_LIMITS", (none, tmp_path / "missing"))
+    assert room(torch.device("cpu")) == pytest.approx(free, rel=0.2)
+    monkeypatch.setattr(memory, "_LIMITS", (limit, none))
+    assert room(torch.device("cpu")) == 12345
+
+
+def test_words_for_memory() -> None:
+    assert gib(0.44 * 2**30) == "0.4 GiB"
+    assert gib(2**22) == "0.004 GiB"
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60)
+    assert out_of_memory(error.value)
+    assert not out_of_memory(RuntimeError("shapes do not match"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells it there")
+def test_the_peak_is_not_that_of_whoever_started_the_process() -> None:
+    """Linux carries getrusage's largest size over into the program that a process becomes."""
+    code = """
+import subprocess, sys
+large = b"x" * (700 << 20)
+print(subprocess.run([sys.executable, "-c", "import torch; from vitrail.utils.memory import peak; "
+                      "print(peak(torch.device('cpu')))"], capture_output=True, text=True, check=True).stdout)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 600 << 20

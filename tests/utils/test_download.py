@@ -1,0 +1,211 @@
+import dataclasses
+import errno
+import hashlib
+import os
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from data.serving import serving
+from data.test_catalog import cifar_files, tar
+from vitrail.data.catalog import DATASETS, DatasetFile, open_dataset
+from vitrail.errors import VitrailError
+from vitrail.utils import download as module
+from vitrail.utils.download import cache_dir, fetch
+
+CONTENT = os.urandom(700_001)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+MD5 = hashlib.md5(CONTENT).hexdigest()
+
+
+class Server(ThreadingHTTPServer):
+    """Serves CONTENT. `cuts`: lengths after which the next connections break. `requests`: the Range headers seen."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.content, self.ranges, self.cuts, self.requests, self.delay = CONTENT, True, [], [], 0.0
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        server = self.server
+        server.requests.append(self.headers.get("Range"))
+        time.sleep(server.delay)
+        if self.path != "/data.bin":
+            return self.send_error(404, "Not Found")
+        start = 0
+        if server.ranges and (wanted := self.headers.get("Range")):
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(server.content):
+                return self.send_error(416)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(server.content) - 1}/{len(server.content)}")
+        else:
+            self.send_response(200)
+        body = server.content[start:]
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: server.cuts.pop(0)] if server.cuts else body)
+        return None
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK", 10_000)
+    monkeypatch.setattr(module, "_PAUSE", 0.001)
+    with serving(Server()) as server:
+        yield server
+
+
+def left(folder):
+    return sorted(p.name for p in folder.iterdir() if not p.name.endswith(".lock"))
+
+
+def test_download(server, tmp_path):
+    seen = []
+    path = tmp_path / "deep" / "data.bin"
+    got = fetch(f"{server.url}/data.bin", path, sha256=SHA256, md5=MD5, progress=lambda *x: seen.append(x))
+    assert got == path
+    assert path.read_bytes() == CONTENT
+    assert left(path.parent) == ["data.bin"]
+    assert seen[0] == (0, len(CONTENT))
+    assert seen[-1] == (len(CONTENT), len(CONTENT))
+    fetch("http://127.0.0.1:9/unused", path, sha256=SHA256)  # there already: nothing is asked for
+    assert len(server.requests) == 1
+
+
+def test_a_cut_connection_is_taken_up_where_it_broke(server, tmp_path):
+    server.cuts = [123_456, 200_000]
+    fetch(f"{server.url}/data.bin", tmp_path / "x", sha256=SHA256)
+    assert (tmp_path / "x").read_bytes() == CONTENT
+    assert server.requests == [None, "bytes=123456-", "bytes=323456-"]
+
+
+def test_what_an_earlier_run_left_is_used(server, tmp_path):
+    server.cuts = [100_000] * 4
+    with pytest.raises(VitrailError, match="400,000 bytes are kept") as error:
+        fetch(f"{server.url}/data.bin", tmp_path / "x", md5=MD5)
+    assert "\n" not in str(error.value)
+    assert left(tmp_path) == ["x.part"]
+    fetch(f"{server.url}/data.bin", tmp_path / "x", md5=MD5)
+    assert (tmp_path / "x").read_bytes() == CONTENT
+    assert server.requests[-1] == "bytes=400000-"
+
+
+def test_a_server_without_ranges_starts_over(server, tmp_path):
+    server.ranges, server.cuts = False, [123_456]
+    fetch(f"{server.url}/data.bin", tmp_path / "x", sha256=SHA256)
+    assert (tmp_path / "x").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("leftover", [b"of another file", CONTENT, CONTENT + b"too much"])
+def test_a_leftover_that_is_wrong_is_thrown_away(leftover, server, tmp_path):
+    (tmp_path / "x.part").write_bytes(leftover)
+    fetch(f"{server.url}/data.bin", tmp_path / "x", sha256=SHA256)
+    assert (tmp_path / "x").read_bytes() == CONTENT
+    assert left(tmp_path) == ["x"]
+
+
+def test_bad_checksum(server, tmp_path):
+    server.content = CONTENT[:-1] + b"!"
+    for checksum in ({"sha256": SHA256}, {"md5": MD5}):
+        with pytest.raises(VitrailError, match="not the file expected") as error:
+            fetch(f"{server.url}/data.bin", tmp_path / "x", **checksum)
+        assert "\n" not in str(error.value)
+        assert left(tmp_path) == []
+    with pytest.raises(ValueError, match="checksum"):
+        fetch(f"{server.url}/data.bin", tmp_path / "x")
+
+
+def test_mirrors(server, tmp_path):
+    fetch([f"{server.url}/gone", f"{server.url}/data.bin"], tmp_path / "x", sha256=SHA256)
+    assert (tmp_path / "x").read_bytes() == CONTENT
+
+
+def test_not_found_and_offline(server, tmp_path):
+    with pytest.raises(VitrailError, match="404") as error:
+        fetch(f"{server.url}/gone", tmp_path / "x", sha256=SHA256)
+    assert "\n" not in str(error.value)
+    begin = time.monotonic()
+    with pytest.raises(VitrailError, match="check the connection, or put the file at") as error:
+        fetch("http://127.0.0.1:9/data.bin", tmp_path / "x", sha256=SHA256)
+    assert time.monotonic() - begin < 2
+    assert "\n" not in str(error.value)
+    for url in ("file:///etc/hostname", "ftp://127.0.0.1/x"):
+        with pytest.raises(VitrailError, match="only http"):
+            fetch(url, tmp_path / "x", sha256=SHA256)
+    assert left(tmp_path) == []
+
+
+def test_full_disk_leaves_nothing(server, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "x.part").write_bytes(CONTENT[:5000])
+    monkeypatch.setattr(module, "_copy", full)
+    with pytest.raises(VitrailError, match=r"no space left in .*VITRAIL_CACHE"):
+        fetch(f"{server.url}/data.bin", tmp_path / "x", sha256=SHA256)
+    assert left(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written(server, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(VitrailError, match="cannot write"):
+        fetch(f"{server.url}/data.bin", tmp_path / "file" / "x", sha256=SHA256)
+
+
+def test_two_at_once_download_once(server, tmp_path):
+    server.delay = 0.2
+    threads = [
+        threading.Thread(target=fetch, args=(f"{server.url}/data.bin", tmp_path / "x"), kwargs={"sha256": SHA256})
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (tmp_path / "x").read_bytes() == CONTENT
+    assert len(server.requests) == 1
+
+
+def test_a_dataset_is_downloaded_once_into_the_cache(server, tmp_path, monkeypatch):
+    row = DATASETS["cifar10"]
+    files, _, _ = cifar_files("cifar10")
+    tar(tmp_path / "served.tar.gz", files)
+    server.content = (tmp_path / "served.tar.gz").read_bytes()
+    file = DatasetFile(
+        name=row.files[0].name,
+        urls=(f"{server.url}/data.bin",),
+        md5=hashlib.md5(server.content).hexdigest(),
+        sha256=hashlib.sha256(server.content).hexdigest(),
+    )
+    monkeypatch.setitem(DATASETS, "cifar10", dataclasses.replace(row, files=(file,)))
+    monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "cache"))
+    server.cuts = [50_000]
+    for _ in range(2):
+        assert open_dataset("cifar10").counts() == {"train": 90, "val": 10, "test": 20}
+    assert server.requests == [None, "bytes=50000-"]
+    assert left(tmp_path / "cache" / "cifar10") == ["cifar-10-binary.tar.gz"]
+    server.content = server.content[:-1] + b"!"
+    (tmp_path / "cache" / "cifar10" / "cifar-10-binary.tar.gz").unlink()
+    with pytest.raises(VitrailError, match="not the file expected"):
+        open_dataset("cifar10")
+
+
+def test_cache_dir(monkeypatch, tmp_path):
+    monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path))
+    assert cache_dir() == tmp_path
+    monkeypatch.delenv("VITRAIL_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert str(cache_dir()) == "/xdg/vitrail"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert str(cache_dir()) == "/home/someone/.cache/vitrail"
