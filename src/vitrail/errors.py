@@ -1,17 +1,49 @@
-"""Errors that a person can mend."""
+"""The exceptions of this package: one tree, so that a program can catch the kind it means."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class VitrailError(Exception):
-    """A mistake of the user's, or of the world around them. Its text is one line: what is wrong and what to do.
+    """An error that the user can fix. The message is one line: what is wrong and what to do.
 
-    The command line prints it without a traceback and leaves with status 2.
+    The command line prints it without a traceback and exits with status 2.
     """
 
 
+class DataError(VitrailError):
+    """A dataset, split, table or image that is missing, unreadable or not usable as asked."""
+
+
+class ConfigError(VitrailError):
+    """An unknown option, a value out of range, or options that exclude each other."""
+
+
+class WeightsError(VitrailError):
+    """Weights that could not be found, downloaded, verified or read, or that do not match the model."""
+
+
+class ModelError(VitrailError):
+    """A model that does not exist, cannot be built, or cannot take the given input."""
+
+
+class RunError(VitrailError):
+    """A run folder or checkpoint that is missing, in use, finished or damaged, or a run that cannot go on."""
+
+
+class ExportError(VitrailError):
+    """An export that is damaged, or that failed verification."""
+
+
+class DeviceError(VitrailError):
+    """A device, runtime or optional package that is not available here, or memory that is exhausted."""
+
+
+class DistributedError(VitrailError):
+    """A setting that several processes cannot share, or a process that was lost."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return " (did you mean 'a' or 'b'?)" with the nearest of `known`, or "" where nothing is near."""
-    near = get_close_matches(word.lower(), list(known), n=3, cutoff=0.5)
-    return f" (did you mean {' or '.join(repr(name) for name in near)}?)" if near else ""
+    """Return " (did you mean 'a' or 'b'?)" with the closest of `known`, or "" if none is close."""
+    close = get_close_matches(word.lower(), list(known), n=3, cutoff=0.5)
+    return f" (did you mean {' or '.join(repr(name) for name in close)}?)" if close else ""
