@@ -48,7 +48,7 @@ KEYS = {
 }
 MOMENTS = ("any", "step", "validation", "checkpoint")
 PLACES: dict[str, list[tuple[Any, str]]] = {
-    "step": [(Trainer, "_move"), (Trainer, "_learn")],
+    "step": [(Trainer, "_optimizer_step"), (Trainer, "_accumulate_gradients")],
     "validation": [(Recorder, "add")],
     "checkpoint": [(os, "fsync"), (Path, "rename"), (shutil, "rmtree")],
 }

@@ -9,7 +9,8 @@ from vitrail.data.augment.crop import CROP_DRAWS, crop_box, random_crop
 from vitrail.data.catalog import open_dataset
 from vitrail.data.dataset import ArraySplit, FileSplit
 from vitrail.data.loader import EvalLoader, TrainLoader
-from vitrail.errors import VitrailError
+from vitrail.errors import DataError, DistributedError
+from vitrail.images.decode import BadImage
 from vitrail.images.preprocess import Preprocess
 from vitrail.utils.counter_rng import uniform
 
@@ -85,15 +86,79 @@ def test_processes_share_each_batch(photos, world_size):
     for batch, *parts in zip(whole.epoch(1), *(rank.epoch(1) for rank in ranks), strict=True):
         assert torch.equal(batch.images, torch.cat([part.images for part in parts]))
         assert torch.equal(batch.indices, torch.cat([part.indices for part in parts]))
-    with pytest.raises(VitrailError, match="multiple"):
+    with pytest.raises(DistributedError, match="batch_size=5"):
         TrainLoader(photos, p, batch_size=5, world_size=2)
+    with pytest.raises(DistributedError, match="20 training images"):
+        TrainLoader(photos, p, batch_size=21, world_size=21)
 
 
 def test_last_batch(photos):
     p = Preprocess(size=(16, 16))
     assert [len(b) for b in TrainLoader(photos, p, batch_size=8).epoch(0)] == [8, 8]
-    assert [len(b) for b in TrainLoader(photos, p, batch_size=8, drop_last=False).epoch(0)] == [8, 8, 4]
     assert [len(b) for b in TrainLoader(photos, p, batch_size=64).epoch(0)] == [20]
+    for rank in range(3):
+        assert [len(b) for b in TrainLoader(photos, p, batch_size=63, rank=rank, world_size=3).epoch(0)] == [6]
+
+
+class Broken(FileSplit):
+    """Photos of which some cannot be read."""
+
+    def image(self, i, at_least=None):
+        if i in self.broken:
+            raise BadImage(f"broken {i}")
+        return super().image(i, at_least)
+
+
+def broken(photos, *rows):
+    split = Broken(photos.paths, photos.labels)
+    split.broken = rows
+    return split
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_an_unreadable_image_is_replaced_by_the_next_readable_one(photos, repeats):
+    """By the next of the epoch's order, with its label and its crop: for any number of workers and processes, and for
+    an epoch that is resumed in the middle."""
+    p, size = Preprocess(size=(24, 24)), 6
+    keys = {"batch_size": size, "seed": 4, "crop_scale": (0.3, 1), "repeats": repeats}
+    order = TrainLoader(photos, p, **keys)._order(1)
+    rows = (order & 0xFFFF).tolist()
+    bad = (rows[3], rows[4], rows[17], 0)  # two in succession, and the last one of the last batch
+    expected = [next(key for key in [*order[i:], *order[:i]] if key & 0xFFFF not in bad) for i in range(18)]
+    views = {}  # by key
+    for epoch_keys in (keys, {**keys, "batch_size": 20}):
+        for batch in TrainLoader(photos, p, **epoch_keys).epoch(1):
+            views |= dict(zip(batch.keys.tolist(), batch.images, strict=True))
+    split = broken(photos, *bad)
+    for workers in (0, 3):
+        for start in (0, 2):
+            for world in (1, 2, 3):
+                loaders = [
+                    TrainLoader(split, p, workers=workers, rank=r, world_size=world, **keys) for r in range(world)
+                ]
+                for step, parts in enumerate(zip(*(loader.epoch(1, start) for loader in loaders), strict=True), start):
+                    assert [len(part) for part in parts] == [size // world] * world
+                    found = torch.cat([part.keys for part in parts]).tolist()
+                    assert found == expected[step * size : (step + 1) * size]
+                    for part in parts:
+                        assert part.labels.tolist() == photos.labels[part.indices].tolist()
+                        for key, image in zip(part.keys.tolist(), part.images, strict=True):
+                            assert key not in views or torch.equal(image, views[key])
+                for loader in loaders:
+                    loader.close()
+                if start == 0:
+                    named = {item["path"] for loader in loaders for item in loader.skipped}
+                    met = [row for row in bad if row in rows[:18]]
+                    assert named >= {photos.paths[row] for row in met}
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_no_readable_image_is_an_error(photos, workers):
+    loader = TrainLoader(broken(photos, *range(20)), Preprocess(size=(24, 24)), batch_size=6, workers=workers)
+    with pytest.raises(DataError, match=r"20 training images.*broken"):
+        next(loader.epoch(0))
+    assert len(loader.skipped) == 20
+    loader.close()
 
 
 @pytest.mark.parametrize("workers", [0, 3])
@@ -167,7 +232,7 @@ def test_random_crop_is_that_part_of_the_image(photos):
 def test_bad_arguments(photos):
     with pytest.raises(ValueError, match="batch_size"):
         EvalLoader(photos, GREY8, batch_size=0)
-    with pytest.raises(VitrailError, match="no images"):
+    with pytest.raises(DataError, match="no images"):
         EvalLoader(FileSplit([], np.zeros(0, dtype=np.int64)), GREY8, batch_size=1)
 
 

@@ -41,7 +41,7 @@ def gradients(model: str, **keys: Any) -> tuple[dict[str, torch.Tensor], list[in
     first.register_forward_pre_hook(lambda *_: entered.append(1))
     torch.manual_seed(5)
     seen = trainer.view(next(session.loader.epoch(0)), 0)
-    trainer._learn(seen, [len(seen)])
+    trainer._accumulate_gradients(seen)
     found = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
     found |= dict(trainer.model.named_buffers())
     return found, entered
@@ -116,7 +116,7 @@ def test_the_fused_adamw_is_the_plain_one() -> None:
         taken += count
     plain = torch.optim.AdamW(groups, lr=1e-2, foreach=False, fused=False)
     for batch in one.loader.epoch(0):
-        one.trainer._learn(one.trainer.view(batch, 0), [len(batch)])
+        one.trainer._accumulate_gradients(one.trainer.view(batch, 0))
         for mine, theirs in zip(parameters, one.trainer._parameters, strict=True):
             mine.grad = theirs.grad.clone()
         for optimizer in (plain, one.trainer.optimizer):

@@ -1,7 +1,7 @@
 """Batches from splits: decoded and cropped on threads, resumable, the same for any number of workers and processes.
 
-Threads, not processes: Pillow lets go of Python's lock while it decodes and resizes, so threads use all cores, and
-there is nothing to fork, pickle or lose. Arrays that need no cropping are gathered straight from memory.
+Threads, not processes: Pillow releases Python's global lock while it decodes and resizes, so threads use all cores, and
+nothing has to be forked or pickled. Arrays that need no cropping are copied straight from memory.
 Shapes: B images in a batch, C channels, H height, W width, N images in a split.
 """
 
@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -23,7 +23,7 @@ from vitrail.data.augment.crop import CROP_DRAWS, crop_stored, random_crop
 from vitrail.data.cache.readers import Read
 from vitrail.data.dataset import ArraySplit, Skipped, Split
 from vitrail.data.sampling import Keys, balanced_rows, count_repetitions, epoch_order, rows_of
-from vitrail.errors import VitrailError
+from vitrail.errors import ConfigError, DataError, DistributedError
 from vitrail.images.convert import Pixels
 from vitrail.images.decode import BadImage
 from vitrail.images.preprocess import Preprocess
@@ -35,14 +35,11 @@ _AHEAD = 3  # batches that are being made while one is used
 
 @dataclass
 class Batch:
-    """images: uint8 B C H W. labels: int64 B. keys: int64 B, which views these are (see sampling.py); they stay on the
-    CPU. stands_in: none of the batch could be read, and this is an image from elsewhere.
-    """
+    """images: uint8 B C H W. labels: int64 B. keys: int64 B, the samples' keys (see sampling.py), always on the CPU."""
 
     images: torch.Tensor
     labels: torch.Tensor
     keys: torch.Tensor
-    stands_in: bool = False
 
     @property
     def indices(self) -> torch.Tensor:
@@ -53,22 +50,25 @@ class Batch:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> Batch:
-        """Images and labels on a device; the copy overlaps with work where the memory is pinned."""
+        """Images and labels on a device; from pinned memory the copy is asynchronous."""
         return Batch(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), self.keys)
 
 
 @dataclass
 class _Job:
-    """A batch in the making: the keys of its views, where the pixels go, and the tasks that put them there."""
+    """A batch that is being read. `positions`: the samples' places in `order`, the keys of the epoch or split."""
 
+    order: Keys
+    positions: range
+    epoch: int
     keys: Keys
     images: torch.Tensor
-    good: npt.NDArray[np.bool_]
+    readable: npt.NDArray[np.bool_]
     tasks: list[Future[None]]
 
 
 class _Loader:
-    """What TrainLoader and EvalLoader share: filling batches, counting the wait, naming what is left out."""
+    """What TrainLoader and EvalLoader share: reading batches, measuring the wait, recording unreadable images."""
 
     def __init__(
         self, split: Split, preprocess: Preprocess, batch_size: int, workers: int, pin: bool, read: Read | None
@@ -76,7 +76,7 @@ class _Loader:
         if batch_size < 1 or workers < 0:
             raise ValueError(f"batch_size {batch_size} and workers {workers} must be at least 1 and 0")
         if len(split) == 0:
-            raise VitrailError("there are no images to load")
+            raise DataError("there are no images to load")
         self.split = split
         self.preprocess = preprocess
         self.batch_size = batch_size
@@ -84,71 +84,82 @@ class _Loader:
         self.wait_seconds = 0.0
         self._pin = pin
         self._read = read
-        self._bad: dict[int, Skipped] = {}
+        self._unreadable: dict[int, Skipped] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._memory: Pixels | None = None
 
     @property
     def skipped(self) -> list[Skipped]:
-        """Images that could not be decoded so far, each once, in the split's order."""
-        return [self._bad[row] for row in sorted(self._bad)]
+        """Images that could not be read so far, each once, in the split's order."""
+        return [self._unreadable[row] for row in sorted(self._unreadable)]
 
     def close(self) -> None:
-        """Let the threads go. The loader may still be used; they come back."""
+        """Stop the threads. The loader may be used again: it then starts new ones."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
     def _sample(self, row: int, draw: npt.NDArray[np.float64] | None, out: torch.Tensor) -> None:
-        """Put an image into `out`, uint8 C H W."""
+        """Write an image into `out`, uint8 C H W. Raises BadImage."""
         crop = self._read(row) if self._read else self.preprocess.crop(self.split.image(row))
         out.numpy()[:] = crop.transpose(2, 0, 1)
 
     def _draws(self, keys: Keys, epoch: int) -> npt.NDArray[np.float64] | None:
         return None
 
-    def _start(self, keys: Keys, epoch: int) -> _Job:
+    def _try_sample(self, job: _Job, i: int, draw: npt.NDArray[np.float64] | None) -> bool:
+        """Read image i of a batch; False, and an entry in `skipped`, if it cannot be read."""
+        row = int(rows_of(job.keys[i]))
+        try:
+            self._sample(row, draw, job.images[i])
+        except BadImage as bad:
+            self._unreadable[row] = {"path": self.split.name(row), "reason": bad.reason}
+            return False
+        return True
+
+    def _replace(self, job: _Job, i: int) -> bool:
+        """Put another image in the place of the unreadable image i of a batch; False: it is left out."""
+        return False
+
+    def _start(self, order: Keys, positions: range, epoch: int) -> _Job:
+        keys = order[positions.start : positions.stop].copy()
         shape = (len(keys), self.preprocess.channels, *self.preprocess.size)
-        job = _Job(
-            keys, torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin), np.ones(len(keys), dtype=bool), []
-        )
-        draws, rows = self._draws(keys, epoch), rows_of(keys)
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin)
+        job = _Job(order, positions, epoch, keys, images, np.ones(len(keys), dtype=bool), [])
+        draws = self._draws(keys, epoch)
 
         def fill(part: range) -> None:
-            for place in part:
-                row = int(rows[place])
-                try:
-                    self._sample(row, None if draws is None else draws[place], job.images[place])
-                except BadImage as bad:
-                    job.good[place] = False
-                    self._bad[row] = {"path": self.split.name(row), "reason": bad.reason}
+            for i in part:
+                if not self._try_sample(job, i, None if draws is None else draws[i]):
+                    job.readable[i] = self._replace(job, i)
 
         if self.workers == 0:
-            fill(range(len(rows)))
+            fill(range(len(keys)))
             return job
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="vitrail-data")
-        size = math.ceil(len(rows) / (4 * self.workers))
-        job.tasks = [self._pool.submit(fill, range(i, min(i + size, len(rows)))) for i in range(0, len(rows), size)]
+        size = math.ceil(len(keys) / (4 * self.workers))
+        job.tasks = [self._pool.submit(fill, range(i, min(i + size, len(keys)))) for i in range(0, len(keys), size)]
         return job
 
     def _finish(self, job: _Job) -> Batch:
         for task in job.tasks:
             task.result()
         keys, images = job.keys, job.images
-        if not job.good.all():
-            keys, images = keys[job.good], images[torch.from_numpy(job.good)]
+        if not job.readable.all():
+            keys, images = keys[job.readable], images[torch.from_numpy(job.readable)]
         return self._batch(keys, images)
 
     def _batch(self, keys: Keys, images: torch.Tensor) -> Batch:
         labels = torch.from_numpy(self.split.labels[rows_of(keys)])
         return Batch(images, labels.pin_memory() if self._pin else labels, torch.from_numpy(keys))
 
-    def _batches(self, plan: Iterator[Keys], epoch: int) -> Iterator[Batch]:
-        """The batches of a plan, in order, some of them made ahead."""
+    def _batches(self, order: Keys, plan: Iterator[range], epoch: int) -> Iterator[Batch]:
+        """The batches at these positions of `order`, one after the other; some are read ahead."""
         if (memory := self._in_memory()) is not None:
-            for keys in plan:
+            for positions in plan:
                 begin = time.perf_counter()
+                keys = order[positions.start : positions.stop]
                 # numpy's take: torch's own indexing wakes its thread pool, which costs more than the copy.
                 images = torch.from_numpy(memory.take(rows_of(keys), axis=0))
                 batch = self._batch(keys, images.pin_memory() if self._pin else images)
@@ -160,7 +171,7 @@ class _Loader:
         try:
             while True:
                 begin = time.perf_counter()
-                jobs.extend(self._start(keys, epoch) for keys in islice(plan, ahead + 1 - len(jobs)))
+                jobs.extend(self._start(order, positions, epoch) for positions in islice(plan, ahead + 1 - len(jobs)))
                 if not jobs:
                     return
                 batch = self._finish(jobs.popleft())
@@ -171,15 +182,16 @@ class _Loader:
                 for task in job.tasks:
                     task.cancel()
 
-    def _keeps_all(self) -> bool:
+    def _crops_are_fixed(self) -> bool:
+        """Whether an image has the same pixels in every epoch."""
         return True
 
     def _in_memory(self) -> Pixels | None:
-        """All images as uint8 N C H W, where they are an array that needs no cropping or is small enough to be
-        cropped once.
+        """All images as uint8 N C H W, if they are an array that needs no cropping or is small enough to be cropped
+        once. Else None.
         """
         split, want = self.split, self.preprocess
-        if self._memory is not None or not isinstance(split, ArraySplit) or not self._keeps_all():
+        if self._memory is not None or not isinstance(split, ArraySplit) or not self._crops_are_fixed():
             return self._memory
         height, width = split.images.shape[1:3]
         if want.keeps(height, width) and split.channels in (1, want.channels):
@@ -188,7 +200,7 @@ class _Loader:
                 planes = planes.repeat(want.channels, axis=1)
             self._memory = np.ascontiguousarray(planes)
         elif len(split) * want.channels * math.prod(want.size) <= _IN_MEMORY:
-            self._memory = self._finish(self._start(np.arange(len(split)), 0)).images.numpy()
+            self._memory = self._finish(self._start(np.arange(len(split)), range(len(split)), 0)).images.numpy()
         return self._memory
 
 
@@ -196,15 +208,19 @@ class TrainLoader(_Loader):
     """Shuffled batches, epoch by epoch.
 
     batch_size: images in a step, over all processes; process `rank` of `world_size` gets its slice of each batch, so
-    that the same images meet in a step however many processes there are. The order depends on (seed, epoch) and the
-    crop of an image on (seed, epoch, key) alone. repeats: views of each image in a batch, of so many fewer images
-    (repeated augmentation). balance: every class equally often (see sampling.py). drop_last leaves the rest of an epoch
-    out where it does not fill a batch (a split smaller than a batch is one batch).
+    that a step has the same images for any number of processes. Every batch has exactly this size: the rest of an epoch
+    that does not fill one is left out. Only a split smaller than a batch is one smaller batch, in several processes
+    without the images that cannot be divided equally. The order depends on (seed, epoch) and the crop of an image on
+    (seed, epoch, key) alone. repeats: views of each image in a batch, of so many fewer images (repeated augmentation).
+    balance: every class equally often (see sampling.py).
+
+    An image that cannot be read is replaced by the next readable one of the epoch's order, with that one's key: its
+    label, crop and augmentation. This depends on the order alone. Unreadable images are named in `skipped`.
 
     crop_scale, crop_ratio: range of area, as a share of the image, and of width / height for a random resized crop
-    (Szegedy et al., 2015); None for the evaluation crop. workers: threads; 0 works in the caller's. pin: page-locked
-    memory, for CUDA. read: where decoded images come from (see decoded.py): whole ones for random crops, else crops;
-    None decodes them anew each time. An image that cannot be decoded is left out of its batch and named in `skipped`.
+    (Szegedy et al., 2015); None for the evaluation crop. workers: threads; 0 reads in the caller's. pin: page-locked
+    memory, for CUDA. read: where decoded images come from (see data/cache): full images for random crops, else crops;
+    None decodes them anew each time.
     """
 
     def __init__(
@@ -219,7 +235,6 @@ class TrainLoader(_Loader):
         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
         repeats: int = 1,
         balance: bool = False,
-        drop_last: bool = True,
         rank: int = 0,
         world_size: int = 1,
         pin: bool = False,
@@ -227,12 +242,14 @@ class TrainLoader(_Loader):
     ) -> None:
         super().__init__(split, preprocess, batch_size, workers, pin, read)
         if batch_size % world_size or not 0 <= rank < world_size:
-            raise VitrailError(
-                f"a batch of {batch_size} images cannot be shared by {world_size} processes: use a multiple"
+            raise DistributedError(
+                f"batch_size={batch_size} cannot be divided among {world_size} processes: use a multiple"
             )
+        if len(split) < world_size:
+            raise DistributedError(f"{len(split)} training images are too few for {world_size} processes")
         if balance and repeats > 1:
-            raise VitrailError(
-                "balance=sample repeats rare images as it is: leave out repeated augmentation, or use balance=loss"
+            raise ConfigError(
+                "balance=sample already repeats the images of rare classes: set repeats=1, or use balance=loss"
             )
         self.seed = seed
         self.crop_scale = crop_scale
@@ -241,36 +258,37 @@ class TrainLoader(_Loader):
         self.balance = balance
         self.rank = rank
         self.world_size = world_size
-        count = len(split) / batch_size
-        self.steps_per_epoch = max(1, math.floor(count)) if drop_last else math.ceil(count)
+        self.steps_per_epoch = max(1, len(split) // batch_size)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, from `start_step` on."""
-        size = self.batch_size
+        """The batches of an epoch, from `start_step` on. Raises DataError if no image can be read."""
         order = self._order(epoch)
+        plan = (self._positions(step, len(order)) for step in range(start_step, self.steps_per_epoch))
+        return self._batches(order, plan, epoch)
 
-        def plan() -> Iterator[Keys]:
-            for step in range(start_step, self.steps_per_epoch):
-                yield _share(order[step * size : (step + 1) * size], self.rank, self.world_size)
-
-        for step, batch in enumerate(self._batches(plan(), epoch), start_step):
-            yield batch if len(batch) else self._substitute(order, (step + 1) * size, epoch)
+    def _positions(self, step: int, count: int) -> range:
+        """The places in the epoch's order, of `count` keys, of this process's part of a batch."""
+        start = step * self.batch_size
+        size = min(self.batch_size, count - start) // self.world_size
+        return range(start + self.rank * size, start + (self.rank + 1) * size)
 
     def _order(self, epoch: int) -> Keys:
-        """The keys of all views of an epoch, in order."""
+        """The keys of all samples of an epoch, in order."""
         if self.balance:
             return count_repetitions(balanced_rows(self.split.labels, self.seed, epoch))
         return epoch_order(self.seed, epoch, len(self.split), self.repeats, self.batch_size)
 
-    def _substitute(self, order: Keys, start: int, epoch: int) -> Batch:
-        """For a batch of which nothing could be decoded: the next image of the epoch's order that can."""
-        for key in np.roll(order, -start):
-            batch = self._finish(self._start(np.array([key]), epoch))
-            if len(batch):
-                return replace(batch, stands_in=True)
-        raise VitrailError(f"none of the {len(order)} training images can be decoded: {self.skipped[0]['reason']}")
+    def _replace(self, job: _Job, i: int) -> bool:
+        for key in np.roll(job.order, -job.positions[i])[1:]:
+            if int(rows_of(key)) in self._unreadable:
+                continue
+            job.keys[i] = key
+            draws = self._draws(job.keys[i : i + 1], job.epoch)
+            if self._try_sample(job, i, None if draws is None else draws[0]):
+                return True
+        raise DataError(f"none of the {len(self.split)} training images can be read: {self.skipped[0]['reason']}")
 
-    def _keeps_all(self) -> bool:
+    def _crops_are_fixed(self) -> bool:
         return self.crop_scale is None
 
     def _draws(self, keys: Keys, epoch: int) -> npt.NDArray[np.float64] | None:
@@ -287,11 +305,10 @@ class TrainLoader(_Loader):
 
 
 class EvalLoader(_Loader):
-    """Every image of a split once, in order, as `preprocess` crops it. With several processes, each gets its share.
-    read: where those crops come from (see decoded.py); None makes them anew.
+    """Every image of a split once, in order, cropped by `preprocess`. With several processes, each gets its share.
+    read: where those crops come from (see data/cache); None decodes the images.
 
-    Images that cannot be decoded are left out and named in `skipped`; a batch may then be smaller, and is not yielded
-    empty.
+    Images that cannot be read are left out and named in `skipped`; a batch may then be smaller, but is never empty.
     """
 
     def __init__(
@@ -307,7 +324,8 @@ class EvalLoader(_Loader):
         read: Read | None = None,
     ) -> None:
         super().__init__(split, preprocess, batch_size, workers, pin, read)
-        self._rows: Keys = _share(np.arange(len(split)), rank, world_size)
+        # Consecutive, disjoint shares, whose sizes differ by one image at most.
+        self._rows = range(len(split) * rank // world_size, len(split) * (rank + 1) // world_size)
 
     def __len__(self) -> int:
         """How many batches there are."""
@@ -315,9 +333,4 @@ class EvalLoader(_Loader):
 
     def __iter__(self) -> Iterator[Batch]:
         plan = (self._rows[i : i + self.batch_size] for i in range(0, len(self._rows), self.batch_size))
-        return (batch for batch in self._batches(plan, 0) if len(batch))
-
-
-def _share(rows: Keys, rank: int, world_size: int) -> Keys:
-    """The part of some rows that falls to one process; the parts are whole, disjoint, and differ by one row at most."""
-    return rows[len(rows) * rank // world_size : len(rows) * (rank + 1) // world_size]
+        return (batch for batch in self._batches(np.arange(len(self.split)), plan, 0) if len(batch))

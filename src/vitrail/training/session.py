@@ -16,7 +16,7 @@ import torch
 
 from vitrail.data.cache.readers import Read
 from vitrail.data.dataset import Dataset
-from vitrail.data.loader import Batch, EvalLoader, TrainLoader
+from vitrail.data.loader import EvalLoader, TrainLoader
 from vitrail.data.sampling import class_weights
 from vitrail.errors import VitrailError
 from vitrail.evaluation.evaluate import Abandoned, evaluate_loader, make_loader
@@ -167,7 +167,7 @@ class Session:
             batch = next(batches, None)
             if batch is None:
                 break
-            trainer.counts = self._agree(batch, interrupt)
+            self._agree(interrupt)
             trainer.step(batch)
             now = time.perf_counter()
             if self.distributed.world_size == 1:
@@ -182,17 +182,13 @@ class Session:
         trainer.guard.read()
         batches.close()  # type: ignore[attr-defined]  # a generator: lets go of the images made ahead
 
-    def _agree(self, batch: Batch, interrupt: Interrupt) -> list[int] | None:
-        """What all processes go by in the next step: signals that any has seen, the first one's clock, and the images
-        of each, which this returns. Nothing where there is one process only."""
+    def _agree(self, interrupt: Interrupt) -> None:
+        """What all processes go by in the next step: signals that any has seen, and the first one's clock."""
         if self.distributed.world_size == 1:
-            return None
-        images = 0 if batch.stands_in else len(batch)
-        rows = self.distributed.all_gather_numbers(images, interrupt.number or 0, self._clock(), self._due.cost)
-        self._signal = round(max(row[1] for row in rows)) or None
-        self.trainer.state.seconds, self._due.cost = rows[0][2:]
-        counts = [round(row[0]) for row in rows]
-        return counts if any(counts) else [1, *counts[1:]]  # nothing could be read: all learn from one image
+            return
+        rows = self.distributed.all_gather_numbers(interrupt.number or 0, self._clock(), self._due.cost)
+        self._signal = round(max(row[0] for row in rows)) or None
+        self.trainer.state.seconds, self._due.cost = rows[0][1:]
 
     def _asked(self, interrupt: Interrupt) -> int | None:
         """The signal that asks the run to stop, as of the last agreement."""

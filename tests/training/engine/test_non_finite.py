@@ -30,9 +30,9 @@ def spoil(
     monkeypatch: pytest.MonkeyPatch, bad: Callable[[int, float], bool], value: float = float("nan")
 ) -> list[tuple[int, float]]:
     """Make the loss of some steps not finite, by their number from 1 and their rate's factor. Gives the steps met."""
-    original, met = Trainer._learn, []
+    original, met = Trainer._accumulate_gradients, []
 
-    def learn(self: Trainer, view: Any, counts: Any) -> Tensor:
+    def learn(self: Trainer, view: Any) -> Tensor:
         step = self.state.steps + 1
         met.append((step, self.state.rate))
         task = self.task
@@ -43,11 +43,11 @@ def spoil(
 
         self.task = spoilt
         try:
-            return original(self, view, counts)
+            return original(self, view)
         finally:
             self.task = task
 
-    monkeypatch.setattr(Trainer, "_learn", learn)
+    monkeypatch.setattr(Trainer, "_accumulate_gradients", learn)
     return met
 
 

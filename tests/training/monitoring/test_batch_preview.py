@@ -38,7 +38,7 @@ def first_view(monkeypatch: pytest.MonkeyPatch, out: Path, **keys: Any) -> View:
         raise Seen
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_learn", learn)
+        patch.setattr(Trainer, "_accumulate_gradients", learn)
         with pytest.raises(Seen):
             run(out, **keys)
     return views[0]

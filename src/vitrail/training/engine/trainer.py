@@ -5,7 +5,7 @@ goes on as if nothing had been. Of several processes, each learns from its part 
 the process.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,6 @@ class Trainer:
         self.config = config
         self.device = device
         self.distributed = distributed
-        self.counts: list[int] | None = None  # images of a step in each process; None: in all as many as here
         self.state = TrainState()
         self.guard = NonFiniteGuard(reads_at_once=device.type == "cpu")
         self.sharded = config.shard and distributed.world_size > 1
@@ -102,9 +101,8 @@ class Trainer:
         }
 
     def step(self, batch: Batch) -> None:
-        """Learn from one batch."""
+        """Train on one batch; of several processes, each passes its part, all of one size."""
         state, distributed = self.state, self.distributed
-        counts = self.counts or [len(batch)] * distributed.world_size
         seed = fold(self.config.seed, "step", state.steps)
         seed_torch(fold(seed, distributed.rank) if distributed.rank else seed, self.device)
         state.factor = self.schedule.factor(state.steps, state.spent) * state.rate
@@ -112,12 +110,12 @@ class Trainer:
         # Not at the end: what lies at the end of the heap keeps the system from taking back all that is free before it.
         self.optimizer.zero_grad(set_to_none=True)
         before = self._statistics.read()
-        loss = self._learn(self.view(batch, state.epoch), counts)
+        loss = self._accumulate_gradients(self.view(batch, state.epoch))
         norm = clip_gradients(self._parameters, self.config.clip_grad)
         finite = torch.isfinite(norm) & torch.isfinite(loss)
-        self._move(finite, before)
+        self._optimizer_step(finite, before)
         self.loss_sum.add_(torch.where(finite, loss, 0))
-        images = sum(counts)
+        images = len(batch) * distributed.world_size
         self.guard.note(state, self.lr, finite, loss / images, images)
         state.steps += 1
         state.step += 1
@@ -125,7 +123,7 @@ class Trainer:
         state.epoch_images += images
         self.guard.read_if_due()
 
-    def _move(self, finite: Tensor, before: list[Tensor]) -> None:
+    def _optimizer_step(self, finite: Tensor, before: list[Tensor]) -> None:
         """Take the step, if the gradient is finite; else leave all as it is, and the statistics as they were before."""
         if not self.guard.reads_at_once:
             self.optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
@@ -142,39 +140,23 @@ class Trainer:
         elif self.ema and finite:
             self.ema.update(self.state.steps)
 
-    def _learn(self, view: View, counts: Sequence[int]) -> Tensor:
+    def _accumulate_gradients(self, view: View) -> Tensor:
         """Gradients of the mean loss over all processes' images; a view goes through the model in `accumulate` parts.
 
         Returns the sum of the images' losses.
         """
-        distributed, mine = self.distributed, counts[self.distributed.rank]
         total = torch.zeros_like(self.loss_sum)
-        # Gradients come out as the mean over the processes, and their parts may differ in size.
-        parts = list(self._parts(view, mine, counts))
-        for number, (part, images) in enumerate(parts, 1):
-            with apart(self._forward, number < len(parts)):
+        size = -(-len(view) // self.config.accumulate)
+        for start in range(0, len(view), size):
+            part = view if size >= len(view) else view.part(slice(start, start + size))
+            with apart(self._forward, start + size < len(view)):
                 with precision(self.device, self.bf16):
                     loss = self.task(self._forward, part)
-                share = images * distributed.world_size / sum(counts)
+                share = len(part) / len(view)
                 (loss if share == 1 else loss * share).backward()
-            total.add_(loss.detach(), alpha=images)
-        distributed.all_reduce(total)
+            total.add_(loss.detach(), alpha=len(part))
+        self.distributed.all_reduce(total)
         return total
-
-    def _parts(self, view: View, images: int, counts: Sequence[int]) -> Iterator[tuple[View, int]]:
-        """The parts of a view, and how many images each counts for: as many parts in each process.
-
-        Of a process that has fewer images than another, or none that counts, the last parts are there for company.
-        """
-        size = -(-len(view) // self.config.accumulate)
-        parts = max(-(-count // -(-count // self.config.accumulate)) for count in (*counts, len(view)) if count)
-        for number in range(parts):
-            rows = slice(number * size, (number + 1) * size)
-            part = view if size >= len(view) and number == 0 else view.part(rows)
-            if not len(part):
-                yield view.part(slice(0, 1)), 0
-            else:
-                yield part, len(part) if images else 0
 
     def mean_loss(self) -> float:
         """The mean training loss of this epoch so far; not a number where no step was good. Waits for the device."""
