@@ -35,7 +35,7 @@ from vitrail.training.setup import HELD_OUT, Setup, prepare, reopen
 from vitrail.utils.device import compiling, cpu_threads, pick_device
 from vitrail.utils.distributed import DistributedContext, distributed_context
 from vitrail.utils.files import atomic_folder
-from vitrail.utils.memory import out_of_memory
+from vitrail.utils.memory import is_out_of_memory
 
 _NAMED = ("model", "weights", "teacher", "pretrained", "probe", "epochs", "budget", "seed")
 _MAY_CHANGE = (
@@ -277,7 +277,7 @@ def _train(session: Session, folder: RunFolder, reporter: Reporter, resumed: boo
         reporter.say(str(stopped))
         raise
     except RuntimeError as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         full = True
     if full:  # out here, where the error no longer holds on to what the step had
@@ -297,7 +297,7 @@ def _probe(setup: Setup, folder: RunFolder, reporter: Reporter, device: torch.de
         reporter.say(str(stopped))
         raise
     except RuntimeError as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise VitrailError("a batch of images does not fit into memory: use a smaller eval_batch_size") from error
     summary["environment"] = environment(device)

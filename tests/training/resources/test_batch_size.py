@@ -122,7 +122,7 @@ def test_on_a_device_of_its_own_the_largest_that_fits(monkeypatch: pytest.Monkey
     session = tiny.session(batch_size=16)
     session.trainer.device = torch.device("cuda")
     monkeypatch.setattr(fit, "_batch_size", lambda usual, images: usual)
-    monkeypatch.setattr(fit, "room", lambda device: 10 * 2**30)
+    monkeypatch.setattr(fit, "available_memory", lambda device: 10 * 2**30)
     needed: list[int] = []
 
     def fits(trainer: Trainer, batch: Any) -> bool:
@@ -132,7 +132,7 @@ def test_on_a_device_of_its_own_the_largest_that_fits(monkeypatch: pytest.Monkey
     for name, stand_in in {
         "fits": fits,
         "reset_peak_memory": lambda device: None,
-        "peak": lambda device: needed[-1],
+        "peak_memory": lambda device: needed[-1],
         "untouched": lambda trainer: __import__("contextlib").nullcontext(),
     }.items():
         monkeypatch.setattr(fit, name, stand_in)
@@ -154,13 +154,13 @@ def test_a_batch_that_does_not_fit_is_told_in_parts_that_do(tmp_path: Path, monk
     monkeypatch.setattr(
         fit, "expected_peak", lambda trainer, preprocess, size: size // trainer.config.accumulate * 2**20
     )
-    monkeypatch.setattr(fit, "room", lambda device: 4 * 2**20)
+    monkeypatch.setattr(fit, "available_memory", lambda device: 4 * 2**20)
     keys = {**KEYS, "batch_size": 12}
     with pytest.raises(VitrailError, match=r"a batch of 12 images .*\(0\.004 GiB\): use accumulate=4") as error:
         train(tiny.dataset(), out=tmp_path / "run", progress=False, **keys)
     assert "\n" not in str(error.value)
     train(tiny.dataset(), out=tmp_path / "parts", progress=False, accumulate=4, **keys)
-    monkeypatch.setattr(fit, "room", lambda device: 1)
+    monkeypatch.setattr(fit, "available_memory", lambda device: 1)
     with pytest.raises(VitrailError, match="not even image by image"):
         train(tiny.dataset(), out=tmp_path / "other", progress=False, **keys)
 

@@ -18,7 +18,7 @@ from vitrail.training.resources import forecast as cost
 from vitrail.training.resources.forecast import Cost, cost_lines
 from vitrail.training.run import train
 from vitrail.utils import memory
-from vitrail.utils.memory import gib, held, out_of_memory, peak, room
+from vitrail.utils.memory import available_memory, format_gib, is_out_of_memory, peak_memory, resident_memory
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +82,7 @@ def test_beside_an_accelerator_reading_and_learning_overlap(clock: Clock, monkey
     session = tiny.session(epochs=40)
     session.trainer.device = torch.device("meta")
     monkeypatch.setattr(cost, "untouched", lambda trainer: __import__("contextlib").nullcontext())
-    monkeypatch.setattr(cost, "room", lambda device: None)
+    monkeypatch.setattr(cost, "available_memory", lambda device: None)
     (line,) = cost_lines(session)
     assert "(5 images/s)" in line
 
@@ -114,7 +114,7 @@ def test_trials_take_a_fiftieth_of_the_run_at_most(clock: Clock, monkeypatch: py
 
 def test_too_little_memory_is_told_before_it_is_taken(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     session = tiny.session(epochs=40)
-    monkeypatch.setattr(cost, "room", lambda device: 2**30)
+    monkeypatch.setattr(cost, "available_memory", lambda device: 2**30)
     monkeypatch.setattr(cost, "expected_peak", lambda *_: 2 * 2**30)
     (line,) = cost_lines(session)
     assert line.startswith("warning: the run takes about 2.0 GiB of memory, and there are 1.0 GiB; accumulate=2")
@@ -142,12 +142,12 @@ def test_a_run_says_what_it_will_cost_and_keeps_to_it(tmp_path: Path, capsys: py
 
 def test_memory_of_this_process() -> None:
     cpu = torch.device("cpu")
-    most, there = peak(cpu), room(cpu)
+    most, there = peak_memory(cpu), available_memory(cpu)
     assert most is not None
     assert there is not None
-    assert 50 * 2**20 < held() < 1.02 * most < there
+    assert 50 * 2**20 < resident_memory() < 1.02 * most < there
     block = torch.ones(64 * 2**20, dtype=torch.uint8)
-    assert held() > 64 * 2**20
+    assert resident_memory() > 64 * 2**20
     del block
 
 
@@ -155,21 +155,21 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     limit, none = tmp_path / "limit", tmp_path / "none"
     limit.write_text("12345\n")
     none.write_text("max\n")
-    free = room(torch.device("cpu"))
-    monkeypatch.setattr(memory, "_LIMITS", (none, tmp_path / "missing"))
-    assert room(torch.device("cpu")) == pytest.approx(free, rel=0.2)
-    monkeypatch.setattr(memory, "_LIMITS", (limit, none))
-    assert room(torch.device("cpu")) == 12345
+    free = available_memory(torch.device("cpu"))
+    monkeypatch.setattr(memory, "_CGROUP_LIMITS", (none, tmp_path / "missing"))
+    assert available_memory(torch.device("cpu")) == pytest.approx(free, rel=0.2)
+    monkeypatch.setattr(memory, "_CGROUP_LIMITS", (limit, none))
+    assert available_memory(torch.device("cpu")) == 12345
 
 
 def test_words_for_memory() -> None:
-    assert gib(0.44 * 2**30) == "0.4 GiB"
-    assert gib(2**22) == "0.004 GiB"
-    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert format_gib(0.44 * 2**30) == "0.4 GiB"
+    assert format_gib(2**22) == "0.004 GiB"
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**60)
-    assert out_of_memory(error.value)
-    assert not out_of_memory(RuntimeError("shapes do not match"))
+    assert is_out_of_memory(error.value)
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells it there")
@@ -178,8 +178,8 @@ def test_the_peak_is_not_that_of_whoever_started_the_process() -> None:
     code = """
 import subprocess, sys
 large = b"x" * (700 << 20)
-print(subprocess.run([sys.executable, "-c", "import torch; from vitrail.utils.memory import peak; "
-                      "print(peak(torch.device('cpu')))"], capture_output=True, text=True, check=True).stdout)
+print(subprocess.run([sys.executable, "-c", "import torch; from vitrail.utils.memory import peak_memory; "
+                      "print(peak_memory(torch.device('cpu')))"], capture_output=True, text=True, check=True).stdout)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 600 << 20

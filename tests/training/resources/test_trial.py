@@ -136,7 +136,7 @@ def test_the_memory_foreseen_is_the_memory_taken(tmp_path: Path) -> None:
 import sys
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 import torch; torch.set_num_threads(1)
-from vitrail.utils.memory import peak
+from vitrail.utils.memory import peak_memory
 from vitrail.training.setup import prepare
 from vitrail.training.monitoring.progress import Reporter
 from vitrail.training.session import Session
@@ -145,7 +145,7 @@ keys = dict(model="vit_tiny_patch16_224", img_size=128, batch_size=64, workers=0
 session = Session(prepare("digits", keys), Reporter(False), torch.device("cpu"))
 foreseen = expected_peak(session.trainer, session.setup.preprocess, 64)
 session.trainer.step(blank(64, session.setup.preprocess))
-print(foreseen, peak(torch.device("cpu")))
+print(foreseen, peak_memory(torch.device("cpu")))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     foreseen, taken = map(int, done.stdout.split())

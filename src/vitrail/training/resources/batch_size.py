@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from vitrail.training.config.automatic import _batch_size
 from vitrail.training.resources.trial import blank, expected_peak, fits, forget_step, untouched, wait_for
-from vitrail.utils.memory import gib, peak, reset_peak_memory, room
+from vitrail.utils.memory import available_memory, format_gib, peak_memory, reset_peak_memory
 
 if TYPE_CHECKING:
     from vitrail.training.session import Session
@@ -31,17 +31,17 @@ def fit_batch_size(session: "Session") -> tuple[int, str]:
     usual = session.config.batch_size
     most = _batch_size(_FAR * usual, len(session.loader.split))
     device, trainer, preprocess = session.trainer.device, session.trainer, session.setup.preprocess
-    limit = room(device)
+    limit = available_memory(device)
     with untouched(trainer):
         if device.type == "cuda":
             assert limit is not None
 
             def holds(size: int) -> bool:
                 reset_peak_memory(device)
-                return fits(trainer, blank(size, preprocess)) and (peak(device) or 0) <= _MARGIN * limit
+                return fits(trainer, blank(size, preprocess)) and (peak_memory(device) or 0) <= _MARGIN * limit
 
             size = largest(ladder(min(8, most), most), holds)
-            return size, f"batches of {size}: the largest tried that fits into {gib(limit)} with a margin"
+            return size, f"batches of {size}: the largest tried that fits into {format_gib(limit)} with a margin"
         rates = Rates(lambda size: _images_per_second(session, size))
         size = fastest(
             usual, most, rates, lambda size: limit is None or expected_peak(trainer, preprocess, size) < _MARGIN * limit
@@ -120,9 +120,9 @@ def memory_advice(session: "Session") -> str:
     """What to do about a batch that did not fit, for a session that is over: the parts in which it does, if any."""
     trainer, config, preprocess = session.trainer, session.config, session.setup.preprocess
     forget_step(trainer)
-    limit = room(trainer.device)
+    limit = available_memory(trainer.device)
     size = config.batch_size
-    how_much = "" if limit is None else f" ({gib(limit)})"
+    how_much = "" if limit is None else f" ({format_gib(limit)})"
     fault = f"a batch of {size} images does not fit into memory{how_much}"
     if session.distributed.world_size > 1:  # the other processes are elsewhere: nothing can be tried
         return f"{fault}: use accumulate=2 or more, a smaller batch_size, or grad_checkpointing=true"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from vitrail.data.loader import Batch
 from vitrail.training.monitoring.progress import clock
 from vitrail.training.resources.trial import expected_peak, untouched, wait_for
-from vitrail.utils.memory import gib, peak, reset_peak_memory, room
+from vitrail.utils.memory import available_memory, format_gib, peak_memory, reset_peak_memory
 
 if TYPE_CHECKING:
     from vitrail.training.session import Session
@@ -39,8 +39,8 @@ class Cost:
     def line(self) -> str:
         memory = ""
         if self.peak is not None:
-            of = "" if self.room is None else f" of {gib(self.room)}"
-            memory = f", {gib(self.peak)}{of} memory"
+            of = "" if self.room is None else f" of {format_gib(self.room)}"
+            memory = f", {format_gib(self.peak)}{of} memory"
         about = f"about {clock(self.seconds)} for {self.epochs:.3g} epochs"
         return f"cost    {about} ({self.images_per_second:,.0f} images/s){memory}"
 
@@ -53,7 +53,7 @@ def cost_lines(session: "Session") -> list[str]:
     steps = _steps_to_try(session)
     if steps < 2:
         return []
-    trainer, config, limit = session.trainer, session.config, room(session.trainer.device)
+    trainer, config, limit = session.trainer, session.config, available_memory(session.trainer.device)
     with untouched(trainer):
         if trainer.device.type != "cuda" and limit is not None:
             expected = expected_peak(trainer, session.setup.preprocess, config.batch_size)
@@ -73,8 +73,8 @@ def _steps_to_try(session: "Session") -> int:
 
 def _warning(expected: int, limit: int) -> str:
     return (
-        f"warning: the run takes about {gib(expected)} of memory, and there are {gib(limit)}; accumulate=2 or more, a "
-        "smaller batch_size, or grad_checkpointing=true takes less"
+        f"warning: the run takes about {format_gib(expected)} of memory, and there are {format_gib(limit)}; "
+        "accumulate=2 or more, a smaller batch_size, or grad_checkpointing=true takes less"
     )
 
 
@@ -98,7 +98,7 @@ def _measure(session: "Session", steps: int, limit: int | None) -> Cost:
     validations = math.ceil(epochs / config.eval_every)
     test = image * counts[session.setup.dataset.eval_split()]
     seconds = epochs * epoch + validations * validation + test
-    return Cost(seconds, validation, epochs, config.batch_size / step, peak(trainer.device), limit)
+    return Cost(seconds, validation, epochs, config.batch_size / step, peak_memory(trainer.device), limit)
 
 
 def _load(session: "Session", steps: int) -> tuple[list[Batch], float]:

@@ -16,7 +16,7 @@ from vitrail.images.preprocess import Preprocess
 from vitrail.training.engine.non_finite import NonFiniteGuard
 from vitrail.training.engine.trainer import Trainer
 from vitrail.utils.device import precision
-from vitrail.utils.memory import held, out_of_memory
+from vitrail.utils.memory import is_out_of_memory, resident_memory
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def fits(trainer: Trainer, batch: Batch) -> bool:
         trainer.step(batch)
         wait_for(trainer.device)
     except RuntimeError as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         full = True
     else:
@@ -96,7 +96,7 @@ def expected_peak(trainer: Trainer, preprocess: Preprocess, batch_size: int) -> 
     part = -(-batch_size // trainer.config.accumulate)
     images = few + (more - few) / 2 * max(part - 2, 0)
     learning = sum(p.numel() * p.element_size() for group in trainer.groups for p in group["params"])
-    return int(held() + 3 * learning + images)
+    return int(resident_memory() + 3 * learning + images)
 
 
 def _saved(trainer: Trainer, preprocess: Preprocess, size: int) -> int:
