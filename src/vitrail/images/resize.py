@@ -14,11 +14,7 @@ import numpy.typing as npt
 import torch
 
 from vitrail.images.convert import Pixels
-
-_KERNELS = {
-    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
-    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
-}
+from vitrail.utils.torch_compat import resize_into
 
 
 def resize_part(pixels: Pixels, box: tuple[int, int, int, int], interpolation: str, out: torch.Tensor) -> None:
@@ -28,13 +24,12 @@ def resize_part(pixels: Pixels, box: tuple[int, int, int, int], interpolation: s
     # already: fresh pages would take longer than the copy.
     part = _room(height * width * pixels.shape[2]).reshape(height, width, -1)
     np.copyto(part, pixels[top : top + height, left : left + width])
-    kernel = _KERNELS.get(interpolation)
-    if kernel is None:
+    if interpolation not in ("bilinear", "bicubic"):
         out.numpy()[:] = _by_pillow(part, tuple(out.shape[1:]), interpolation).transpose(2, 0, 1)
         return
     # Pixel by pixel is what the kernel reads and writes fastest; numpy then sorts the colours into planes.
     resized = _scratch(out.shape)
-    kernel(torch.from_numpy(part).permute(2, 0, 1)[None], list(out.shape[1:]), False, None, None, out=resized)
+    resize_into(torch.from_numpy(part).permute(2, 0, 1)[None], interpolation, resized)
     np.copyto(out.numpy(), resized[0].numpy())
 
 

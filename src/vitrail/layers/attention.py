@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitrail.utils.torch_compat import flash_attention_cpu, flash_attention_cpu_backward, has_flash_attention_cpu
+
 
 class _AttendInBf16(torch.autograd.Function):
     """`attend` on the CPU, bfloat16 forward and float32 backward: q B H Q D, k and v B H N D.
@@ -22,19 +24,16 @@ class _AttendInBf16(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        out, logsumexp = flash_attention_cpu(q, k, v)
         ctx.save_for_backward(q, k, v, out, logsumexp)
-        kept: Tensor = out
-        return kept
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         *saved, logsumexp = ctx.saved_tensors
         grad, q, k, v, out = (x.float() for x in (grad, *saved))
-        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, logsumexp, 0.0, False
-        )
+        gradients = flash_attention_cpu_backward(grad, q, k, v, out, logsumexp)
         return tuple(gradient.to(torch.bfloat16) for gradient in gradients)
 
 
@@ -50,8 +49,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout:
     Returns:
         B H Q D.
     """
-    learns = torch.is_grad_enabled() and q.requires_grad and not torch.compiler.is_compiling()
-    if learns and q.is_cpu and q.dtype is torch.bfloat16 and bias is None and not dropout:
+    needs_grad = torch.is_grad_enabled() and q.requires_grad and not torch.compiler.is_compiling()
+    plain = q.is_cpu and q.dtype is torch.bfloat16 and bias is None and not dropout
+    if needs_grad and plain and has_flash_attention_cpu():
         fast: Tensor = _AttendInBf16.apply(q, k, v)  # type: ignore[no-untyped-call]
         return fast
     out: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.layers.attention import attend, attention_weights, merge_heads
+from vitrail.utils.torch_compat import softmax_backward
 
 Pair = tuple[int, int]
 
@@ -175,7 +176,7 @@ class _AttendWithBias(torch.autograd.Function):
         windows = len(grad)
         grad = grad.reshape(windows, n, heads, -1).transpose(1, 2).flatten(0, 1)  # (B M A) n D
         dscores = torch.bmm(grad, v.transpose(1, 2))
-        dscores = torch._softmax_backward_data(dscores, weights, -1, weights.dtype)
+        dscores = softmax_backward(dscores, weights)
         dbias = dscores.view(-1, *ctx.bias_shape).sum(0)
         scale = q.shape[-1] ** -0.5
         dq = torch.bmm(dscores, k).mul_(scale)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vitrail.errors import VitrailError
+from vitrail.utils.torch_compat import cpu_has_amx
 
 _FAULT_LINES = 2  # of a compiler's error
 _WIDE = 96  # vit_micro_patch8_32 and up: the digits model, which is narrower, gained a tenth and lost 0.4 points
@@ -41,7 +42,7 @@ def uses_bf16(model: nn.Module, device: torch.device, amp: str) -> bool:
     that have it, and CPUs with Intel's AMX for a model at least _WIDE features wide (docs/machine.md has the figures).
     """
     if amp == "auto" and device.type == "cpu":
-        return getattr(model, "num_features", 0) >= _WIDE and torch.cpu._is_amx_tile_supported()
+        return getattr(model, "num_features", 0) >= _WIDE and cpu_has_amx()
     if amp == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return amp == "bf16"

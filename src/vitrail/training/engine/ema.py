@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.training.engine.parallel import local
+from vitrail.utils.torch_compat import lerp_
 
 
 class Ema:
@@ -43,11 +44,6 @@ class Ema:
         wanted: a boolean on the device; where it is false the average stays as it is, and nobody has waited for it.
         """
         share = 1 - self.decay_at(step)
-        if wanted is None:
-            torch._foreach_lerp_(self._averages, self._weights, share)
-        else:
-            change = torch._foreach_sub(self._weights, self._averages)
-            torch._foreach_mul_(change, share * wanted)
-            torch._foreach_add_(self._averages, change)
+        lerp_(self._averages, self._weights, share if wanted is None else share * wanted)
         for mine, theirs in self._counters:
             mine.copy_(theirs)

@@ -140,11 +140,14 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(there, own.device_mesh, own.placements, src_data_rank=None)
 
 
+_HAVE_STATISTICS = (*_NORMS, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+
 class Statistics:
     """The running statistics of a model's batch norms, which a step changes beside the weights."""
 
     def __init__(self, model: nn.Module, distributed: DistributedContext) -> None:
-        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
+        norms = [m for m in model.modules() if isinstance(m, _HAVE_STATISTICS) and m.track_running_stats]
         tensors = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
         counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
         self._kinds = [kind for kind in (tensors, counters) if kind]
