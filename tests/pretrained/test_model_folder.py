@@ -18,8 +18,9 @@ from vitrail.errors import VitrailError
 from vitrail.images.preprocess import Preprocess
 from vitrail.models.build import build_model
 from vitrail.models.catalog import VARIANTS
+from vitrail.models.config_io import ADDED_FIELDS
 from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig
-from vitrail.pretrained.model_folder import ADDED, Contents, name_of, read_model_folder, to_json, write_model_folder
+from vitrail.pretrained.model_folder import Contents, name_of, read_model_folder, to_json, write_model_folder
 
 VIT = ViTConfig(img_size=(32, 32), patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=7)
 SWIN = SwinConfig(img_size=(64, 64), embed_dim=12, depths=(1, 2, 1), num_heads=(1, 2, 4), window_size=4, num_classes=7)
@@ -327,7 +328,7 @@ OURS = ("vitrail", "config")
 def test_folders_of_before_a_field_was_added_load_as_they_were(config: ModelConfig, tmp_path: Path) -> None:
     contents = make(config)
     write_model_folder(tmp_path / "m", contents)
-    for name in {field.name for field in fields(config)} & ADDED:
+    for name in {field.name for field in fields(config)} & ADDED_FIELDS:
         spoil_config(*OURS, name)(tmp_path / "m")
     loaded = read_model_folder(tmp_path / "m")
     assert loaded.model.config == config
@@ -347,7 +348,7 @@ FAULTS = {
     "family is a list": (spoil_config("vitrail", "family", value=[]), "family"),
     "unknown key": (spoil_config(*OURS, "embed_dims", value=3), r"unknown key 'embed_dims' .*'embed_dim'"),
     "no key": (spoil_config(*OURS, "depth"), "config has no 'depth'"),
-    "a word for a number": (spoil_config(*OURS, "depth", value="two"), "config.depth cannot be two"),
+    "a word for a number": (spoil_config(*OURS, "depth", value="two"), "config.depth cannot be 'two'"),
     "a truth for a number": (spoil_config(*OURS, "depth", value=True), "config.depth cannot be True"),
     "negative size": (spoil_config(*OURS, "img_size", value=[-1, 32]), "img_size"),
     "no heads": (spoil_config(*OURS, "num_heads", value=0), "describes no model"),

@@ -4,17 +4,18 @@ Options that change what the network computes and that ours cannot express are r
 accuracy in silence.
 """
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
 
 from vitrail.errors import VitrailError
 from vitrail.images.preprocess import Preprocess
+from vitrail.models import config_io
 from vitrail.models.catalog import VARIANTS
 from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig
+from vitrail.models.timm_compat import family_of
 from vitrail.utils.text import show
 from vitrail.weights.record import WeightsRecord
 
@@ -70,14 +71,7 @@ def check(config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> Non
     Raises:
         VitrailError: it is not so.
     """
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        TypeAdapter(type(config)).validate_json(json.dumps(asdict(config)), strict=True)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in fault["loc"])
-        raise VitrailError(f"{where} makes no sense: {name} is {show(repr(fault['input']), 60)}") from None
+    config_io.from_json(family_of(config), config_io.to_json(config), where)
     sizes = {size for tensor in tensors.values() for size in tensor.shape} | {1}
     largest = max(sizes)
     match config:
@@ -106,14 +100,10 @@ def of_record(record: WeightsRecord) -> Architecture:
 
 
 def _ours(section: Config, where: str) -> Architecture:
-    from pathlib import Path
-
-    from vitrail.pretrained.model_folder import parse_config
-
     names = section.get("class_names")
     return Architecture(
         name=section["architecture"] if section.get("architecture") in VARIANTS else None,
-        config=parse_config(section, Path(where)),
+        config=config_io.from_json(section.get("family"), section["config"], where),
         preprocess=Preprocess.from_dict(section["preprocess"]),
         class_names=_names(names),
     )

@@ -18,14 +18,14 @@ from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
 from vitrail._version import __version__
-from vitrail.errors import VitrailError, did_you_mean
+from vitrail.errors import VitrailError
 from vitrail.images.preprocess import Preprocess
+from vitrail.models import config_io
 from vitrail.models.base import ImageModel
 from vitrail.models.build import build_model
 from vitrail.models.catalog import VARIANTS
 from vitrail.models.configs import ModelConfig
 from vitrail.models.timm_compat import (
-    FAMILIES,
     RATES,
     family_of,
     global_pool,
@@ -38,8 +38,6 @@ from vitrail.utils.files import atomic_folder
 from vitrail.utils.text import listing, shape_words
 
 FORMAT = 1  # of the part under "vitrail"
-# Fields of configs that folders of earlier versions lack; their defaults mean what was so before there was a choice.
-ADDED: frozenset[str] = frozenset({"channels", "small_stem", "stem_depth"})
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 _REPLACEABLE = {CONFIG, WEIGHTS, CARD}  # a folder that holds anything else is never replaced
 
@@ -101,7 +99,7 @@ def to_json(contents: Contents) -> dict[str, Any]:
             "version": __version__,
             "architecture": contents.architecture,
             "family": family_of(config),
-            "config": dataclasses.asdict(config),
+            "config": config_io.to_json(config),
             "preprocess": contents.preprocess.to_dict(),
             "class_names": list(contents.class_names),
             "notes": contents.notes,
@@ -150,7 +148,7 @@ def read_model_folder(folder: Path) -> Contents:
     record = _section(_read_json(source), "vitrail", source)
     if record.get("format") != FORMAT:
         raise VitrailError(f"{source} has format {record.get('format')!r}, not {FORMAT}: update vitrail to read it")
-    config = parse_config(record, source)
+    config = config_io.from_json(record.get("family"), _section(record, "config", source), str(source))
     names = record.get("class_names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise VitrailError(f"{source} has no list of class_names")
@@ -189,31 +187,6 @@ def _section(record: Mapping[str, Any], key: str, source: Path) -> dict[str, Any
         hint = "; it was not written by vitrail" if key == "vitrail" else ""
         raise VitrailError(f"{source} has no section {key!r}{hint}")
     return section
-
-
-def parse_config(record: Mapping[str, Any], source: Path) -> ModelConfig:
-    """The config dataclass, every key known and every value of its type."""
-    from pydantic import TypeAdapter, ValidationError  # a tenth of a second, and only reading needs it
-
-    family, values = record.get("family"), _section(record, "config", source)
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise VitrailError(f"{source} names the family {family!r}; known are {', '.join(FAMILIES)}")
-    kind = FAMILIES[family].config
-    known = [field.name for field in dataclasses.fields(kind)]
-    for key in values:
-        if key not in known:
-            raise VitrailError(f"{source}: unknown key {key!r} in config{did_you_mean(key, known)}")
-    for key in known:
-        if key not in values and key not in ADDED:
-            raise VitrailError(f"{source}: config has no {key!r}")
-    try:
-        return TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in ("config", *fault["loc"]))
-        raise VitrailError(
-            f"{source}: {where} cannot be {_one_line(fault['input'], 60)}: {_one_line(fault['msg'])}"
-        ) from None
 
 
 def _load(source: Path, config: ModelConfig) -> ImageModel:
