@@ -27,14 +27,13 @@ class PlainDigits(Dataset[tuple[Tensor, int]]):
         from torchvision import transforms
 
         self.split = split
-        steps = [transforms.RandomCrop(split.images.shape[1], padding=config.pad_shift)] if config.pad_shift else []
-        if config.rotate or config.shift or config.zoom != (1.0, 1.0):
-            shift = (config.shift, config.shift) if config.shift else None
+        augment, shear = config.augment, config.augment.shear
+        steps = [transforms.RandomCrop(split.images.shape[1], padding=augment.pad_shift)] if augment.pad_shift else []
+        if augment.rotate or augment.shift or augment.zoom != (1.0, 1.0):
+            shift = (augment.shift, augment.shift) if augment.shift else None
             how = transforms.InterpolationMode.BILINEAR  # as ours
             steps.append(
-                transforms.RandomAffine(
-                    config.rotate, shift, config.zoom, (-config.shear, config.shear, -config.shear, config.shear), how
-                )
+                transforms.RandomAffine(augment.rotate, shift, augment.zoom, (-shear, shear, -shear, shear), how)
             )
         self.transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])
 
@@ -60,23 +59,27 @@ def main() -> None:
     from timm.optim import create_optimizer_v2
 
     from vitrail.data.loader import TrainLoader
+    from vitrail.training.config.schema import make_config
     from vitrail.training.engine.batch_augmenter import BatchAugmenter
     from vitrail.training.engine.schedule import Schedule
     from vitrail.training.engine.trainer import Trainer
     from vitrail.training.objectives.classification import Classify
 
-    setup = prepare("digits", {"ema": 0.0, "clip_grad": None, "amp": "off"})
+    setup = prepare("digits", make_config({"ema": 0.0, "clip_grad": None, "amp": "off"}))
     config, device = setup.config, torch.device("cpu")
     train = setup.dataset.split("train")
-    loader = TrainLoader(train, setup.preprocess, batch_size=config.batch_size, seed=0)
+    loader = TrainLoader(train, setup.preprocess, batch_size=config.schedule.batch_size, seed=0)
     viewer = BatchAugmenter(config, setup.preprocess, 10, device)
-    trainer = Trainer(setup.model, Classify(config.label_smoothing), viewer, Schedule(None, 0, 0, 1e9), config, device)
+    trainer = Trainer(
+        setup.model, Classify(config.regularize.label_smoothing), viewer, Schedule(None, 0, 0, 1e9), config, device
+    )
 
-    twin = timm_twin(config.model, setup.model.config).train()
+    twin = timm_twin(config.model.model, setup.model.config).train()
     twin.load_state_dict(setup.model.state_dict())
-    optimizer = create_optimizer_v2(twin, opt="adamw", lr=config.lr, weight_decay=config.weight_decay)
+    settings = config.optimizer
+    optimizer = create_optimizer_v2(twin, opt="adamw", lr=settings.lr, weight_decay=settings.weight_decay)
     plain = PlainDigits(train, setup.preprocess.mean[0], setup.preprocess.std[0], config)
-    dataloader = DataLoader(plain, batch_size=config.batch_size, shuffle=True, drop_last=True)
+    dataloader = DataLoader(plain, batch_size=config.schedule.batch_size, shuffle=True, drop_last=True)
 
     batch = next(loader.epoch(0))
     view = viewer(batch, 0)
@@ -89,19 +92,19 @@ def main() -> None:
         trainer.next_epoch()
 
     steps = loader.steps_per_epoch
-    work = f"{config.model}, batch {config.batch_size}, float32"
+    work = f"{config.model.model}, batch {config.schedule.batch_size}, float32"
     comparisons = [
         interleave(
             f"step alone, {work}",
             ("vitrail", lambda: fixed.step(batch)),
-            ("timm", lambda: plain_epoch(twin, optimizer, iter(ready), config.label_smoothing, 1)),
+            ("timm", lambda: plain_epoch(twin, optimizer, iter(ready), config.regularize.label_smoothing, 1)),
             rounds=rounds,
             calls=20,
         ),
         interleave(
             f"epoch of {steps} steps with loading and augmenting, {work}",
             ("vitrail", our_epoch),
-            ("timm", lambda: plain_epoch(twin, optimizer, iter(dataloader), config.label_smoothing, steps)),
+            ("timm", lambda: plain_epoch(twin, optimizer, iter(dataloader), config.regularize.label_smoothing, steps)),
             rounds=rounds,
             note="images/s is the batch times the steps over the seconds of one call",
         ),

@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader
 
 import benchmarks.oracles  # noqa: F401
 from benchmarks.measure import Comparison, interleave, publish
-from vitrail.data.augment.augment import Augment, augment
+from vitrail.data.augment.augment import augment
+from vitrail.data.augment.settings import Augment
 from vitrail.data.cache.readers import reader
 from vitrail.data.catalog import open_dataset
 from vitrail.data.loader import TrainLoader

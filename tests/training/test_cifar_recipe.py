@@ -20,7 +20,7 @@ from data.test_catalog import cifar_files, tar
 from vitrail.cli import main
 from vitrail.data.catalog import DATASETS, DatasetFile
 from vitrail.pretrained.create import create_model
-from vitrail.training.config.schema import make_config, read_toml
+from vitrail.training.config.schema import read_config
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "cifar10-vit-small.toml"
 # The recipe's peak rate is that of the head; each layer below it learns at three quarters of the one above.
@@ -92,11 +92,14 @@ def from_train_to_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
 
 def check_rates(said: str, out: Path, deepest: int) -> None:
     """The peak rates that were printed, group by group, are the recipe's, scaled to the batch as the config says."""
-    recipe, config = read_toml(RECIPE), make_config(read_toml(out / "config.toml"))
-    assert config.layer_decay == recipe["layer_decay"] == 0.75
-    assert config.head_lr / config.backbone_lr == pytest.approx(recipe["head_lr"] / recipe["backbone_lr"], rel=1e-2)
-    scale = (config.batch_size / recipe["batch_size"]) ** 0.5
-    assert config.head_lr == pytest.approx(recipe["head_lr"] * scale, rel=1e-2)
+    recipe, config = read_config(RECIPE).given, read_config(out / "config.toml")
+    optimizer = config.optimizer
+    assert optimizer.layer_decay == recipe["layer_decay"] == 0.75
+    assert optimizer.head_lr / optimizer.backbone_lr == pytest.approx(
+        recipe["head_lr"] / recipe["backbone_lr"], rel=1e-2
+    )
+    scale = (config.schedule.batch_size / recipe["batch_size"]) ** 0.5
+    assert optimizer.head_lr == pytest.approx(recipe["head_lr"] * scale, rel=1e-2)
     printed = re.findall(r"^group +(head|backbone) layer (\d+)(?:, no decay)? .* lr (\S+) ", said, re.MULTILINE)
     assert len(printed) > 2 * deepest
     for part, layer, rate in printed:
@@ -106,7 +109,7 @@ def check_rates(said: str, out: Path, deepest: int) -> None:
 
 
 def test_the_recipe_is_for_vit_small_and_names_what_it_needs() -> None:
-    recipe = read_toml(RECIPE)
+    recipe = read_config(RECIPE).given
     assert (recipe["model"], recipe["data"], recipe["pretrained"]) == ("vit_small_patch16_224", "cifar10", True)
     assert recipe["img_size"] == (224, 224)
     assert recipe["head_lr"] > recipe["backbone_lr"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from vitrail.data.loader import TrainLoader
+from vitrail.training.config.schema import make_config
 from vitrail.training.engine.batch_augmenter import BatchAugmenter
 from vitrail.training.engine.schedule import Schedule
 from vitrail.training.engine.trainer import Trainer
@@ -41,20 +42,20 @@ RUNS = {
 
 def losses(options: dict[str, object]) -> list[float]:
     """The mean training loss after each of the first steps on digits, batches of 16."""
-    setup = prepare("digits", {"batch_size": 16, "warmup_epochs": 0.0, "amp": "off", **options})
+    setup = prepare("digits", make_config({"batch_size": 16, "warmup_epochs": 0.0, "amp": "off", **options}))
     config, device = setup.config, torch.device("cpu")
     loader = TrainLoader(
         setup.dataset.split("train"),
         setup.preprocess,
-        batch_size=config.batch_size,
+        batch_size=config.schedule.batch_size,
         seed=config.seed,
-        crop_scale=config.crop_scale,
-        crop_ratio=config.crop_ratio,
-        repeats=config.repeats,
+        crop_scale=config.augment.crop_scale,
+        crop_ratio=config.augment.crop_ratio,
+        repeats=config.augment.repeats,
     )
     view = BatchAugmenter(config, setup.preprocess, 10, device)
     schedule = Schedule(STEPS, 4, 0.0, None)
-    task = Classify(config.label_smoothing, config.loss, config.bce_threshold)
+    task = Classify(config.regularize.label_smoothing, config.regularize.loss, config.regularize.bce_threshold)
     trainer = Trainer(setup.model, task, view, schedule, config, device)
     curve = []
     for _, batch in zip(range(STEPS), loader.epoch(0), strict=False):

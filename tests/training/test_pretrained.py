@@ -15,6 +15,7 @@ from vitrail.data.catalog import open_dataset
 from vitrail.errors import VitrailError
 from vitrail.images.preprocess import Preprocess
 from vitrail.pretrained.create import create_model
+from vitrail.training.config.schema import make_config
 from vitrail.training.setup import prepare
 
 OPTIONS = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 16, "patch_size": 4}
@@ -31,7 +32,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_weights_bring_architecture_preprocessing_and_head(source: Path) -> None:
-    setup = prepare("digits", {"weights": str(source)})
+    setup = prepare("digits", make_config({"weights": str(source)}))
     assert setup.model.config.embed_dim == 32
     assert setup.preprocess == Preprocess(size=(16, 16), mean=(0.1,), std=(0.7,), channels=1, crop_pct=0.9)
     old = vitrail.load(source).model.head.weight
@@ -40,7 +41,7 @@ def test_weights_bring_architecture_preprocessing_and_head(source: Path) -> None
 
 
 def test_another_size_and_other_channels(source: Path) -> None:
-    setup = prepare("digits", {"weights": str(source), "img_size": (24, 32), "in_chans": 3})
+    setup = prepare("digits", make_config({"weights": str(source), "img_size": (24, 32), "in_chans": 3}))
     assert setup.model.pos_embed.shape[1] == 1 + 6 * 8
     assert setup.preprocess.size == (24, 32)
     assert setup.preprocess.mean == (0.1,) * 3
@@ -50,7 +51,7 @@ def test_another_size_and_other_channels(source: Path) -> None:
 
 def test_other_classes_get_a_fresh_head(source: Path, tmp_path: Path) -> None:
     make_folder(tmp_path / "photos", classes=2, per_class=6)
-    setup = prepare(tmp_path / "photos", {"weights": str(source)})
+    setup = prepare(tmp_path / "photos", make_config({"weights": str(source)}))
     assert setup.model.head.weight.shape == (2, 32)
     assert {entry.name for entry in setup.pretrained.report.of("new")} == {"head.weight", "head.bias"}
 
@@ -67,14 +68,14 @@ def test_the_run_tells_and_inherits(source: Path, tmp_path: Path, capsys: pytest
 
 def test_a_model_that_the_weights_are_not(source: Path) -> None:
     with pytest.raises(VitrailError, match="another model than vit_small_patch16_224"):
-        prepare("digits", {"weights": str(source), "model": "vit_small_patch16_224"})
+        prepare("digits", make_config({"weights": str(source), "model": "vit_small_patch16_224"}))
     with pytest.raises(VitrailError, match="did you mean"):
-        prepare("digits", {"weights": str(source), "model": "vit_smal_patch16_224"})
+        prepare("digits", make_config({"weights": str(source), "model": "vit_smal_patch16_224"}))
 
 
 @pytest.mark.parametrize(("fit", "mode"), [("crop", "center"), ("pad", "border"), ("squash", "squash")])
 def test_fit_is_a_choice(fit: str, mode: str) -> None:
-    setup = prepare("digits", {"fit": fit})
+    setup = prepare("digits", make_config({"fit": fit}))
     assert setup.preprocess.crop_mode == mode
     assert not any(line.startswith("advice") for line in setup.reasons)
 
@@ -84,7 +85,7 @@ def test_long_images_are_advised_upon(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         for number in range(5):
             Image.new("RGB", (300, 60), (number * 40, 9, 9)).save(tmp_path / name / f"{number}.png")
-    advice = [line for line in prepare(tmp_path, {}).reasons if line.startswith("advice")]
+    advice = [line for line in prepare(tmp_path, make_config({})).reasons if line.startswith("advice")]
     assert len(advice) == 1
     assert "80%" in advice[0]
     assert "--fit pad" in advice[0]

@@ -23,9 +23,9 @@ from vitrail.models.build import build_model
 from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig
 from vitrail.models.vit import VisionTransformer
 from vitrail.training import probe
-from vitrail.training.config.schema import read_toml
+from vitrail.training.config.schema import Use, keys_for, read_config
 from vitrail.training.engine.interrupt import Interrupt, Stopped
-from vitrail.training.probe import GRID, PROBE_KEYS, compute_features, set_linear_head
+from vitrail.training.probe import GRID, compute_features, set_linear_head
 from vitrail.training.run import train
 
 
@@ -57,7 +57,7 @@ def test_a_run_folder(tmp_path: Path) -> None:
     assert [line["l2"] for line in lines] == list(GRID)[: len(lines)]
     best = max(lines, key=lambda line: (line["val_top1"], -line["val_loss"]))
     assert (summary["probe"]["l2"], summary["val_top1"]) == (best["l2"], best["val_top1"])
-    assert read_toml(folder / "config.toml").keys() == set(PROBE_KEYS)
+    assert read_config(folder / "config.toml").given.keys() == set(keys_for(Use.PROBE))
     # What is returned, what is stored, and what is reported are one.
     for judged in (vitrail.load(folder), classifier):
         for split, top1 in (("test", summary["top1"]), ("val", summary["val_top1"])):

@@ -17,7 +17,7 @@ import vitrail
 from training import tiny
 from training.runs import KEYS, outcome, run
 from vitrail.errors import VitrailError
-from vitrail.training.config.schema import make_config, read_toml
+from vitrail.training.config.schema import read_config
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.run import train
 from vitrail.training.session import Session
@@ -48,9 +48,9 @@ def test_a_run_folder(tmp_path: Path) -> None:
     best = max(lines, key=lambda line: (line["val_top1"], -line["val_loss"]))
     assert summary["best_epoch"] == best["epoch"]
     assert summary["val_top1"] == best["val_top1"]
-    config = make_config(read_toml(folder / "config.toml"))
-    assert config.model == tiny.VARIANT.name
-    assert config.epochs == 6
+    config = read_config(folder / "config.toml")
+    assert config.model.model == tiny.VARIANT.name
+    assert config.schedule.epochs == 6
     # What is returned, what is stored, and what is reported are one.
     loaded = vitrail.load(folder)
     assert tiny.same(loaded.model.state_dict(), classifier.model.state_dict())
@@ -220,8 +220,8 @@ def test_a_recipe_counts_less_than_a_key(tmp_path: Path) -> None:
     recipe.write_text("lr = 0.003\nseed = 4\nepochs = 0\ncrop_scale = 'none'\n")
     keys = {key: value for key, value in KEYS.items() if key not in ("lr", "epochs")}
     train(tiny.dataset(), out=tmp_path / "run", recipe=recipe, progress=False, **{**keys, "seed": 5})
-    config = make_config(read_toml(tmp_path / "run" / "config.toml"))
-    assert (config.lr, config.seed, config.epochs) == (0.003, 5, 0)
+    config = read_config(tmp_path / "run" / "config.toml")
+    assert (config.optimizer.lr, config.seed, config.schedule.epochs) == (0.003, 5, 0)
 
 
 class ExternalModel(nn.Module):

@@ -8,6 +8,7 @@ import torch
 from vitrail.data.dataset import ArraySplit, Dataset, Sizes
 from vitrail.models.catalog import VARIANTS, Variant
 from vitrail.models.configs import ViTConfig
+from vitrail.training.config.schema import make_config
 from vitrail.training.monitoring.progress import Reporter
 from vitrail.training.session import Session
 from vitrail.training.setup import prepare
@@ -75,7 +76,7 @@ PLAIN = {
 
 def session(**given: Any) -> Session:
     """A session of the tiny model on the tiny data."""
-    setup = prepare(dataset(), {**PLAIN, **given})
+    setup = prepare(dataset(), make_config({**PLAIN, **given}))
     return Session(setup, Reporter(False), torch.device("cpu"))
 
 

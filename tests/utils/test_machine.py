@@ -15,6 +15,7 @@ from vitrail.errors import VitrailError
 from vitrail.models.catalog import Variant
 from vitrail.models.configs import SwinConfig
 from vitrail.pretrained.create import create_model
+from vitrail.training.config.schema import make_config
 from vitrail.training.monitoring.progress import Reporter
 from vitrail.training.run import train
 from vitrail.training.session import Session
@@ -34,7 +35,7 @@ def gradients(model: str, **keys: Any) -> tuple[dict[str, torch.Tensor], list[in
     """Of one step of a model, and how often its first block was entered; with drop path on, where there is any."""
     size = 8 if model == tiny.VARIANT.name else 32
     drop = {"drop_path": 0.3} if model != "resnet18" else {}
-    setup = prepare(tiny.dataset(), {**tiny.PLAIN, "model": model, "img_size": size, **drop, **keys})
+    setup = prepare(tiny.dataset(), make_config({**tiny.PLAIN, "model": model, "img_size": size, **drop, **keys}))
     session = Session(setup, Reporter(False), torch.device("cpu"))
     trainer, entered = session.trainer, []
     first = next(m for m in trainer.model.modules() if type(m).__name__ in ("Block", "SwinBlock", "BasicBlock"))

@@ -18,10 +18,10 @@ def _print_help(context: typer.Context, wanted: bool) -> None:
     from rich.console import Console
     from rich.panel import Panel
 
-    from vitrail.training.config.schema import TrainConfig
+    from vitrail.training.config.schema import FIELDS
 
     options = {parameter.name for parameter in context.command.params}
-    keys = {key: field for key, field in TrainConfig.model_fields.items() if key not in options}
+    keys = {key: field for key, field in FIELDS.items() if key not in options}
     panel = Panel(
         _table({key: (field.default, field.description or "") for key, field in keys.items()}),
         title="Settings (key=value)",

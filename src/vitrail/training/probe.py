@@ -22,6 +22,7 @@ from vitrail.evaluation.linear_probe import NEIGHBOURS, TEMPERATURE, Linear, Log
 from vitrail.evaluation.metrics import Evaluation, Recorder
 from vitrail.models.base import ImageModel
 from vitrail.training.checkpoints.run_folder import RunFolder
+from vitrail.training.config.schema import Use, keys_for
 from vitrail.training.engine.interrupt import Interrupt, Stopped
 from vitrail.training.monitoring.plan import class_words
 from vitrail.training.monitoring.progress import Reporter, clock
@@ -29,11 +30,6 @@ from vitrail.training.setup import Setup
 from vitrail.utils.device import precision, uses_bf16
 from vitrail.weights.heads import HEADS
 
-# What decides a probe. The other keys of the config belong to training.
-PROBE_KEYS = (
-    *("probe", "data", "data_dir", "val_fraction", "test_fraction", "split_seed", "model", "pretrained", "weights"),
-    *("img_size", "in_chans", "seed", "amp", "eval_batch_size", "workers", "threads", "device"),
-)
 GRID = tuple(10.0**-power for power in range(7))  # strengths of l2 that validation chooses from, strong to weak
 _UNCHOSEN = 1e-3  # l2 where there are no validation images
 _PATIENCE = 2  # weaker strengths that may be no better before the rest is left out
@@ -71,7 +67,7 @@ class _Tally:
 def check_probe_keys(given: Mapping[str, Any]) -> None:
     """Raise VitrailError for a key that a probe does not heed."""
     for key in given:
-        if key not in PROBE_KEYS:
+        if key not in keys_for(Use.PROBE):
             raise VitrailError(f"a probe has no {key}: it fits a linear head to frozen features; leave out one of them")
 
 
@@ -110,7 +106,7 @@ def run_probe(
         **_figures(result, chosen, features, skipped),
         **_knn(features, name, setup.dataset.num_classes),
         "params": sum(p.numel() for p in setup.model.parameters()),
-        "model": setup.config.model,
+        "model": setup.config.model.model,
         "data": setup.dataset.name,
         "how_split": setup.dataset.how_split,
         "fits": len(history),
@@ -154,14 +150,14 @@ def _all_features(
     found = {}
     for name in dict.fromkeys(wanted):
         split = dataset.split(name)
-        loader = make_loader(split, setup.preprocess, device, config.eval_batch_size, config.workers)
+        loader = make_loader(split, setup.preprocess, device, config.machine.eval_batch_size, config.machine.workers)
         with _counting(reporter, f"{name} features", len(split), tally) as advance:
 
             def on_batch(count: int, advance: Callable[[int], None] = advance) -> None:
                 advance(count)
                 check()
 
-            features = compute_features(setup.model, loader, device, config.amp, tally, on_batch)
+            features = compute_features(setup.model, loader, device, config.machine.amp, tally, on_batch)
         skipped |= {item["path"]: item["reason"] for item in loader.skipped}
         if features is not None:
             found[name] = features
@@ -272,7 +268,7 @@ class _Judge:
     def of(self, head: Linear, name: str) -> Evaluation:
         """On the features of the split called `name`. What was skipped is not in it."""
         features, recorder = self.features[name], Recorder()
-        bf16 = uses_bf16(self.setup.model, self.device, self.setup.config.amp)
+        bf16 = uses_bf16(self.setup.model, self.device, self.setup.config.machine.amp)
         parts = (part.split(_CHUNK) for part in (features.values, features.labels, features.indices))
         for values, labels, indices in zip(*parts, strict=True):
             with precision(self.device, bf16):
@@ -354,14 +350,15 @@ def _plan_lines(setup: Setup, folder: RunFolder, device: torch.device, own_model
     config, dataset = setup.config, setup.dataset
     counts = ", ".join(f"{count:,} {name}" for name, count in dataset.counts().items())
     height, width = setup.preprocess.size
-    start = config.weights or ("published weights" if config.pretrained else "your own" if own_model else None)
+    published = "published weights" if config.model.pretrained else None
+    start = config.model.weights or published or ("your own" if own_model else None)
     random = "random weights: the features are random too; name --weights or --pretrained for better ones"
     return [
         *(reason for reason in setup.reasons if reason.startswith("model")),
         f"data    {dataset.name}: {counts} images, {class_words(dataset)} ({dataset.how_split})",
         *([f"skipped {len(dataset.skipped)} unusable files, named in the summary"] if dataset.skipped else []),
-        f"model   {config.model}, frozen, sees {height}x{width} pixels; {start or random}",
-        f"device  {device}, {'bfloat16' if uses_bf16(setup.model, device, config.amp) else 'float32'}",
+        f"model   {config.model.model}, frozen, sees {height}x{width} pixels; {start or random}",
+        f"device  {device}, {'bfloat16' if uses_bf16(setup.model, device, config.machine.amp) else 'float32'}",
         f"run     {folder.path}",
     ]
 

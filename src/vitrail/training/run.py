@@ -17,7 +17,7 @@ from vitrail.models.base import ImageModel
 from vitrail.training.checkpoints.provenance import environment, python_call, session_record
 from vitrail.training.checkpoints.run_folder import RunFolder, check_free, new_run, old_run
 from vitrail.training.config.recipes import find_recipe
-from vitrail.training.config.schema import KEYS, check_options, make_config, read_toml, to_toml
+from vitrail.training.config.schema import KEYS, TrainConfig, Use, keys_for, make_config, read_config, to_toml
 from vitrail.training.engine.interrupt import Stopped
 from vitrail.training.monitoring.batch_preview import draw_first_batch
 from vitrail.training.monitoring.plan import plan_lines
@@ -27,21 +27,17 @@ from vitrail.training.monitoring.report_data import details
 from vitrail.training.monitoring.summary import say_result, summarise
 from vitrail.training.monitoring.trackers import check_trackers
 from vitrail.training.objectives.teacher import Source, lasting_name
-from vitrail.training.probe import PROBE_KEYS, check_probe_keys, result_lines, run_probe
+from vitrail.training.probe import check_probe_keys, result_lines, run_probe
 from vitrail.training.resources.batch_size import fit_batch_size, memory_advice
 from vitrail.training.resources.forecast import cost_lines
 from vitrail.training.session import Session
-from vitrail.training.setup import HELD_OUT, Setup, prepare, reopen
+from vitrail.training.setup import Setup, held_out, prepare, reopen
 from vitrail.utils.device import compiling, cpu_threads, pick_device
 from vitrail.utils.distributed import DistributedContext, distributed_context
 from vitrail.utils.files import atomic_folder
 from vitrail.utils.memory import is_out_of_memory
 
 _NAMED = ("model", "weights", "teacher", "pretrained", "probe", "epochs", "budget", "seed")
-_MAY_CHANGE = (
-    *("device", "workers", "data_dir", "checkpoint_every", "checkpoint_minutes", "eval_batch_size", "track"),
-    *("teacher_outputs", "shard"),
-)
 
 
 def train(
@@ -121,7 +117,7 @@ class Ask:
     """What `train` was asked for. teacher: one of the caller's own."""
 
     data: str | Path | Dataset | None
-    given: Mapping[str, Any]
+    given: TrainConfig
     guest: nn.Module | None
     teacher: Classifier | nn.Module | None
     out: str | Path | None
@@ -154,7 +150,7 @@ def make_ask(
         **keys,
     }
     # What `train` itself offers may be left out by None; of other keys, None is a value.
-    given = check_options({key: value for key, value in named.items() if value is not None or key not in _NAMED})
+    given = make_config({key: value for key, value in named.items() if value is not None or key not in _NAMED})
     if command is None:
         places = {"out": out, "resume": resume, "recipe": recipe}
         command = python_call({"data": data, **named, "model": model, "teacher": teacher, **places})
@@ -169,14 +165,14 @@ def _run(ask: Ask, distributed: DistributedContext, reporter: Reporter) -> Class
         setup = fresh_setup(ask) if before is None else _resumed(ask, before)
     setup.teacher = ask.teacher
     # Each machine has a disk of its own, and all processes must see the same pixels.
-    setup.config = setup.config.model_copy(update={"cache": distributed.broadcast_object(setup.config.cache)})
-    if distributed.world_size > 1 and (setup.config.probe or setup.auto_batch or ask.show_batch):
+    setup.config = setup.config.updated({"cache": distributed.broadcast_object(setup.config.io.cache)})
+    if distributed.world_size > 1 and (setup.config.model.probe or setup.auto_batch or ask.show_batch):
         raise VitrailError("a probe, batch_size=auto and --show-batch are for one process: leave out torchrun")
     if ask.verbose and setup.pretrained:
         reporter.say(setup.pretrained.report.table())
-    device = pick_device(setup.config.device, distributed.local_rank if distributed.world_size > 1 else None)
-    with cpu_threads(setup.config.threads):
-        session = None if setup.config.probe else make_session(setup, reporter, device, distributed)
+    device = pick_device(setup.config.machine.device, distributed.local_rank if distributed.world_size > 1 else None)
+    with cpu_threads(setup.config.machine.threads):
+        session = None if setup.config.model.probe else make_session(setup, reporter, device, distributed)
         setup = session.setup if session else setup
         if ask.show_batch is not None:
             return _show_batch(session, setup, ask.show_batch, reporter)
@@ -185,7 +181,7 @@ def _run(ask: Ask, distributed: DistributedContext, reporter: Reporter) -> Class
             if ask.resume is None:
                 if distributed.is_main:
                     check_free(folder)  # once more: another run may have begun and ended here meanwhile
-                folder.write_config(to_toml(setup.config, KEYS if session else PROBE_KEYS))
+                folder.write_config(to_toml(setup.config, KEYS if session else keys_for(Use.PROBE)))
             if session is None:
                 folder.add_session(session_record(ask.command, 0, device))
                 return _probe(setup, folder, reporter, device, ask.guest is not None)
@@ -194,10 +190,10 @@ def _run(ask: Ask, distributed: DistributedContext, reporter: Reporter) -> Class
             return _train(session, folder, reporter, found)
 
 
-def _before(ask: Ask) -> dict[str, Any] | None:
+def _before(ask: Ask) -> TrainConfig | None:
     """The config of the run that is to go on; None for a new one, whose place is free."""
     if ask.resume is not None:
-        return {"cache": "off", **read_toml(old_run(ask.resume).config)}  # runs older than the cache had none
+        return TrainConfig().updated({"cache": "off", **read_config(old_run(ask.resume).config).given})
     if ask.out is not None and ask.show_batch is None:
         check_free(RunFolder(Path(ask.out).expanduser()))  # before a download, not after
     return None
@@ -206,7 +202,7 @@ def _before(ask: Ask) -> dict[str, Any] | None:
 def fresh_setup(ask: Ask) -> Setup:
     """The setup of a new run."""
     asked = None if ask.recipe is None else find_recipe(ask.recipe)
-    given = {**(asked.fixed if asked else {}), **ask.given}
+    given = {**(asked.fixed if asked else {}), **ask.given.given}
     named = given.pop("data", None)
     data = named if ask.data is None else ask.data
     if data is None:
@@ -216,20 +212,19 @@ def fresh_setup(ask: Ask) -> Setup:
             given.pop("recipe", None)  # a file may ask for a probe; the named ones are for training
         check_probe_keys({**given, **(asked.settings if asked else {})})
     check_trackers(given.get("track", "none"))  # before a download, not after
-    return prepare(data, given, ask.guest, asked)
+    return prepare(data, TrainConfig().updated(given), ask.guest, asked)
 
 
-def _resumed(ask: Ask, before: Mapping[str, Any]) -> Setup:
+def _resumed(ask: Ask, before: TrainConfig) -> Setup:
     """The setup of a run that goes on as it began."""
-    for key, value in ask.given.items():
-        if key not in _MAY_CHANGE and before.get(key) != value:
-            raise VitrailError(
-                f"a run goes on as it began, with {key}={before.get(key)}: leave {key} out, or begin anew"
-            )
+    for key, value in ask.given.given.items():
+        if key not in keys_for(Use.RESUME) and before.flat[key] != value:
+            was = before.flat[key]
+            raise VitrailError(f"a run goes on as it began, with {key}={was}: leave {key} out, or begin anew")
     if ask.recipe is not None or (ask.out is not None and Path(ask.out) != Path(str(ask.resume))):
         raise VitrailError("a run goes on where and as it began: leave out --out and --recipe with --resume")
-    config = make_config({**before, **ask.given})
-    check_trackers(config.track)
+    config = before.updated(ask.given.given)
+    check_trackers(config.io.track)
     return reopen(config, ask.data, ask.guest)
 
 
@@ -238,7 +233,7 @@ def _folder(ask: Ask, setup: Setup, distributed: DistributedContext) -> RunFolde
 
     def choose() -> Path:
         old = None if ask.resume is None else old_run(ask.resume)
-        return (old or new_run(ask.out, setup.dataset.name, setup.config.model)).path
+        return (old or new_run(ask.out, setup.dataset.name, setup.config.model.model)).path
 
     folder = RunFolder(distributed.run_on_main(choose), distributed.is_main)
     distributed.advice = f"; go on as before, with --resume {folder.path}"
@@ -334,7 +329,7 @@ def _show_batch(session: Session | None, setup: Setup, path: str | Path, reporte
         setup.model,  # type: ignore[arg-type]
         setup.preprocess,
         setup.dataset.class_names,
-        architecture=setup.config.model,
+        architecture=setup.config.model.model,
     )
 
 
@@ -345,10 +340,10 @@ def _finish(setup: Setup, model: nn.Module, summary: dict[str, Any], folder: Run
         setup.preprocess,
         setup.dataset.class_names,
         report=summary,
-        architecture=setup.config.model,
+        architecture=setup.config.model.model,
         notes={
             "data": setup.dataset.name,
-            "split": {key: getattr(setup.config, key) for key in HELD_OUT},
+            "split": held_out(setup.config),
             "counts": setup.dataset.counts(),
             "figures": {key: summary[key] for key in ("split", "images", "top1", "top5", "loss")},
             **_origin(setup),

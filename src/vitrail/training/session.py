@@ -63,24 +63,24 @@ class Session:
         self.loader = TrainLoader(
             dataset.split("train"),
             setup.preprocess,
-            batch_size=config.batch_size,
+            batch_size=config.schedule.batch_size,
             seed=config.seed,
-            workers=config.workers or 0,
-            crop_scale=config.crop_scale,
-            crop_ratio=config.crop_ratio,
-            repeats=config.repeats,
-            balance=config.balance == "sample",
+            workers=config.machine.workers or 0,
+            crop_scale=config.augment.crop_scale,
+            crop_ratio=config.augment.crop_ratio,
+            repeats=config.augment.repeats,
+            balance=config.regularize.balance == "sample",
             rank=distributed.rank,
             world_size=distributed.world_size,
             pin=device.type == "cuda",
             read=readers.get("train"),
         )
         self.validation = self._eval_loader("val", device, readers.get("val")) if "val" in dataset.splits else None
-        if config.grad_checkpointing:
+        if config.machine.grad_checkpointing:
             _checkpoint_gradients(setup.model)
         check_shareable(config, distributed)
         # What training on several devices may change (split parameters, other batch norms) is nothing to keep.
-        changes = distributed.world_size > 1 and (config.shard or device.type == "cuda")
+        changes = distributed.world_size > 1 and (config.machine.shard or device.type == "cuda")
         self.model = copy.deepcopy(setup.model) if changes else setup.model
         self.trainer = Trainer(
             setup.model,
@@ -88,7 +88,7 @@ class Session:
             BatchAugmenter(
                 config, setup.preprocess, dataset.num_classes, device, _class_weights(config, dataset), distributed
             ),
-            make_schedule(config.epochs, self.loader.steps_per_epoch, setup),
+            make_schedule(config.schedule.epochs, self.loader.steps_per_epoch, setup),
             config,
             device,
             distributed,
@@ -110,8 +110,8 @@ class Session:
             VitrailError: it is of other images, or cannot be read.
         """
         self.folder = folder
-        track = self.config.track if self.distributed.is_main else "none"
-        self.trackers = Trackers(track, folder, self.config.model_dump(), self.reporter.say)
+        track = self.config.io.track if self.distributed.is_main else "none"
+        self.trackers = Trackers(track, folder, self.config.flat, self.reporter.say)
         found = load_checkpoint(folder.checkpoint) if self.distributed.is_main else None
         return self._take_up(found)
 
@@ -234,7 +234,7 @@ class Session:
             "skipped_steps": state.skipped,
             "rollbacks": state.rollbacks,
         }
-        if self.validation and (last or (state.epoch + 1) % self.config.eval_every == 0):
+        if self.validation and (last or (state.epoch + 1) % self.config.schedule.eval_every == 0):
             begin, longest = self._clock(), state.validation_seconds if self.best.epoch else 0.0  # else an estimate
             record |= self._validate(self.validation, interrupt)
             took = trainer.schedule.reserve(max(longest, self._clock() - begin))
@@ -256,7 +256,7 @@ class Session:
         except Abandoned as stopped:
             self._stop(stopped.signal)
         self.skipped |= {item["path"]: item["reason"] for item in result.skipped}
-        score = result.top1 if self.config.balance == "none" else result.balanced_top1
+        score = result.top1 if self.config.regularize.balance == "none" else result.balanced_top1
         if self.best.beaten_by(score, result.loss):
             weights = self.trainer.gathered(self.trainer.eval_model.state_dict())
             kept = copied(weights) if self.distributed.is_main else {}
@@ -337,7 +337,7 @@ class Session:
         return self._evaluate(model, self._eval_loader(name, self.trainer.device), name)
 
     def _eval_loader(self, split: str, device: torch.device, read: Read | None = None) -> EvalLoader:
-        setup, size, workers = self.setup, self.config.eval_batch_size, self.config.workers
+        setup, size, workers = self.setup, self.config.machine.eval_batch_size, self.config.machine.workers
         return make_loader(setup.dataset.split(split), setup.preprocess, device, size, workers, read, self.distributed)
 
     def _evaluate(
@@ -348,7 +348,7 @@ class Session:
             loader,
             self.setup.dataset.class_names,
             name,
-            amp=self.config.amp,
+            amp=self.config.machine.amp,
             stop=stop,
             distributed=self.distributed,
             together=self.trainer.sharded,
@@ -357,7 +357,7 @@ class Session:
 
 def _class_weights(config: TrainConfig, dataset: Dataset) -> npt.NDArray[np.float64] | None:
     """What each class counts in the loss, where it is balanced."""
-    if config.balance != "loss":
+    if config.regularize.balance != "loss":
         return None
     return class_weights(dataset.split("train").labels, dataset.num_classes)
 
@@ -368,12 +368,13 @@ def make_schedule(epochs: float | None, steps_per_epoch: int, setup: Setup) -> S
     steps = None if epochs is None else round(epochs * steps_per_epoch)
     if epochs:
         steps = max(steps or 0, 1)
-    warmup = config.warmup_epochs * steps_per_epoch
-    if steps and config.budget is None and warmup > steps:
-        raise VitrailError(f"warmup_epochs={config.warmup_epochs:g} is longer than the run of {epochs:g} epochs")
-    if config.min_lr > config.lr:
-        raise VitrailError(f"min_lr={config.min_lr:g} is above lr={config.lr:g}")
-    return Schedule(steps, warmup, config.min_lr / config.lr, config.budget)
+    warmup = config.schedule.warmup_epochs * steps_per_epoch
+    if steps and config.schedule.budget is None and warmup > steps:
+        length = config.schedule.warmup_epochs
+        raise VitrailError(f"warmup_epochs={length:g} is longer than the run of {epochs:g} epochs")
+    if config.schedule.min_lr > config.optimizer.lr:
+        raise VitrailError(f"min_lr={config.schedule.min_lr:g} is above lr={config.optimizer.lr:g}")
+    return Schedule(steps, warmup, config.schedule.min_lr / config.optimizer.lr, config.schedule.budget)
 
 
 def rate(state: TrainState) -> float:

@@ -20,11 +20,10 @@ from vitrail.pretrained.load import Pretrained, load_pretrained
 from vitrail.pretrained.model_folder import name_of
 from vitrail.training.config.automatic import DatasetStats, choose
 from vitrail.training.config.recipes import Recipe, named_recipe, recipe_names
-from vitrail.training.config.schema import TrainConfig, check_options, make_config
+from vitrail.training.config.schema import TrainConfig, Use, keys_for
 from vitrail.training.resources.image_cache import settle_cache
 from vitrail.utils.counter_rng import fold
 
-_MODEL_OPTIONS = {"drop": "drop_rate", "drop_path": "drop_path_rate", "attn_drop": "attn_drop_rate"}
 _WHOLE_IMAGE = 64  # pixels a side up to which evaluation sees the whole image, and not the middle of a larger one
 _CROP_PCT = 0.95
 _CROP_MODES = {"crop": "center", "pad": "border", "squash": "squash"}
@@ -53,66 +52,64 @@ class Setup:
         assert self.facts is not None
         given = {**self.given, "batch_size": size}
         choice = choose(self.facts, given, self.recipe)
-        config = make_config({**self.config.model_dump(), **choice.values, **given})
+        config = self.config.updated({**choice.values, **given})
         others = self.reasons[len(choice.reasons) :]
         return replace(self, config=config, reasons=[*choice.reasons, reason, *others], auto_batch=False)
 
 
 def prepare(
     data: str | Path | Dataset,
-    given: Mapping[str, Any],
-    guest: nn.Module | None = None,
+    asked: TrainConfig,
+    external: nn.Module | None = None,
     recipe: Recipe | None = None,
 ) -> Setup:
-    """Open the data, choose what `given` leaves open, and build the model (or fit `guest`, the caller's own).
+    """Open the data, choose the settings that are not given, and build the model (or adapt an `external` one).
 
-    recipe: settings that were asked for; None: those that `given` names, or that are chosen.
+    asked: its given values are kept. recipe: None: the one that `asked` names, or one chosen for the images.
 
     Raises:
         VitrailError: data, a key, a value or a model that is not there or does not fit.
     """
-    given = check_options(given)
-    if recipe is None and given.get("recipe") in recipe_names():
-        recipe = named_recipe(given["recipe"])
-    pretrained = bool(given.get("pretrained") or given.get("weights"))
-    if guest is None and "model" in given and not given.get("weights"):
-        variant(given["model"])  # before a download, not after
-    held_out = {key: TrainConfig.model_fields[key].default for key in HELD_OUT} | {
-        key: value for key, value in given.items() if key in HELD_OUT
-    }
-    dataset = data if isinstance(data, Dataset) else open_dataset(data, data_dir=given.get("data_dir"), **held_out)
+    if recipe is None and asked.recipe in recipe_names():
+        recipe = named_recipe(asked.recipe)
+    if external is None and asked.model.model and not asked.model.weights:
+        variant(asked.model.model)  # before a download, not after
+    dataset = data if isinstance(data, Dataset) else open_dataset(data, data_dir=asked.data.data_dir, **held_out(asked))
     train = dataset.split("train")
-    fixed = {**given, "data": _lasting_name(data)} | ({"model": type(guest).__name__} if guest is not None else {})
+    given = asked.given | {"data": data.name if isinstance(data, Dataset) else lasting_data(data)}
+    if external is not None:
+        given["model"] = type(external).__name__
     for key in ("teacher", "teacher_outputs"):
-        if fixed.get(key):
-            fixed[key] = lasting_path(fixed[key], must_exist=key == "teacher")
-    auto_batch = fixed.get("batch_size") == 0
+        if given.get(key):
+            given[key] = absolute_path(given[key], must_exist=key == "teacher")
+    auto_batch = given.get("batch_size") == 0
     if auto_batch:
-        del fixed["batch_size"]
+        del given["batch_size"]
+    pretrained = bool(asked.model.pretrained or asked.model.weights)
     facts = DatasetStats(len(train), dataset.sizes.median, dataset.sizes.uniform, pretrained)
     found = None
-    if pretrained and guest is None:
+    if pretrained and external is None:
         if not given.get("weights") and "model" not in given:
-            fixed["model"] = choose(facts, fixed, recipe).values["model"]
-        found = _load(fixed, dataset)
-        fixed["model"] = found.name or name_of(found.model.config)
-    choice = choose(facts, fixed, recipe)
-    config = make_config({"workers": default_workers(train), **choice.values, **fixed})
-    if guest is not None:
-        model, preprocess = _prepare_external(guest, config, dataset)
+            given["model"] = choose(facts, given, recipe).values["model"]
+        found = _load(asked.updated(given), dataset)
+        given["model"] = found.name or name_of(found.model.config)
+    choice = choose(facts, given, recipe)
+    config = TrainConfig().updated({"workers": default_workers(train), **choice.values, **given})
+    if external is not None:
+        model, preprocess = _prepare_external(external, config, dataset)
     elif found is not None:
         own = found.model.config
         model, preprocess = found.model, found.preprocess or _fresh_preprocess(dataset, own.img_size, own.in_chans)
     else:
         model, preprocess = _build(config, dataset)
-    if config.fit != "auto":
-        preprocess = preprocess.replace(crop_mode=_CROP_MODES[config.fit])
+    if config.model.fit != "auto":
+        preprocess = preprocess.replace(crop_mode=_CROP_MODES[config.model.fit])
     _check_model(model, preprocess, dataset.num_classes)
     config, cache_line = settle_cache(config, dataset, preprocess)
-    fixed["cache"] = config.cache
+    given["cache"] = config.io.cache
     weights = [str(found.report)] if found else []
     reasons = [*choice.reasons, *weights, *advise_fit(dataset, preprocess, config), *cache_line]
-    return Setup(config, dataset, model, preprocess, reasons, found, facts, fixed, recipe=recipe, auto_batch=auto_batch)
+    return Setup(config, dataset, model, preprocess, reasons, found, facts, given, recipe=recipe, auto_batch=auto_batch)
 
 
 def advise_fit(dataset: Dataset, preprocess: Preprocess, config: TrainConfig) -> list[str]:
@@ -120,7 +117,7 @@ def advise_fit(dataset: Dataset, preprocess: Preprocess, config: TrainConfig) ->
     height, width = preprocess.size
     narrow, _, wide = (aspect * height / width for aspect in dataset.sizes.aspect)
     lost = 1 - min(narrow, 1 / wide, 1.0)
-    if config.fit != "auto" or preprocess.crop_mode != "center" or lost < _MUCH_LOST:
+    if config.model.fit != "auto" or preprocess.crop_mode != "center" or lost < _MUCH_LOST:
         return []
     long = "wide" if wide > 1 / narrow else "tall"
     return [
@@ -129,35 +126,30 @@ def advise_fit(dataset: Dataset, preprocess: Preprocess, config: TrainConfig) ->
     ]
 
 
-HELD_OUT = ("val_fraction", "test_fraction", "split_seed")  # what decides which images are held out
+def held_out(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide which images are held out."""
+    return {key: config.flat[key] for key in keys_for(Use.HELD_OUT)}
 
 
-def reopen(config: TrainConfig, data: str | Path | Dataset | None, guest: nn.Module | None = None) -> Setup:
-    """The setup of a run that goes on; `data` is needed only where it has no name that lasts (a Dataset)."""
-    return prepare(config.data if data is None else data, config.model_dump(exclude={"data"}), guest)
+def reopen(config: TrainConfig, data: str | Path | Dataset | None, external: nn.Module | None = None) -> Setup:
+    """The setup of a run that is resumed; `data` is needed only where the config does not name it (a Dataset)."""
+    return prepare(config.data.data if data is None else data, config.updated(config.flat), external)
 
 
-def _lasting_name(data: str | Path | Dataset) -> str:
-    """How a run's config names its data: a dataset by name, a folder by its whole path."""
-    if isinstance(data, Dataset):
-        return data.name
-    return lasting_data(data)
-
-
-def lasting_path(word: str, *, must_exist: bool = True) -> str:
-    """A path by the whole of it; a word that is no path, such as a model's name, as it is."""
-    path = Path(word).expanduser()
-    return word if word in VARIANTS or (must_exist and not path.exists()) else str(path.resolve())
+def absolute_path(text: str, *, must_exist: bool = True) -> str:
+    """A path made absolute; text that is no path, such as a model's name, as it is."""
+    path = Path(text).expanduser()
+    return text if text in VARIANTS or (must_exist and not path.exists()) else str(path.resolve())
 
 
 def _build(config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, Preprocess]:
     """A model from scratch, at the data's own mean and deviation."""
-    row = variant(config.model).config
-    size = config.img_size or row.img_size
-    preprocess = _fresh_preprocess(dataset, size, config.in_chans or dataset.channels)
+    row = variant(config.model.model).config
+    size = config.model.img_size or row.img_size
+    preprocess = _fresh_preprocess(dataset, size, config.model.in_chans or dataset.channels)
     torch.manual_seed(fold(config.seed, "weights"))
     model = create_model(
-        config.model,
+        config.model.model,
         num_classes=dataset.num_classes,
         img_size=size,
         in_chans=preprocess.channels,
@@ -166,27 +158,29 @@ def _build(config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, Preprocess
     return model, preprocess
 
 
-def _load(given: Mapping[str, Any], dataset: Dataset) -> Pretrained:
+def _load(options: TrainConfig, dataset: Dataset) -> Pretrained:
     """A model with weights, for these classes. Where no model of the catalog is named, the weights say which it is."""
-    options = make_config({**given, "model": given.get("model", "")})
-    named = options.model not in ("", *_FAMILIES)  # a family is what a run's config says of weights without a name
+    named = options.model.model not in (
+        "",
+        *_FAMILIES,
+    )  # a family stands for weights without a variant name
     torch.manual_seed(fold(options.seed, "weights"))  # of a fresh head
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the report, which is always printed, says the same
         return load_pretrained(
-            options.weights or "default",
-            variant(options.model).name if named else None,
+            options.model.weights or "default",
+            variant(options.model.model).name if named else None,
             num_classes=dataset.num_classes,
             class_names=dataset.class_names,
-            img_size=options.img_size,
-            in_chans=options.in_chans,
+            img_size=options.model.img_size,
+            in_chans=options.model.in_chans,
             **_model_options(options),
         )
 
 
 def _model_options(config: TrainConfig) -> dict[str, Any]:
-    values = {_MODEL_OPTIONS[key]: getattr(config, key) for key in _MODEL_OPTIONS}
-    return {key: value for key, value in values.items() if value is not None}
+    values = {f"{key}_rate": config.flat[key] for key in keys_for(Use.BUILD)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 @torch.no_grad()
@@ -222,8 +216,8 @@ def _colours(dataset: Dataset, channels: int | None) -> dict[str, Any]:
 
 def _prepare_external(model: nn.Module, config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, Preprocess]:
     """The caller's own model, with a head for these classes; its preprocessing is its own where it says."""
-    for key in ("pretrained", "weights", *_MODEL_OPTIONS):
-        if getattr(config, key):
+    for key in ("pretrained", "weights", *keys_for(Use.BUILD)):
+        if config.flat[key]:
             raise VitrailError(f"{key} belongs to models made by name: set it on your own model before you pass it in")
     if getattr(model, "num_classes", None) != dataset.num_classes:
         if not hasattr(model, "reset_classifier"):
@@ -232,13 +226,14 @@ def _prepare_external(model: nn.Module, config: TrainConfig, dataset: Dataset) -
         torch.manual_seed(fold(config.seed, "weights"))
         model.reset_classifier(dataset.num_classes)  # type: ignore[operator]
     own: Any = getattr(model, "config", None)
+    size = config.model.img_size
     if hasattr(own, "img_size") and hasattr(own, "in_chans"):  # one of ours
-        return model, _fresh_preprocess(dataset, config.img_size or own.img_size, config.in_chans or own.in_chans)
+        return model, _fresh_preprocess(dataset, size or own.img_size, config.model.in_chans or own.in_chans)
     if isinstance(record := getattr(model, "pretrained_cfg", None), Mapping):  # one of timm's
         preprocess = Preprocess.from_timm(record)
-        return model, preprocess.replace(size=config.img_size or preprocess.size)
-    if config.img_size is None:
+        return model, preprocess.replace(size=size or preprocess.size)
+    if size is None:
         raise VitrailError(
             f"{type(model).__name__} does not say which size it takes: pass img_size=224 or whatever it is"
         )
-    return model, _fresh_preprocess(dataset, config.img_size, config.in_chans or 3)
+    return model, _fresh_preprocess(dataset, size, config.model.in_chans or 3)

@@ -25,7 +25,7 @@ from vitrail.data.dataset import Dataset
 from vitrail.errors import VitrailError
 from vitrail.training.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from vitrail.training.checkpoints.run_folder import RunFolder
-from vitrail.training.config.schema import make_config, read_toml, to_toml
+from vitrail.training.config.schema import read_config, to_toml
 from vitrail.training.engine.interrupt import Stopped
 from vitrail.training.engine.state import TrainState
 from vitrail.training.engine.trainer import Trainer
@@ -90,7 +90,7 @@ def verify_resume(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise VitrailError("--verify-resume starts processes of its own: leave out torchrun")
     ask, say = make_ask(data, **asked), Reporter(progress).say
-    if ask.resume is not None or ask.show_batch is not None or ask.given.get("probe"):
+    if ask.resume is not None or ask.show_batch is not None or ask.given.model.probe:
         raise VitrailError("--verify-resume tries a new run: leave out --resume, --show-batch and --probe")
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="vitrail-verify-") as name:
@@ -207,11 +207,11 @@ def _run_child(folder: Path, kind: str, numbers: list[float]) -> None:
         if kind == "whole":
             setup = fresh_setup(ask)
         else:
-            setup = reopen(make_config(read_toml(folder / "whole" / "config.toml")), ask.data, ask.guest)
+            setup = reopen(read_config(folder / "whole" / "config.toml"), ask.data, ask.guest)
         setup.teacher = ask.teacher
-        if setup.config.budget is not None:
+        if setup.config.schedule.budget is not None:
             raise VitrailError("a budget goes by the clock, so no two such runs are the same: name epochs instead")
-        if setup.config.probe:
+        if setup.config.model.probe:
             raise VitrailError("--verify-resume tries training, and not a probe")
         _train(setup, folder, kind, numbers)
 
@@ -219,11 +219,11 @@ def _run_child(folder: Path, kind: str, numbers: list[float]) -> None:
 def _train(setup: Setup, folder: Path, kind: str, numbers: list[float]) -> None:
     every = int(numbers[0]) if kind == "killed" else 0
     changes: dict[str, Any] = {"checkpoint_every": every, "checkpoint_minutes": 0.0, "track": "none"}
-    if setup.config.teacher_outputs is not None:
+    if setup.config.distill.teacher_outputs is not None:
         changes["teacher_outputs"] = str(folder / "teacher")
-    setup.config = setup.config.model_copy(update=changes)
-    with cpu_threads(setup.config.threads):
-        session = make_session(setup, Reporter(False), pick_device(setup.config.device), SINGLE_PROCESS)
+    setup.config = setup.config.updated(changes)
+    with cpu_threads(setup.config.machine.threads):
+        session = make_session(setup, Reporter(False), pick_device(setup.config.machine.device), SINGLE_PROCESS)
         per_epoch = session.loader.steps_per_epoch
         session.reporter = {
             "whole": lambda: _Stopper(_enough(numbers[0], per_epoch), signal.SIGTERM),

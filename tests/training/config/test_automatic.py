@@ -11,7 +11,7 @@ from vitrail.models.catalog import VARIANTS
 from vitrail.pretrained.create import create_model
 from vitrail.training.config.automatic import MODELS, RECIPES, DatasetStats, choose
 from vitrail.training.config.recipes import named_recipe, recipe_names
-from vitrail.training.config.schema import make_config, read_toml
+from vitrail.training.config.schema import make_config, read_config
 from vitrail.training.setup import prepare
 
 
@@ -165,6 +165,6 @@ def test_every_decision_is_one_line() -> None:
 
 def test_the_recipe_of_the_digits_is_what_is_chosen_for_them() -> None:
     """So that its published figure is what `vitrail train digits` gives."""
-    recipe = read_toml(Path(__file__).parents[3] / "recipes/digits.toml")
-    chosen = prepare("digits", {}).config
-    assert {key: getattr(chosen, key) for key in recipe} == recipe
+    recipe = read_config(Path(__file__).parents[3] / "recipes/digits.toml").given
+    chosen = prepare("digits", make_config({})).config
+    assert {key: chosen.flat[key] for key in recipe} == recipe

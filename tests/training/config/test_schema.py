@@ -1,7 +1,6 @@
 """The config: every key is checked, stored, read, and does something."""
 
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,21 @@ import pytest
 import torch
 
 from training import tiny
-from vitrail.data.augment.augment import Augment
-from vitrail.errors import VitrailError
-from vitrail.training.config.schema import KEYS, TrainConfig, make_config, parse_overrides, read_toml, to_toml
+from vitrail.data.augment.settings import Augment
+from vitrail.errors import ConfigError
+from vitrail.training.config.schema import (
+    FIELDS,
+    KEYS,
+    SECTIONS,
+    Use,
+    keys_for,
+    make_config,
+    parse_overrides,
+    read_config,
+    to_toml,
+)
 from vitrail.training.run import train
+from vitrail.utils.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -21,10 +31,10 @@ def _variant(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_words_are_read_by_type() -> None:
-    values = parse_overrides(
+    words = parse_overrides(
         ["lr=1e-3", "img-size=32x48", "betas=0.9,0.95", "budget=1h30m", "ema-warmup=no", "drop_path=none", "workers=2"]
     )
-    assert values == {
+    assert make_config(words).given == {
         "lr": 1e-3,
         "img_size": (32, 48),
         "betas": (0.9, 0.95),
@@ -33,14 +43,15 @@ def test_words_are_read_by_type() -> None:
         "drop_path": None,
         "workers": 2,
     }
-    assert parse_overrides(["img_size=64", "crop_scale=0.3:1"]) == {"img_size": (64, 64), "crop_scale": (0.3, 1.0)}
+    words = parse_overrides(["img_size=64", "crop_scale=0.3:1"])
+    assert make_config(words).given == {"img_size": (64, 64), "crop_scale": (0.3, 1.0)}
 
 
 @pytest.mark.parametrize(
     ("text", "expected"), [("90", 90.0), ("90s", 90.0), ("10m", 600.0), ("1.5h", 5400.0), ("2m30", 150.0)]
 )
 def test_durations(text: str, expected: float) -> None:
-    assert parse_overrides([f"budget={text}"]) == {"budget": expected}
+    assert make_config({"budget": text}).schedule.budget == expected
 
 
 @pytest.mark.parametrize(
@@ -58,8 +69,8 @@ def test_durations(text: str, expected: float) -> None:
     ],
 )
 def test_bad_words_are_one_line(word: str, hint: str) -> None:
-    with pytest.raises(VitrailError) as error:
-        parse_overrides([word])
+    with pytest.raises(ConfigError) as error:
+        make_config(parse_overrides([word]))
     assert hint in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -68,41 +79,79 @@ def test_toml_and_back(tmp_path: Path) -> None:
     config = make_config({"data": 'a "folder"\\\x7f ü', "model": "m", "budget": "2m", "betas": [0.8, 0.9], "lr": 1e-7})
     file = tmp_path / "config.toml"
     file.write_text(to_toml(config), encoding="utf-8")
-    assert make_config(read_toml(file)) == config
-    assert set(read_toml(file)) == set(KEYS)
+    assert read_config(file) == config
+    assert set(read_config(file).given) == set(KEYS)
 
 
-@pytest.mark.parametrize("text", ["lr = ", "lrr = 1", "lr = 'much'", "[part]\nlr = 1"])
+@pytest.mark.parametrize("text", ["lr = ", "lrr = 1", "lr = 'much'", "[part]\nlr = 1", "[data]\nlr = 1"])
 def test_bad_toml(tmp_path: Path, text: str) -> None:
     file = tmp_path / "recipe.toml"
     file.write_text(text)
-    with pytest.raises(VitrailError, match=r"recipe\.toml"):
-        read_toml(file)
-    with pytest.raises(VitrailError, match=r"missing\.toml"):
-        read_toml(tmp_path / "missing.toml")
+    with pytest.raises(ConfigError, match=r"recipe\.toml"):
+        read_config(file)
+    with pytest.raises(ConfigError, match=r"missing\.toml"):
+        read_config(tmp_path / "missing.toml")
 
 
-def test_keys_have_descriptions_and_cover_the_augmentation() -> None:
-    assert not [key for key, field in TrainConfig.model_fields.items() if not field.description]
-    for field in fields(Augment):
-        assert TrainConfig.model_fields[field.name].default == field.default, field.name
+def test_flat_toml_is_read_too(tmp_path: Path) -> None:
+    """As versions before sections wrote it; `data` and `model` are a key there and a section here."""
+    flat, sections = tmp_path / "flat.toml", tmp_path / "sections.toml"
+    flat.write_text('data = "digits"\nmodel = "vit_nano_patch2_8"\nlr = 2e-3\nseed = 3\nzoom = [0.9, 1.1]\n')
+    sections.write_text(
+        'seed = 3\n[data]\ndata = "digits"\n[model]\nmodel = "vit_nano_patch2_8"\n'
+        "[optimizer]\nlr = 2e-3\n[augment]\nzoom = [0.9, 1.1]\n"
+    )
+    assert read_config(flat) == read_config(sections)
+    assert read_config(flat).given == read_config(sections).given
+
+
+def test_a_key_in_another_section_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text("[schedule]\nlr = 1e-3\n")
+    with pytest.raises(ConfigError, match=r"recipe\.toml: lr .*\[optimizer\]"):
+        read_config(file)
+    file.write_text("[optimiser]\nlr = 1e-3\n")
+    with pytest.raises(ConfigError, match=r"\[optimiser\].*did you mean 'optimizer'"):
+        read_config(file)
+
+
+def test_a_config_knows_what_was_given() -> None:
+    config = make_config({"lr": 1e-3, "flip": 0.5})
+    assert config.given == {"lr": 1e-3, "flip": 0.5}, "the default of lr, but given"
+    other = config.updated({"seed": 3, "betas": (0.8, 0.9)})
+    assert other.given == {**config.given, "seed": 3, "betas": (0.8, 0.9)}
+    assert (config.seed, config.optimizer.betas) == (0, (0.9, 0.999))
+    assert config.updated(config.flat).given == config.flat
+
+
+def test_keys_are_unique_and_described() -> None:
+    assert len(KEYS) == sum(len(section.model_fields) for section in SECTIONS.values()) + 2
+    assert not [key for key, field in FIELDS.items() if not field.description]
+
+
+def test_uses_of_keys() -> None:
+    """What the hand-kept lists of earlier versions named."""
+    assert set(keys_for(Use.RATE)) == {"lr", "backbone_lr", "head_lr", "min_lr"}
+    assert set(keys_for(Use.HELD_OUT)) == {"val_fraction", "test_fraction", "split_seed"}
+    assert set(keys_for(Use.BUILD)) == {"drop", "drop_path", "attn_drop"}
+    assert set(Augment.model_fields) < set(keys_for(Use.VIEWS))
+    assert not set(keys_for(Use.RESUME)) & set(keys_for(Use.VIEWS)), "views never change in a run"
 
 
 def test_every_key_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     read = set()
 
-    def note(self: TrainConfig, name: str) -> Any:
-        frame = sys._getframe(1)
-        while frame.f_code.co_name.startswith("<") and frame.f_back:  # a comprehension's own frame, before Python 3.12
-            frame = frame.f_back
-        if frame.f_code.co_name not in ("to_toml", "check_options"):
+    def note(self: Settings, name: str) -> Any:
+        if sys._getframe(1).f_code.co_name not in ("_group", "flat", "<dictcomp>", "active"):
             read.add(name)
         return object.__getattribute__(self, name)
 
-    monkeypatch.setattr(TrainConfig, "__getattribute__", note, raising=False)
+    monkeypatch.setattr(Settings, "__getattribute__", note, raising=False)
     train(tiny.dataset(), out=tmp_path / "run", progress=False, **{**tiny.PLAIN, "ema": 0.5, "epochs": 1.2})
-    handled_before = {"data", "data_dir"}  # see test_data_keys_reach_the_dataset
-    assert set(KEYS) - read == handled_before
+    by_use = {*keys_for(Use.BUILD), *keys_for(Use.HELD_OUT)}
+    only_with_another = {key for key in _CHANGES_OF_CHANGES if key in Augment.model_fields} - {"crop_ratio"}
+    handled_before = {"data_dir"}  # see test_data_keys_reach_the_dataset
+    assert set(KEYS) - read - by_use - only_with_another == handled_before
 
 
 def test_data_keys_reach_the_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +165,7 @@ def test_data_keys_reach_the_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(prepare, "open_dataset", opened)
     asked = {"data_dir": "/there", "val_fraction": 0.2, "test_fraction": 0.3, "split_seed": 5}
-    prepare.prepare("digits", {**tiny.PLAIN, **asked})
+    prepare.prepare("digits", make_config({**tiny.PLAIN, **asked}))
     assert seen == {**asked, "data": "digits"}
 
 
@@ -204,8 +253,12 @@ def test_memory_is_saved_without_changing_the_result(key: str, monkeypatch: pyte
 
 def test_every_key_that_decides_the_training_is_changed_above() -> None:
     """A new key of augmentation or regularisation that nothing reads is found by the tests above, if it is there."""
-    first, last = KEYS.index("lr"), KEYS.index("ema_warmup")
-    tested = _CHANGES.keys() | _CHANGES_OF_CHANGES.keys()
-    elsewhere = {"saturation", "balance"}  # of colour images; of uneven classes
-    distillation = {key for key in KEYS if key.startswith(("teacher", "distill"))} | {"temperature"}
-    assert set(KEYS[first : last + 1]) - tested - elsewhere - distillation == set()
+    sections = ("optimizer", "schedule", "augment", "regularize")
+    keys = {key for name in sections for key in SECTIONS[name].model_fields}
+    elsewhere = {
+        "saturation",
+        "balance",
+        "budget",
+        "eval_every",
+    }  # of colour images; of uneven classes; of time
+    assert keys - _CHANGES.keys() - _CHANGES_OF_CHANGES.keys() - elsewhere == set()

@@ -11,7 +11,7 @@ from torch import nn
 from vitrail.errors import VitrailError
 from vitrail.models.build import build_model
 from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig
-from vitrail.training.config.schema import TrainConfig
+from vitrail.training.config.schema import TrainConfig, make_config
 from vitrail.training.engine.optimizer import (
     clip_gradients,
     describe_groups,
@@ -29,7 +29,7 @@ CONVNEXT = ConvNeXtConfig(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), num_classes=5)
 
 
 def config(**keys: Any) -> TrainConfig:
-    return TrainConfig(data="-", model="-", **keys)
+    return make_config(keys)
 
 
 def by_name(model: nn.Module, groups: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:

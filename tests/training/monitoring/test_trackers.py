@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training import tiny
 from training.runs import KEYS, assert_same, outcome, run
 from vitrail.errors import VitrailError
-from vitrail.training.config.schema import make_config, read_toml
+from vitrail.training.config.schema import make_config, read_config
 from vitrail.training.engine.interrupt import Stopped
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.monitoring import trackers
@@ -61,7 +61,7 @@ def test_tensorboard_has_the_figures(tmp_path: Path) -> None:
     assert told["lr/backbone"] == [(line["steps"], pytest.approx(line["lr"])) for line in lines]
     assert told["lr/head"] == [(line["steps"], pytest.approx(line["lr"] / 10)) for line in lines]
     assert told["final/top1"] == [(12, pytest.approx(summary["top1"]))]
-    assert make_config(read_toml(folder / "config.toml")).track == "tensorboard"
+    assert read_config(folder / "config.toml").io.track == "tensorboard"
 
 
 def test_tracking_changes_nothing_and_a_resumed_run_tells_nothing_twice(
@@ -206,11 +206,11 @@ def test_one_that_is_not_installed_is_refused_before_the_run(tmp_path: Path, mon
     ],
 )
 def test_the_config_takes_several_names(given: Any, kept: str) -> None:
-    assert make_config({"data": "-", "model": "-", "track": given}).track == kept
+    assert make_config({"data": "-", "model": "-", "track": given}).io.track == kept
 
 
 def test_a_misspelt_name_is_an_error() -> None:
-    with pytest.raises(VitrailError, match=r"no tracker 'tensorbord' \(did you mean 'tensorboard'\?\)"):
+    with pytest.raises(VitrailError, match=r"'tensorbord' \(did you mean 'tensorboard'\?\)"):
         make_config({"data": "-", "model": "-", "track": "tensorbord"})
 
 

@@ -24,6 +24,7 @@ from vitrail.errors import VitrailError
 from vitrail.images.preprocess import Preprocess
 from vitrail.models.build import build_model
 from vitrail.models.configs import ResNetConfig
+from vitrail.training.config.schema import make_config
 from vitrail.training.engine.batch_augmenter import View
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.objectives.classification import Classify
@@ -213,7 +214,7 @@ def test_a_distilled_guest_of_timms_learns_by_its_token(teacher: Path) -> None:
         "deit_tiny_distilled_patch16_224", img_size=8, patch_size=2, embed_dim=12, depth=1, num_heads=2
     )
     keys = {key: value for key, value in tiny.PLAIN.items() if key not in ("model", "drop_path")}
-    setup = prepare(tiny.dataset(), {**keys, "img_size": 8, "teacher": str(teacher)}, guest)
+    setup = prepare(tiny.dataset(), make_config({**keys, "img_size": 8, "teacher": str(teacher)}), guest)
     session = Session(setup, Reporter(False), torch.device("cpu"))
     batch = next(session.loader.epoch(0))
     session.trainer.task(guest.train(), session.trainer.view(batch, 0)).backward()

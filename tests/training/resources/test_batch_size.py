@@ -11,7 +11,7 @@ import torch
 from training import tiny
 from training.runs import KEYS, assert_same, outcome
 from vitrail.errors import VitrailError
-from vitrail.training.config.schema import make_config, parse_overrides, read_toml
+from vitrail.training.config.schema import make_config, parse_overrides, read_config
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.resources import batch_size as fit
 from vitrail.training.resources.batch_size import Rates, fastest, fit_batch_size, ladder, largest
@@ -94,17 +94,17 @@ def test_a_fitted_run_is_the_run_with_that_batch_named(tmp_path: Path, monkeypat
     monkeypatch.setattr(fit, "_images_per_second", lambda session, size: min(size, 16.0))
     keys = {key: value for key, value in KEYS.items() if key not in ("batch_size", "lr")}
     train(tiny.dataset(), out=tmp_path / "auto", progress=False, batch_size="auto", **keys)
-    config = make_config(read_toml(tmp_path / "auto" / "config.toml"))
-    usual = prepare(tiny.dataset(), keys).config
-    assert usual.batch_size == 8, "of fifty images"
-    assert config.batch_size == 8, "an epoch has eight steps or nearly"
+    config = read_config(tmp_path / "auto" / "config.toml")
+    usual = prepare(tiny.dataset(), make_config(keys)).config
+    assert usual.schedule.batch_size == 8, "of fifty images"
+    assert config.schedule.batch_size == 8, "an epoch has eight steps or nearly"
     monkeypatch.setattr(fit, "_batch_size", lambda usual, images: 32)
     train(tiny.dataset(), out=tmp_path / "larger", progress=False, batch_size="auto", **keys)
-    config = make_config(read_toml(tmp_path / "larger" / "config.toml"))
-    assert config.batch_size == 16
-    assert config.lr == pytest.approx(usual.lr * 2**0.5, rel=1e-2)
+    config = read_config(tmp_path / "larger" / "config.toml")
+    assert config.schedule.batch_size == 16
+    assert config.optimizer.lr == pytest.approx(usual.optimizer.lr * 2**0.5, rel=1e-2)
     train(tiny.dataset(), out=tmp_path / "named", progress=False, batch_size=16, **keys)
-    assert make_config(read_toml(tmp_path / "named" / "config.toml")) == config
+    assert read_config(tmp_path / "named" / "config.toml") == config
     assert_same(outcome(tmp_path / "larger"), outcome(tmp_path / "named"))
 
 
@@ -113,8 +113,8 @@ def test_a_rate_that_was_named_is_left_alone(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(fit, "_batch_size", lambda usual, images: 32)
     keys = {**KEYS, "batch_size": "auto", "epochs": 0}
     train(tiny.dataset(), out=tmp_path / "run", progress=False, **keys)
-    config = make_config(read_toml(tmp_path / "run" / "config.toml"))
-    assert (config.batch_size, config.lr) == (32, KEYS["lr"])
+    config = read_config(tmp_path / "run" / "config.toml")
+    assert (config.schedule.batch_size, config.optimizer.lr) == (32, KEYS["lr"])
 
 
 def test_on_a_device_of_its_own_the_largest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,13 +146,13 @@ def test_a_batch_that_does_not_fit_is_told_in_parts_that_do(tmp_path: Path, monk
     original = Trainer.step
 
     def step(self: Trainer, batch: Any, *others: Any) -> None:
-        if len(batch) / self.config.accumulate > 3:
+        if len(batch) / self.config.machine.accumulate > 3:
             torch.empty(2**60)
         original(self, batch, *others)
 
     monkeypatch.setattr(Trainer, "step", step)
     monkeypatch.setattr(
-        fit, "expected_peak", lambda trainer, preprocess, size: size // trainer.config.accumulate * 2**20
+        fit, "expected_peak", lambda trainer, preprocess, size: size // trainer.config.machine.accumulate * 2**20
     )
     monkeypatch.setattr(fit, "available_memory", lambda device: 4 * 2**20)
     keys = {**KEYS, "batch_size": 12}
@@ -166,26 +166,26 @@ def test_a_batch_that_does_not_fit_is_told_in_parts_that_do(tmp_path: Path, monk
 
 
 def test_the_word_auto() -> None:
-    assert parse_overrides(["batch_size=auto"]) == {"batch_size": 0}
-    assert parse_overrides(["batch_size=12"]) == {"batch_size": 12}
+    assert make_config(parse_overrides(["batch_size=auto"])).given == {"batch_size": 0}
+    assert make_config(parse_overrides(["batch_size=12"])).given == {"batch_size": 12}
     with pytest.raises(VitrailError, match="batch_size cannot be 'most'"):
-        parse_overrides(["batch_size=most"])
+        make_config({"batch_size": "most"})
     with pytest.raises(VitrailError, match="batch_size cannot be '-1'"):
-        parse_overrides(["batch_size=-1"])
+        make_config({"batch_size": -1})
 
 
 @pytest.mark.slow
 def test_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train("digits", out=tmp_path / "run", batch_size="auto", epochs=1)
-    config = make_config(read_toml(tmp_path / "run" / "config.toml"))
-    assert 16 <= config.batch_size <= 128
-    assert f"batches of {config.batch_size}: images/s" in capsys.readouterr().err
+    config = read_config(tmp_path / "run" / "config.toml")
+    assert 16 <= config.schedule.batch_size <= 128
+    assert f"batches of {config.schedule.batch_size}: images/s" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_cuda(tmp_path: Path) -> None:
-    setup = prepare("digits", {"model": "vit_tiny_patch16_224", "img_size": 224, "batch_size": "auto"})
+    setup = prepare("digits", make_config({"model": "vit_tiny_patch16_224", "img_size": 224, "batch_size": "auto"}))
     from vitrail.training.monitoring.progress import Reporter
     from vitrail.training.session import Session
 

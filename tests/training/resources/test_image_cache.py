@@ -22,7 +22,7 @@ from vitrail.data.catalog import open_dataset
 from vitrail.data.dataset import FileSplit
 from vitrail.errors import VitrailError
 from vitrail.images.preprocess import Preprocess
-from vitrail.training.config.schema import byte_count, make_config, read_toml
+from vitrail.training.config.schema import byte_count, make_config, read_config
 from vitrail.training.engine.interrupt import Stopped
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.resources import image_cache as cached
@@ -105,7 +105,7 @@ def test_a_run_decodes_each_image_once(
     train(photos, out=tmp_path / "two", **KEYS)
     assert seen == []
     assert_same(outcome(tmp_path / "one"), outcome(tmp_path / "two"))
-    assert make_config(read_toml(tmp_path / "one" / "config.toml")).cache == "1MB"
+    assert read_config(tmp_path / "one" / "config.toml").io.cache == "1MB"
     # The figures are those of the plain way: validation and test see exactly the same crops.
     result = vitrail.load(tmp_path / "one").evaluate(photos)
     summary = json.loads((tmp_path / "one" / "summary.json").read_text())
@@ -142,14 +142,14 @@ def test_a_run_from_before_the_cache_goes_on_without(photos: Path, tmp_path: Pat
     config.write_text("".join(line for line in lines if not line.startswith("cache =")))
     train(resume=tmp_path / "off", progress=False)
     assert not (tmp_path / "cache" / "decoded").exists()
-    assert make_config(read_toml(config)).cache == "auto"  # what the file itself does not say
+    assert read_config(config).io.cache == "auto"  # what the file itself does not say
 
 
 def settled(photos: Path, **keys: Any) -> tuple[str, list[str]]:
     dataset = open_dataset(photos)
     config = make_config({"data": "x", "model": "y", "crop_scale": (0.3, 1), "epochs": 3, **keys})
     config, lines = settle_cache(config, dataset, Preprocess(size=(8, 8)))
-    return config.cache, lines
+    return config.io.cache, lines
 
 
 def test_auto_is_on_where_it_helps(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +192,7 @@ def test_sizes() -> None:
     ]
     keys = {"data": "x", "model": "y"}
     for value, kept in ((True, "auto"), (False, "off"), ("OFF", "off"), ("none", "off"), ("0", "off"), ("4gb", "4gb")):
-        assert make_config({**keys, "cache": value}).cache == kept
+        assert make_config({**keys, "cache": value}).io.cache == kept
     for wrong in ("many", "-3GB", "4PB", ""):
         if wrong:
             with pytest.raises(VitrailError, match="cache cannot be"):

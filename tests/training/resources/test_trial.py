@@ -142,7 +142,7 @@ from vitrail.training.monitoring.progress import Reporter
 from vitrail.training.session import Session
 from vitrail.training.resources.trial import blank, expected_peak
 keys = dict(model="vit_tiny_patch16_224", img_size=128, batch_size=64, workers=0)
-session = Session(prepare("digits", keys), Reporter(False), torch.device("cpu"))
+session = Session(prepare("digits", make_config(keys)), Reporter(False), torch.device("cpu"))
 foreseen = expected_peak(session.trainer, session.setup.preprocess, 64)
 session.trainer.step(blank(64, session.setup.preprocess))
 print(foreseen, peak_memory(torch.device("cpu")))

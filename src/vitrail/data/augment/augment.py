@@ -11,8 +11,6 @@ Shapes: B images, C channels, H height, W width, K classes.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Literal
 
@@ -21,92 +19,12 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from vitrail.data.augment.randaugment import DRAWS, MOST, rand_augment
-from vitrail.errors import VitrailError
+from vitrail.data.augment.randaugment import DRAWS, rand_augment
+from vitrail.data.augment.settings import Augment
 from vitrail.images.preprocess import Preprocess
 from vitrail.utils.counter_rng import fold, uniform
 
 Floats = npt.NDArray[np.float64]
-EDGES = ("black", "edge", "reflect")
-ERASE_FILLS = ("noise", "mean")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Augment:
-    """What is done to training images. All off by default; probabilities and shares lie in 0..1.
-
-    flip, vflip: probability of a mirror image. pad_shift: shift by up to so many whole pixels each way (the padded
-    random crop of small images). rotate, shear: up to so many degrees each way. zoom: range of the scale, above 1 is
-    larger.
-    shift: up to this share of the side each way. edge: what comes in from outside, "black", "edge" or "reflect".
-    rand_augment: the magnitude, 0..10, of RandAugment (see randaugment.py), 0 is off; rand_augment_ops: operations for
-    each image; rand_augment_std: the magnitude's standard deviation.
-    brightness, contrast, saturation: strengths, the factor is drawn from [1 - x, 1 + x]; saturation needs 3 channels.
-    erase: probability of random erasing (Zhong et al., 2017); erase_area, erase_ratio: share of the area, height /
-    width;
-    erase_fill: "noise" (a normal deviate for each pixel) or "mean".
-    mixup, cutmix: the alpha of Beta(alpha, alpha) (Zhang et al., 2017; Yun et al., 2019), 0 is off. With both on,
-    switch is the probability of CutMix. mix_prob: probability that a pair is mixed at all.
-    """
-
-    flip: float = 0.0
-    vflip: float = 0.0
-    pad_shift: int = 0
-    rotate: float = 0.0
-    shear: float = 0.0
-    zoom: tuple[float, float] = (1.0, 1.0)
-    shift: float = 0.0
-    edge: str = "black"
-    rand_augment: float = 0.0
-    rand_augment_ops: int = 2
-    rand_augment_std: float = 0.5
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    erase: float = 0.0
-    erase_area: tuple[float, float] = (0.02, 1 / 3)
-    erase_ratio: tuple[float, float] = (0.3, 1 / 0.3)
-    erase_fill: str = "noise"
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mix_prob: float = 1.0
-    switch: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name in ("flip", "vflip", "shift", "erase", "mix_prob", "switch"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise VitrailError(f"augment: {name} must lie in 0..1, not {getattr(self, name)}")
-        positive = ("pad_shift", "rotate", "shear", "brightness", "contrast", "saturation", "mixup", "cutmix")
-        for name in (*positive, "rand_augment_std"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise VitrailError(f"augment: {name} must not be negative, not {getattr(self, name)}")
-        for name in ("zoom", "erase_area", "erase_ratio"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise VitrailError(f"augment: {name} must be two numbers above 0, the smaller first, not {low}, {high}")
-        if not 0 <= self.rand_augment <= MOST or self.rand_augment_ops < 1:
-            raise VitrailError(
-                f"augment: rand_augment must lie in 0..{MOST:g} and rand_augment_ops be 1 or more, "
-                f"not {self.rand_augment} and {self.rand_augment_ops}"
-            )
-        for name, known in (("edge", EDGES), ("erase_fill", ERASE_FILLS)):
-            if getattr(self, name) not in known:
-                raise VitrailError(f"augment: {name} {getattr(self, name)!r} is none of {', '.join(known)}")
-
-    @property
-    def mixes(self) -> bool:
-        """Whether targets come out soft."""
-        return (self.mixup > 0 or self.cutmix > 0) and self.mix_prob > 0
-
-    @property
-    def affine(self) -> bool:
-        """Whether pixels are interpolated, rather than moved by whole pixels."""
-        return bool(self.rotate or self.shear or self.shift) or self.zoom != (1.0, 1.0)
-
-    @property
-    def active(self) -> list[str]:
-        """The fields that differ from "off", for a line that says what is done."""
-        return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
 
 
 def augment(

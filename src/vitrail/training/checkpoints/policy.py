@@ -47,8 +47,8 @@ class CheckpointPolicy:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.every = config.checkpoint_every
-        self.minutes = config.checkpoint_minutes
+        self.every = config.io.checkpoint_every
+        self.minutes = config.io.checkpoint_minutes
         self.cost = 0.0
         self._last = TrainState()
 

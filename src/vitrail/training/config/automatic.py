@@ -9,6 +9,7 @@ from typing import Any
 
 from vitrail.models.catalog import VARIANTS
 from vitrail.training.config.recipes import Recipe, named_recipe, rates_for
+from vitrail.training.config.schema import Use, keys_for
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,6 @@ RECIPES = (
     RecipeRow("deit", "a ViT from scratch on many images", _IMAGENET, (100, 300), at_least=_MANY),
     RecipeRow("photos", "photographs from scratch", 1e6, (10, 200)),
 )
-_OPTIONS = ("drop", "drop_path", "attn_drop")  # of models made by name
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def choose(facts: DatasetStats, given: Mapping[str, Any], recipe: Recipe | None 
     whole = recipe is not None and recipe.whole
     settings = ({} if whole else dict(named_recipe(row.recipe).settings)) | (recipe.flexible if recipe else {})
     if name not in VARIANTS:
-        settings = {key: value for key, value in settings.items() if key not in _OPTIONS}
+        settings = {key: value for key, value in settings.items() if key not in keys_for(Use.BUILD)}
     usual, epochs = settings["batch_size"], given.get("epochs")
     keeps = recipe is not None and recipe.keeps_batch
     batch = given.get("batch_size") or (usual if keeps else _batch_size(usual, facts.images))

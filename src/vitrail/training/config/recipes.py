@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from vitrail.errors import VitrailError, did_you_mean
-from vitrail.training.config.schema import KEYS, read_toml
+from vitrail.training.config.schema import SECTION_OF, Use, keys_for, read_config
 
-RATES = ("lr", "backbone_lr", "head_lr", "min_lr")
-_SUBJECT = KEYS[: KEYS.index("recipe")]  # what is trained, and on what: no part of the choice
 _FOLDER = files("vitrail.training.config") / "named_recipes"
 
 
@@ -45,9 +43,10 @@ class Recipe:
         """What follows the images and the batch size: all settings of a whole recipe; of a file, batch size and rates
         that belong to it.
         """
+        if self.whole:
+            return {k: v for k, v in self.settings.items() if SECTION_OF.get(k) not in ("data", "model")}
         has_rate = bool(self.settings.get("batch_size")) and "lr" in self.settings
-        keys = set(KEYS) - set(_SUBJECT) if self.whole else {"batch_size", *RATES} if has_rate else set()
-        return {key: value for key, value in self.settings.items() if key in keys}
+        return {k: v for k, v in self.settings.items() if has_rate and k in ("batch_size", *keys_for(Use.RATE))}
 
 
 def rates_for(batch_size: int, settings: Mapping[str, Any]) -> dict[str, float]:
@@ -55,7 +54,7 @@ def rates_for(batch_size: int, settings: Mapping[str, Any]) -> dict[str, float]:
     https://arxiv.org/abs/2205.10287).
     """
     factor = (batch_size / settings["batch_size"]) ** 0.5
-    rates = {key: rate for key in RATES if (rate := settings.get(key)) is not None}
+    rates = {key: rate for key in keys_for(Use.RATE) if (rate := settings.get(key)) is not None}
     return rates if factor == 1 else {key: float(f"{rate * factor:.3g}") for key, rate in rates.items()}
 
 
@@ -70,7 +69,7 @@ def recipe_names() -> tuple[str, ...]:
 def named_recipe(name: str) -> Recipe:
     """One of them."""
     with as_file(_FOLDER / f"{name}.toml") as path:
-        return Recipe(name, read_toml(path))
+        return Recipe(name, read_config(path).given)
 
 
 def find_recipe(word: str | Path) -> Recipe:
@@ -85,7 +84,7 @@ def find_recipe(word: str | Path) -> Recipe:
     path = Path(word).expanduser()
     if path.suffix.lower() != ".toml" and not path.is_file():
         raise VitrailError(f"there is no recipe {text!r}{_nearest(text)}, or a TOML file's path")
-    settings = read_toml(path)
+    settings = read_config(path).given
     keeps = "batch_size" in settings
     if not settings.get("recipe"):
         return Recipe(text, settings, whole=False, keeps_batch=keeps)

@@ -1,4 +1,8 @@
-"""The whole configuration of a run: flat keys, each with its unit and range; a key that nobody knows is an error.
+"""The configuration of a run: one schema in sections, each setting with its type, range, default and meaning.
+
+A key names one setting, whatever its section: `lr=1e-3` on the command line and in Python, `[optimizer] lr = 1e-3` in
+TOML, `config.optimizer.lr` in code. Values are checked once, by `make_config`; the config remembers which of them were
+given.
 
 Importing this imports no torch.
 """
@@ -7,51 +11,42 @@ import json
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from enum import Enum, auto
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic.fields import FieldInfo
 
-from vitrail.errors import VitrailError, did_you_mean
+from vitrail.data.augment.settings import Augment
+from vitrail.errors import ConfigError, did_you_mean
+from vitrail.utils.settings import (
+    Amount,
+    Count,
+    Optional,
+    Pair,
+    PathText,
+    Positive,
+    Rate,
+    Seconds,
+    Settings,
+    Share,
+    Size,
+    none_or,
+)
 
-TRACKERS = ("tensorboard", "wandb", "trackio")  # where figures can be sent while a run goes on
-
-
-def _parts(value: object) -> object:
-    """ "0.9, 0.999" or "0.9:0.999" to its parts, "none" to None; anything else as it is."""
-    if isinstance(value, str):
-        return None if _none(value) is None else value.strip("()[] ").replace(":", ",").split(",")
-    return value
-
-
-def _pair(value: object) -> object:
-    """One number, or "224", stands for both sides; "192x320" names them."""
-    if isinstance(value, str):
-        value = _parts(value.replace("x", ","))
-    if isinstance(value, int):
-        value = [value]
-    return list(value) * 2 if isinstance(value, list) and len(value) == 1 else value
-
-
-def _none(value: object) -> object:
-    """The word none, in any case, to None."""
-    return None if isinstance(value, str) and value.strip().lower() in ("none", "null", "") else value
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
-def _place(value: object) -> object:
-    """A Path to its text, the word none to None; anything else as it is."""
-    return str(value) if isinstance(value, Path) else _none(value)
+class Use(Enum):
+    """What a setting is for besides training; stands in the annotation of a field, or of a whole section."""
 
-
-def seconds(value: object) -> object:
-    """ "90", "90s", "10m", "1.5h" or "1h30m" to seconds; a number, or what is no duration, as it is."""
-    if not isinstance(value, str) or _none(value) is None:
-        return _none(value)
-    number = r"(\d+\.?\d*)"
-    found = re.fullmatch(f"(?:{number}h)?(?:{number}m)?(?:{number}s?)?", value.replace(" ", "").lower())
-    if not found:
-        return value
-    return sum(float(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True))
+    RESUME = auto()  # may change when a run is resumed
+    PROBE = auto()  # used by a linear probe
+    VIEWS = auto()  # decides what the model sees in a step, and so what a teacher's cached logits belong to
+    RATE = auto()  # a learning rate, which follows the batch size
+    HELD_OUT = auto()  # decides which images are held out for validation and test
+    BUILD = auto()  # an option of create_model, where its name ends with _rate
 
 
 def byte_count(size: str) -> int:
@@ -69,284 +64,292 @@ def _cache(value: object) -> object:
     word = str(value).strip().lower()
     if word in ("auto", "off"):
         return word
-    return "off" if _none(word) is None or byte_count(word) == 0 else str(value).strip()
+    return "off" if none_or(word) is None or byte_count(word) == 0 else str(value).strip()
 
 
-def _auto(value: object) -> object:
-    """The word auto to 0."""
+def _batch_size(value: object) -> object:
+    """auto stands for 0."""
     return 0 if isinstance(value, str) and value.strip().lower() == "auto" else value
 
 
 def _trackers(value: object) -> object:
-    """ "tensorboard, wandb", or a list of such names, as one word with commas; "none" for no name."""
+    """ "tensorboard, wandb", or a list of such names, as one string with commas; "none" for no name."""
     if isinstance(value, str):
         value = value.split(",")
     if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
         return value
-    names = [name.strip().lower() for name in value if _none(name) is not None]
+    names = [name.strip().lower() for name in value if none_or(name) is not None]
     for name in names:
         if name not in TRACKERS:
-            raise ValueError(f"there is no tracker {name!r}{did_you_mean(name, TRACKERS)}")
+            raise ValueError(f"unknown tracker {name!r}{did_you_mean(name, TRACKERS)}")
     return ",".join(dict.fromkeys(names)) or "none"
 
 
-Rate = Annotated[float, Field(ge=0, lt=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Amount = Annotated[float, Field(ge=0)]
-Optional = BeforeValidator(_none)
-Trackers = BeforeValidator(_trackers)
-Pair = BeforeValidator(_parts)
+class DataSettings(Settings):
+    """Which images, and how they are split."""
 
-
-class TrainConfig(BaseModel):
-    """Everything that decides a run. Two runs with the same config on the same machine end in the same weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    # what is trained, and on what
-    data: str = Field(description="a folder of images, a dataset's name, wds: shards or an hf-dataset:")
-    data_dir: Annotated[str | None, Optional] = Field(None, description="where a named dataset's files are or go")
-    val_fraction: float = Field(
-        0.1, gt=0, lt=1, description="share of the training images held back where no val split is"
+    data: str = Field("", description="a folder of images, a dataset's name, wds: shards or an hf-dataset:")
+    data_dir: Annotated[str | None, Optional, Use.RESUME] = Field(None, description="folder of a named dataset's files")
+    val_fraction: Annotated[float, Use.HELD_OUT] = Field(
+        0.1, gt=0, lt=1, description="share of the training images used for validation if the data has no val split"
     )
-    test_fraction: float = Field(0.1, ge=0, lt=1, description="likewise of a folder that has no test split")
-    split_seed: int = Field(0, ge=0, description="seed of the split into training and held-back images")
-    model: str = Field(description="a name from `vitrail models`")
+    test_fraction: Annotated[float, Use.HELD_OUT] = Field(
+        0.1, ge=0, lt=1, description="share of the images used for testing if a folder has no test split"
+    )
+    split_seed: Annotated[int, Use.HELD_OUT] = Field(0, ge=0, description="seed of the split of the images")
+
+
+class ModelSettings(Settings):
+    """Which model, and what it starts from."""
+
+    model: str = Field("", description="a name from `vitrail models`")
     pretrained: bool = Field(False, description="start from the published weights")
     weights: Annotated[str | None, Optional] = Field(
         None, description="start from these weights: a file, a folder or hf:org/repo"
     )
-    probe: bool = Field(False, description="freeze the model and fit a linear head to its features, computed once")
-    img_size: Annotated[tuple[Count, Count] | None, BeforeValidator(_pair)] = Field(
-        None, description="height and width that the model sees, pixels; none: the model's own"
-    )
+    probe: bool = Field(False, description="linear probe: freeze the model and fit a linear head to its features")
+    img_size: Size = Field(None, description="input height and width, pixels; none: the model's own")
     fit: Literal["auto", "crop", "pad", "squash"] = Field(
-        "auto", description="how an image of another shape is made to fit; auto: as the weights ask, else crop"
+        "auto",
+        description="how an image of another aspect ratio is fitted; auto: as the weights ask, else crop",
     )
     in_chans: Annotated[Literal[1, 3] | None, Optional] = Field(
-        None, description="colour channels that the model sees: 1 or 3; none: as the images, or as the weights ask"
+        None, description="input channels, 1 or 3; none: those of the weights, else of the images"
     )
 
-    recipe: Annotated[str | None, Optional] = Field(
-        None, description="where the settings below come from: a named recipe, or a file; none: chosen for the images"
-    )
 
-    # how long
+class OptimizerSettings(Settings):
+    """AdamW."""
+
+    lr: Annotated[Positive, Use.RATE] = Field(1e-3, description="peak learning rate")
+    backbone_lr: Annotated[Positive | None, Optional, Use.RATE] = Field(
+        None, description="peak learning rate of all layers but the head; none: lr"
+    )
+    head_lr: Annotated[Positive | None, Optional, Use.RATE] = Field(
+        None, description="peak learning rate of the head; none: lr"
+    )
+    layer_decay: float = Field(1.0, gt=0, le=1, description="factor on the learning rate per layer from the head down")
+    weight_decay: Amount = Field(0.05, description="not applied to biases, norms, tokens and position embeddings")
+    betas: Annotated[tuple[Rate, Rate], Pair] = Field((0.9, 0.999), description="decay of the two moment estimates")
+    clip_grad: Annotated[Positive | None, Optional] = Field(None, description="largest gradient norm; none: no limit")
+
+
+class ScheduleSettings(Settings):
+    """Linear warm-up, then a half cosine."""
+
     epochs: Annotated[Amount | None, Optional] = Field(
-        None, description="passes over the training images, parts allowed; none: as many as the budget holds"
+        None, description="passes over the training images, fractions allowed; none: until the budget is spent"
     )
-    budget: Annotated[Positive | None, BeforeValidator(seconds)] = Field(
-        None, description="seconds, or 10m, or 2h: the schedule ends when this time does"
+    budget: Seconds = Field(None, description="training time in seconds, or 10m, or 2h: the schedule ends with it")
+    batch_size: Annotated[int, Field(ge=0), BeforeValidator(_batch_size), Use.VIEWS] = Field(
+        128, description="images per step; auto, or 0: chosen for the device, and lr with it"
     )
-    batch_size: Annotated[int, Field(ge=0), BeforeValidator(_auto)] = Field(
-        128, description="images in one step; auto, or 0: fitted to the machine, and lr to it"
-    )
-    eval_every: Count = Field(1, description="epochs from one validation to the next; the last one is always validated")
+    warmup_epochs: Amount = Field(0.0, description="epochs of linear warm-up; a budget scales it with the rest")
+    min_lr: Annotated[Amount, Use.RATE] = Field(0.0, description="final learning rate where the peak is lr")
+    eval_every: Count = Field(1, description="epochs between validations; the last epoch is always validated")
 
-    # the optimiser: AdamW, warm-up, then a half cosine
-    lr: Positive = Field(1e-3, description="peak learning rate")
-    backbone_lr: Annotated[Positive | None, Optional] = Field(
-        None, description="peak rate of all but the head; none: lr"
-    )
-    head_lr: Annotated[Positive | None, Optional] = Field(None, description="peak rate of the head; none: lr")
-    layer_decay: float = Field(
-        1.0, gt=0, le=1, description="each layer's rate is this times that of the layer after it"
-    )
-    min_lr: Amount = Field(0.0, description="where a group whose peak is lr ends; other groups in proportion")
-    warmup_epochs: Amount = Field(0.0, description="epochs of linear warm-up; a budget shortens it with the rest")
-    weight_decay: Amount = Field(0.05, description="AdamW's; never on biases, norms, tokens and positions")
-    betas: Annotated[tuple[Rate, Rate], Pair] = Field((0.9, 0.999), description="AdamW's two averages")
-    clip_grad: Annotated[Positive | None, Optional] = Field(
-        None, description="largest norm of the whole gradient; none: any"
-    )
 
-    # regularisation
-    loss: Literal["ce", "bce"] = Field(
-        "ce", description="cross-entropy over all classes, or binary cross-entropy of each class by itself"
-    )
+class RegularizeSettings(Settings):
+    """Loss, dropout, class balance and weight averaging."""
+
+    loss: Literal["ce", "bce"] = Field("ce", description="cross-entropy, or binary cross-entropy per class")
     bce_threshold: Annotated[Rate | None, Optional] = Field(
-        None, description="of loss=bce: an image is of a class if more than this share of it is; none: by its share"
+        None, description="of loss=bce: soft targets above this become 1, others 0; none: soft targets"
     )
     label_smoothing: Rate = Field(0.0, description="share of the target that is spread over all classes")
-    drop: Annotated[Rate | None, Optional] = Field(None, description="dropout before the head; none: the model's own")
-    drop_path: Annotated[Rate | None, Optional] = Field(
+    drop: Annotated[Rate | None, Optional, Use.BUILD] = Field(
+        None, description="dropout before the head; none: the model's own"
+    )
+    drop_path: Annotated[Rate | None, Optional, Use.BUILD] = Field(
         None, description="stochastic depth at the last block; none: the model's own"
     )
-    attn_drop: Annotated[Rate | None, Optional] = Field(
+    attn_drop: Annotated[Rate | None, Optional, Use.BUILD] = Field(
         None, description="dropout of attention weights; none: the model's own"
     )
+    balance: Annotated[Literal["none", "sample", "loss"], Use.VIEWS] = Field(
+        "none", description="class balance: draw every class equally often (sample), or use class weights (loss)"
+    )
+    ema: Rate = Field(
+        0.0, description="decay of the moving average of weights, which is validated and kept; 0: no average"
+    )
+    ema_warmup: bool = Field(True, description="limit the decay to (1 + step) / (10 + step) in the first steps")
 
-    balance: Literal["none", "sample", "loss"] = Field(
-        "none", description="for rare classes: draw every class equally often (sample), or weigh the loss (loss)"
-    )
 
-    # augmentation: the crop when an image is read, the rest in batches where the model runs
-    crop_scale: Annotated[tuple[Share, Share] | None, Pair] = Field(
-        None, description="share of the image's area that a random crop takes, from and to; none: no random crop"
-    )
-    crop_ratio: Annotated[tuple[Positive, Positive], Pair] = Field(
-        (3 / 4, 4 / 3), description="width to height of a random crop"
-    )
-    flip: Share = Field(0.0, description="probability of a left-right mirror image")
-    vflip: Share = Field(0.0, description="probability of an upside-down mirror image")
-    pad_shift: int = Field(0, ge=0, description="largest shift each way, whole pixels")
-    rotate: float = Field(0.0, ge=0, le=180, description="largest rotation each way, degrees")
-    shear: float = Field(0.0, ge=0, lt=90, description="largest shear each way, degrees")
-    zoom: Annotated[tuple[Positive, Positive], Pair] = Field(
-        (1.0, 1.0), description="from which to which scale; above 1 is larger"
-    )
-    shift: Share = Field(0.0, description="largest shift each way, as a share of the side")
-    edge: Literal["black", "edge", "reflect"] = Field("black", description="what comes in from outside the image")
-    rand_augment: float = Field(0.0, ge=0, le=10, description="magnitude of RandAugment, 0 to 10; 0: none")
-    rand_augment_ops: Count = Field(2, description="operations of it for an image; each is done every other time")
-    rand_augment_std: Amount = Field(0.5, description="standard deviation of its magnitude from image to image")
-    brightness: Amount = Field(0.0, description="largest relative change of brightness")
-    contrast: Amount = Field(0.0, description="largest relative change of contrast")
-    saturation: Amount = Field(0.0, description="largest relative change of saturation; of colour images alone")
-    erase: Share = Field(0.0, description="probability that a rectangle is erased")
-    erase_area: Annotated[tuple[Positive, Share], Pair] = Field(
-        (0.02, 1 / 3), description="share of the image that it takes"
-    )
-    erase_ratio: Annotated[tuple[Positive, Positive], Pair] = Field(
-        (0.3, 1 / 0.3), description="its height to its width"
-    )
-    erase_fill: Literal["noise", "mean"] = Field("noise", description="what takes its place")
-    mixup: Amount = Field(0.0, description="alpha of mixup's beta distribution; 0: no mixup")
-    cutmix: Amount = Field(0.0, description="alpha of CutMix's beta distribution; 0: no CutMix")
-    mix_prob: Share = Field(
-        1.0, description="probability that a pair of images is mixed at all, if mixup or cutmix is on"
-    )
-    switch: Share = Field(0.5, description="probability of CutMix where both are on")
+class DistillSettings(Settings):
+    """A teacher and how its logits are used."""
 
-    # distillation
     teacher: Annotated[str | None, Optional] = Field(
-        None,
-        description="learn from this model too: a run or model folder, a name, hf:, timm:, torchvision:, an .onnx file",
+        None, description="a run or model folder, a catalog name, hf:, timm:, torchvision:, an .onnx file"
     )
     distill: Literal["auto", "hard", "soft"] = Field(
         "auto",
-        description="learn the teacher's class or its probabilities; auto: hard with a distillation token, else soft",
+        description="the teacher's top class or its probabilities; auto: hard with a distillation token, else soft",
     )
-    distill_weight: Share = Field(0.5, description="share of the loss that is the teacher's; the labels have the rest")
-    temperature: Positive = Field(1.0, description="what both sides' logits are divided by in soft distillation")
-    teacher_outputs: Annotated[str | None, BeforeValidator(_place)] = Field(
-        None, description="folder where the teacher's outputs are stored once, and read again by later runs"
-    )
-
-    repeats: Count = Field(
-        1, description="views of an image in a batch, of fewer images in an epoch as long; 1: no repeated augmentation"
+    distill_weight: Share = Field(0.5, description="weight of the teacher's loss; the labels' has the rest")
+    temperature: Positive = Field(1.0, description="temperature of soft distillation")
+    teacher_outputs: Annotated[PathText, Use.RESUME] = Field(
+        None, description="folder in which the teacher's logits are cached, for this run and later ones"
     )
 
-    # what is kept
-    ema: Rate = Field(
-        0.0, description="decay of the average of weights that is validated and kept; 0: the weights themselves"
-    )
-    ema_warmup: bool = Field(
-        True, description="begin with a short average: decay (1 + step) / (10 + step) while that is less"
-    )
-    checkpoint_every: Annotated[int | None, Field(ge=0), Optional] = Field(
+
+class IOSettings(Settings):
+    """What is written."""
+
+    checkpoint_every: Annotated[int | None, Field(ge=0), Optional, Use.RESUME] = Field(
         None,
-        description="steps from one checkpoint to the next; 0: by checkpoint_minutes alone; none: 200, or as many more "
-        "as keep the cost under 2 % of the time",
+        description="steps between checkpoints; 0: by checkpoint_minutes only; none: 200, or as many more as keep the "
+        "cost below 2 % of the time",
     )
-    checkpoint_minutes: Amount = Field(
-        5.0, description="minutes from one checkpoint to the next, whichever comes first; 0: by checkpoint_every alone"
+    checkpoint_minutes: Annotated[Amount, Use.RESUME] = Field(
+        5.0, description="minutes between checkpoints, if these pass first; 0: by checkpoint_every only"
+    )
+    track: Annotated[str, BeforeValidator(_trackers), Use.RESUME] = Field(
+        "none", description="experiment trackers: tensorboard, wandb, trackio, or several with commas"
+    )
+    cache: Annotated[str, BeforeValidator(_cache), Use.VIEWS] = Field(
+        "auto", description="disk cache of decoded images: auto (if it helps and fits), off, or its size, such as 20GB"
     )
 
-    track: Annotated[str, Trackers] = Field(
-        "none", description="where figures are sent: tensorboard, wandb, trackio, or several of them with commas"
-    )
 
-    # the machine
-    accumulate: Count = Field(
-        1, description="parts in which a batch goes through the model: less memory, the same gradient"
+class MachineSettings(Settings):
+    """Where and how the run is computed."""
+
+    device: Annotated[str, Use.RESUME, Use.PROBE] = Field(
+        "auto", description="cpu, cuda, cuda:1, mps; auto: the best available"
     )
-    amp: Literal["auto", "bf16", "off"] = Field(
-        "auto",
-        description="bfloat16 always, never (off), or where the device is made for it (auto): see docs/machine.md",
+    amp: Annotated[Literal["auto", "bf16", "off"], Use.PROBE] = Field(
+        "auto", description="mixed precision: bfloat16, off, or where the hardware supports it (auto): docs/machine.md"
     )
-    shard: bool = Field(
-        False, description="under torchrun, split weights and optimiser over the processes (FSDP2): for large models"
+    accumulate: Annotated[Count, Use.VIEWS] = Field(
+        1, description="gradient accumulation: parts of a batch; less memory, the same gradient"
+    )
+    shard: Annotated[bool, Use.RESUME] = Field(
+        False, description="under torchrun, shard weights and optimiser over the processes (FSDP2)"
     )
     compile: bool = Field(False, description="torch.compile the model")
-    grad_checkpointing: bool = Field(
-        False, description="compute activations twice and keep fewer: less memory, more time"
+    grad_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
+    eval_batch_size: Annotated[Count | None, Optional, Use.RESUME, Use.PROBE] = Field(
+        None, description="images per batch in evaluation; none: by image size"
     )
-    eval_batch_size: Annotated[Count | None, Optional] = Field(
-        None, description="images at once in evaluation; none: by image size"
-    )
-    workers: Annotated[int | None, Optional] = Field(
+    workers: Annotated[int | None, Optional, Use.RESUME, Use.PROBE] = Field(
         None, ge=0, description="threads that read images; none: by cores and data"
     )
-    cache: Annotated[str, BeforeValidator(_cache)] = Field(
-        "auto",
-        description="decoded images kept on the disk for later epochs: auto (where it helps and fits), off, or 20GB",
+    threads: Annotated[Count | None, Optional, Use.PROBE] = Field(
+        None, description="torch's threads on the CPU, on which the last bits depend; none: torch's default"
     )
-    threads: Annotated[Count | None, Optional] = Field(
-        None, description="threads of torch's on the CPU, on which the last bits depend; none: torch's own number"
-    )
-    device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto: the best that is there")
-    seed: int = Field(0, ge=0, description="seed of weights, order, augmentation and dropout; not of the split")
 
 
-KEYS = tuple(TrainConfig.model_fields)
-_STAND_IN = {"data": "-", "model": "-"}
+class TrainConfig(Settings):
+    """Everything that decides a run. Two runs with the same config on the same machine end in the same weights."""
+
+    recipe: Annotated[str | None, Optional] = Field(
+        None, description="named recipe or TOML file that the settings come from; none: chosen for the images"
+    )
+    seed: Annotated[int, Use.PROBE, Use.VIEWS] = Field(
+        0, ge=0, description="seed of weights, order, augmentation and dropout; not of the split"
+    )
+    data: Annotated[DataSettings, Use.PROBE] = DataSettings()
+    model: Annotated[ModelSettings, Use.PROBE] = ModelSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    augment: Annotated[Augment, Use.VIEWS] = Augment()
+    regularize: RegularizeSettings = RegularizeSettings()
+    distill: DistillSettings = DistillSettings()
+    io: IOSettings = IOSettings()
+    machine: MachineSettings = MachineSettings()
+
+    @property
+    def flat(self) -> dict[str, Any]:
+        """All values by key."""
+        return {key: getattr(self._group(key), key) for key in KEYS}
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The values that were given, by key, without defaults."""
+        return {key: value for key, value in self.flat.items() if key in self._group(key).model_fields_set}
+
+    def updated(self, values: Mapping[str, Any]) -> Self:
+        """A copy with other values, by key. They are not checked: take them from a config or a recipe."""
+        update = {key: value for key, value in values.items() if key not in SECTION_OF}
+        for name in SECTIONS:
+            if part := {key: value for key, value in values.items() if SECTION_OF.get(key) == name}:
+                update[name] = getattr(self, name).model_copy(update=part)
+        return self.model_copy(update=update)
+
+    def _group(self, key: str) -> Settings:
+        return getattr(self, SECTION_OF[key]) if key in SECTION_OF else self
+
+
+SECTIONS: dict[str, type[Settings]] = {
+    name: field.annotation
+    for name, field in TrainConfig.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Settings)
+}
+SECTION_OF = {key: name for name, section in SECTIONS.items() for key in section.model_fields}
+FIELDS: dict[str, FieldInfo] = {
+    **{key: field for key, field in TrainConfig.model_fields.items() if key not in SECTIONS},
+    **{key: field for section in SECTIONS.values() for key, field in section.model_fields.items()},
+}
+KEYS = tuple(FIELDS)
+
+
+def keys_for(use: Use) -> tuple[str, ...]:
+    """The keys whose field or section is marked with a use."""
+
+    def marks(key: str) -> list[Any]:
+        section = [] if key not in SECTION_OF else TrainConfig.model_fields[SECTION_OF[key]].metadata
+        return [*FIELDS[key].metadata, *section]
+
+    return tuple(key for key in KEYS if use in marks(key))
 
 
 def make_config(values: Mapping[str, Any]) -> TrainConfig:
-    """A config from keys and values; strings are read by the key's type.
+    """A config from values by key; strings are read by the key's type, and what is not given has its default.
 
     Raises:
-        VitrailError: a key that nobody knows (with the nearest that there is), or a value out of its range.
+        ConfigError: an unknown key, or a value out of its range.
     """
-    for key in values:
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
         if key not in KEYS:
-            raise VitrailError(
-                f"there is no training option {key!r}{did_you_mean(key, KEYS)}; see `vitrail train --help`"
-            )
+            raise ConfigError(f"unknown training option {key!r}{did_you_mean(key, KEYS)}; see `vitrail train --help`")
+        if key in SECTION_OF:
+            nested.setdefault(SECTION_OF[key], {})[key] = value
+        else:
+            nested[key] = value
     try:
-        return TrainConfig(**values)
+        return TrainConfig.model_validate(nested)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
-        key = str(fault["loc"][0]) if fault["loc"] else "?"
-        given = values.get(key, "nothing")
-        about = TrainConfig.model_fields[key].description if key in KEYS else ""
-        raise VitrailError(f"training option {key} cannot be {given!r}: {fault['msg'].lower()} ({about})") from None
+        key = next(str(part) for part in fault["loc"] if part in values)
+        about, given = FIELDS[key].description, values[key]
+        raise ConfigError(f"training option {key} cannot be {given!r}: {fault['msg'].lower()} ({about})") from None
 
 
-def check_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of some keys, each read by its type; data and model may be left out.
-
-    Raises:
-        VitrailError: as `make_config`.
-    """
-    config = make_config({**_STAND_IN, **values})
-    return {key: getattr(config, key) for key in values}
-
-
-def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
-    """`["lr=1e-3", "img_size=64"]` to checked values by key.
+def parse_overrides(words: Iterable[str]) -> dict[str, str]:
+    """`["lr=1e-3", "img-size=64"]` to strings by key.
 
     Raises:
-        VitrailError: a word without "=", a key that nobody knows, or a value out of its range.
+        ConfigError: a word without "=".
     """
     values = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:
-            raise VitrailError(f"{word!r} is not key=value{did_you_mean(word, KEYS)}; for example lr=1e-3")
+            raise ConfigError(f"{word!r} is not key=value{did_you_mean(word, KEYS)}; for example lr=1e-3")
         values[key.strip().replace("-", "_")] = value.strip()
-    return check_options(values)
+    return values
 
 
 def to_toml(config: TrainConfig, keys: Iterable[str] = KEYS) -> str:
-    """The config, or some of its keys, as flat TOML, descriptions as comments; None is the word "none"."""
-    lines = []
+    """The config, or some of its keys, as TOML in sections, descriptions as comments; None is the string "none"."""
+    lines, section, values = [], None, config.flat
     for key in keys:
-        value, about = getattr(config, key), TrainConfig.model_fields[key].description
-        lines.append(f"{key} = {_toml_value('none' if value is None else value)}  # {about}")
+        if SECTION_OF.get(key) != section:
+            section = SECTION_OF[key]
+            lines.append(f"\n[{section}]")
+        value = "none" if values[key] is None else values[key]
+        lines.append(f"{key} = {_toml_value(value)}  # {FIELDS[key].description}")
     return "\n".join(lines) + "\n"
 
 
@@ -355,19 +358,37 @@ def _toml_value(value: object) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """Checked values by key from a flat TOML file: a recipe, or a run's config.
+def read_config(path: str | Path) -> TrainConfig:
+    """The config in a TOML file, in sections or flat: a recipe, or a run's config.
 
     Raises:
-        VitrailError: no such file, no TOML, a key that nobody knows, or a value out of its range.
+        ConfigError: the file could not be read or is not TOML, an unknown key, or a value out of its range.
     """
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise VitrailError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not text'}") from None
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise ConfigError(f"could not read {path}: {reason}") from None
     except tomllib.TOMLDecodeError as error:
-        raise VitrailError(f"{path} is not TOML: {error}") from None
+        raise ConfigError(f"{path} is not TOML: {error}") from None
     try:
-        return check_options(values)
-    except VitrailError as error:
-        raise VitrailError(f"{path}: {error}") from None
+        return make_config(_flatten(values))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """TOML tables to values by key. Keys outside a section are allowed: earlier versions wrote a flat file."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if not isinstance(value, dict):
+            flat[name] = value
+            continue
+        if name not in SECTIONS:
+            raise ConfigError(f"unknown section [{name}]{did_you_mean(name, SECTIONS)}")
+        for key in value:
+            if key in KEYS and SECTION_OF.get(key) != name:
+                where = f"section [{SECTION_OF[key]}]" if key in SECTION_OF else "no section"
+                raise ConfigError(f"{key} belongs to {where}, not to [{name}]")
+        flat |= value
+    return flat

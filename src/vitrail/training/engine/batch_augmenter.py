@@ -3,13 +3,13 @@
 Shapes: B batch, C channels, H W height and width, K classes.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vitrail.data.augment.augment import Augment, augment
+from vitrail.data.augment.augment import augment
 from vitrail.data.loader import Batch
 from vitrail.data.sampling import rows_of
 from vitrail.images.preprocess import Preprocess
@@ -47,11 +47,6 @@ class View:
         return View(self.images[rows], self.targets[rows], self.keys[rows], self.epoch, self.class_weights)
 
 
-def augmentation(config: TrainConfig) -> Augment:
-    """The config's augmentation: its keys have the names of Augment's fields."""
-    return Augment(**{field.name: getattr(config, field.name) for field in fields(Augment)})
-
-
 class BatchAugmenter:
     """Moves batches to a device, augments and normalises them there; a pure function of batch and epoch.
 
@@ -67,7 +62,7 @@ class BatchAugmenter:
         class_weights: npt.ArrayLike | None = None,
         distributed: DistributedContext = SINGLE_PROCESS,
     ) -> None:
-        self.augment = augmentation(config)
+        self.augment = config.augment
         self.preprocess = preprocess
         self.num_classes = num_classes
         self.seed = config.seed

@@ -28,22 +28,29 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     Raises:
         VitrailError: layer_decay is asked of a model that does not say in which layer its parameters are.
     """
+    settings = config.optimizer
     keep = no_decay_names(model)
-    layers = layer_ids(model) if config.layer_decay < 1 else None
+    layers = layer_ids(model) if settings.layer_decay < 1 else None
     deepest = max(layers.values()) if layers else 0
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         is_head = name.split(".")[0] in _HEADS
-        peak = (config.head_lr if is_head else config.backbone_lr) or config.lr
+        peak = (settings.head_lr if is_head else settings.backbone_lr) or settings.lr
         key = "head" if is_head else "backbone"
         if layers is not None:
-            peak *= config.layer_decay ** (deepest - layers[name])
+            peak *= settings.layer_decay ** (deepest - layers[name])
             key += f" layer {layers[name]}"
         decays = parameter.ndim > 1 and not any(fnmatchcase(name, pattern) for pattern in keep)
         key += "" if decays else ", no decay"
-        empty = {"name": key, "params": [], "lr": peak, "peak_lr": peak, "weight_decay": config.weight_decay * decays}
+        empty = {
+            "name": key,
+            "params": [],
+            "lr": peak,
+            "peak_lr": peak,
+            "weight_decay": settings.weight_decay * decays,
+        }
         groups.setdefault(key, empty)["params"].append(parameter)
     if not groups:
         raise VitrailError("this model has no parameters to train: all of them are frozen")

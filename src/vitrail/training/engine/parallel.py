@@ -25,12 +25,12 @@ def check_shareable(config: TrainConfig, distributed: DistributedContext) -> Non
     """Raise VitrailError for what several processes cannot do."""
     if distributed.world_size == 1:
         return
-    if config.compile:
+    if config.machine.compile:
         raise VitrailError("compile=true is for one process: leave it out")
-    if (config.mixup or config.cutmix) and config.batch_size // distributed.world_size % 2:
+    if (config.augment.mixup or config.augment.cutmix) and config.schedule.batch_size // distributed.world_size % 2:
         raise VitrailError(
-            f"mixup and CutMix pair images, and batch_size={config.batch_size} over {distributed.world_size} processes "
-            f"leaves an odd number in each: use a batch_size that {2 * distributed.world_size} divides"
+            f"mixup and CutMix pair images, and batch_size={config.schedule.batch_size} is not divisible by "
+            f"{2 * distributed.world_size} (2 x processes): use a batch_size that is"
         )
 
 

@@ -54,15 +54,16 @@ class Trainer:
         self.distributed = distributed
         self.state = TrainState()
         self.guard = NonFiniteGuard(reads_at_once=device.type == "cpu")
-        self.sharded = config.shard and distributed.world_size > 1
-        self.bf16 = uses_bf16(model, device, config.amp)
+        self.sharded = config.machine.shard and distributed.world_size > 1
+        self.bf16 = uses_bf16(model, device, config.machine.amp)
         synchronised(model, distributed, device)
         self._statistics = Statistics(model, distributed)
-        average = Ema.copy_of(model) if config.ema else None
+        decay = config.regularize.ema
+        average = Ema.copy_of(model) if decay else None
         self._forward = self._prepare(average, example)
         self.groups = parameter_groups(model, config)
-        self.optimizer = make_optimizer(self.groups, config.betas)
-        self.ema = Ema(model, config.ema, config.ema_warmup, average) if config.ema else None
+        self.optimizer = make_optimizer(self.groups, config.optimizer.betas)
+        self.ema = Ema(model, decay, config.regularize.ema_warmup, average) if decay else None
         self.loss_sum = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         self._parameters: list[nn.Parameter] = [p for group in self.groups for p in group["params"]]
 
@@ -80,7 +81,7 @@ class Trainer:
             self._statistics.write(before)
 
         forward = spread(self.model, self.distributed, self.device, self.sharded, attempt)
-        return torch.compile(forward) if self.config.compile else forward  # type: ignore[return-value]
+        return torch.compile(forward) if self.config.machine.compile else forward  # type: ignore[return-value]
 
     @property
     def eval_model(self) -> nn.Module:
@@ -111,7 +112,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         before = self._statistics.read()
         loss = self._accumulate_gradients(self.view(batch, state.epoch))
-        norm = clip_gradients(self._parameters, self.config.clip_grad)
+        norm = clip_gradients(self._parameters, self.config.optimizer.clip_grad)
         finite = torch.isfinite(norm) & torch.isfinite(loss)
         self._optimizer_step(finite, before)
         self.loss_sum.add_(torch.where(finite, loss, 0))
@@ -146,7 +147,7 @@ class Trainer:
         Returns the sum of the images' losses.
         """
         total = torch.zeros_like(self.loss_sum)
-        size = -(-len(view) // self.config.accumulate)
+        size = -(-len(view) // self.config.machine.accumulate)
         for start in range(0, len(view), size):
             part = view if size >= len(view) else view.part(slice(start, start + size))
             with apart(self._forward, start + size < len(view)):

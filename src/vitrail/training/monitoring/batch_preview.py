@@ -14,7 +14,7 @@ from torch import Tensor
 from vitrail.errors import VitrailError
 from vitrail.images.preprocess import Preprocess
 from vitrail.training.config.schema import TrainConfig
-from vitrail.training.engine.batch_augmenter import View, augmentation
+from vitrail.training.engine.batch_augmenter import View
 from vitrail.utils.files import atomic_write_bytes
 from vitrail.utils.text import show
 
@@ -54,11 +54,8 @@ def draw_first_batch(session: "Session", path: str | Path) -> str:
 
 
 def done_to(config: TrainConfig) -> str:
-    """What is done to the images, with its strengths: "crop 0.08 to 1, flip 0.5, mixup 0.8"."""
-    augment = augmentation(config)
-    values = {name: getattr(augment, name) for name in augment.active}
-    if config.crop_scale:
-        values = {"crop": config.crop_scale} | values
+    """The augmentation, with its strengths: "crop_scale 0.08 to 1, flip 0.5, mixup 0.8"."""
+    values = {name: getattr(config.augment, name) for name in config.augment.active}
     return ", ".join(f"{name} {_value(value)}" for name, value in values.items()) or "no augmentation"
 
 

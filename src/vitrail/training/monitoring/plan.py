@@ -23,20 +23,20 @@ def plan_lines(setup: Setup, trainer: Trainer, steps_per_epoch: int, out: str) -
     counts = ", ".join(f"{count:,} {name}" for name, count in dataset.counts().items())
     height, width = setup.preprocess.size
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    start = config.weights or ("published weights" if config.pretrained else "scratch")
+    start = config.model.weights or ("published weights" if config.model.pretrained else "scratch")
     threads = f" with {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
-    length = "" if config.epochs is None else f"{config.epochs:g} epochs of {steps_per_epoch} steps"
-    budget = "" if config.budget is None else f"{' or ' if length else ''}{config.budget:g} seconds"
-    augment = trainer.view.augment.active if hasattr(trainer.view, "augment") else []
-    crop = ["crop"] if config.crop_scale else []
+    epochs, budget = config.schedule.epochs, config.schedule.budget
+    length = [] if epochs is None else [f"{epochs:g} epochs of {steps_per_epoch} steps"]
+    length += [] if budget is None else [f"{budget:g} seconds"]
     return [
         *setup.reasons,
         f"data    {dataset.name}: {counts} images, {class_words(dataset)} ({dataset.how_split})",
-        *balance_lines(dataset, config.balance),
+        *balance_lines(dataset, config.regularize.balance),
         *([f"skipped {len(dataset.skipped)} unusable files, named in the summary"] if dataset.skipped else []),
-        f"model   {config.model} from {start}, {parameters:,} parameters, sees {height}x{width} pixels",
-        f"train   {length}{budget}, batches of {config.batch_size}, seed {config.seed}, recipe {config.recipe}",
-        f"augment {', '.join([*crop, *augment]) or 'nothing'}",
+        f"model   {config.model.model} from {start}, {parameters:,} parameters, sees {height}x{width} pixels",
+        f"train   {' or '.join(length)}, batches of {config.schedule.batch_size}, seed {config.seed}, "
+        f"recipe {config.recipe}",
+        f"augment {', '.join(config.augment.active) or 'nothing'}",
         *getattr(trainer.task, "lines", ()),
         f"device  {trainer.device}{threads}, {'bfloat16' if trainer.bf16 else 'float32'}{_processes(trainer)}",
         *[f"group   {line}" for line in describe_groups(trainer.groups)],
@@ -76,7 +76,7 @@ def class_words(dataset: Dataset) -> str:
 
 def epoch_line(record: Mapping[str, Any], config: TrainConfig, best_epoch: int) -> str:
     """One epoch in a line."""
-    of = f"/{math.ceil(config.epochs)}" if config.epochs is not None else ""
+    of = f"/{math.ceil(config.schedule.epochs)}" if config.schedule.epochs is not None else ""
     validated = ""
     loss = "not finite" if record["train_loss"] is None else f"{record['train_loss']:.4f}"
     if "val_top1" in record:

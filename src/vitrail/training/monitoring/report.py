@@ -14,7 +14,7 @@ from vitrail.errors import VitrailError
 from vitrail.models.catalog import VARIANTS
 from vitrail.reports.charts import Bin, reliability_chart
 from vitrail.training.checkpoints.run_folder import RunFolder
-from vitrail.training.config.schema import KEYS, TrainConfig, read_toml
+from vitrail.training.config.schema import FIELDS, read_config
 from vitrail.training.monitoring.curves import charts, history_table
 from vitrail.utils.files import atomic_write_text
 
@@ -61,7 +61,7 @@ def contents(folder: RunFolder) -> dict[str, Any]:
     summary = _read(folder.summary)
     details = _read(folder.details) if folder.details.is_file() else {}
     history = _lines(folder.metrics)
-    config = {key: _shown(value) for key, value in read_toml(folder.config).items()}
+    config = {key: _shown(value) for key, value in read_config(folder.config).given.items()}
     classes = details.get("classes") or [row["label"] for row in summary["per_class"]]
     return {
         "summary": summary,
@@ -81,9 +81,7 @@ def contents(folder: RunFolder) -> dict[str, Any]:
         "sessions": _lines(folder.sessions) if folder.sessions.is_file() else [],
         "facts": facts(summary, config),
         "config": config,
-        "chosen": {
-            key for key in config if key in KEYS and config[key] != _shown(TrainConfig.model_fields[key].default)
-        },
+        "chosen": {key for key in config if config[key] != _shown(FIELDS[key].default)},
         "skipped": summary["skipped"][:_SKIPPED],
         "has_details": bool(details),
     }

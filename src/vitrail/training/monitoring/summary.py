@@ -39,7 +39,7 @@ def summarise(session: Session, result: Evaluation) -> dict[str, Any]:
         "images_per_second": round(rate(state), 1),
         "waiting_for_data": round(state.wait_seconds / state.step_seconds, 4) if state.step_seconds else 0.0,
         "params": sum(p.numel() for p in session.trainer.model.parameters()),
-        "model": config.model,
+        "model": config.model.model,
         "data": dataset.name,
         "how_split": dataset.how_split,
         "seed": config.seed,

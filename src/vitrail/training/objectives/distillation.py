@@ -76,25 +76,25 @@ def make_task(setup: Setup, device: torch.device) -> Task:
         VitrailError: the teacher is not there or does not fit the student, or a key changes nothing.
     """
     config = setup.config
-    labels = Classify(config.label_smoothing, config.loss, config.bce_threshold)
+    labels = Classify(config.regularize.label_smoothing, config.regularize.loss, config.regularize.bce_threshold)
     _check(config)
-    if config.teacher is None:
+    if config.distill.teacher is None:
         return labels
-    teacher = open_teacher(setup.teacher if setup.teacher is not None else config.teacher)
+    teacher = open_teacher(setup.teacher if setup.teacher is not None else config.distill.teacher)
     answers = TeacherLogits(teacher, setup.preprocess, setup.dataset.class_names, device)
-    bf16 = uses_bf16(setup.model, device, config.amp)
+    bf16 = uses_bf16(setup.model, device, config.machine.amp)
     answers.check(bf16)
     token = _learns_by_token(setup.model)
-    hard = config.distill == "hard" or (config.distill == "auto" and token)
-    if hard and config.temperature != 1.0:
+    hard = config.distill.distill == "hard" or (config.distill.distill == "auto" and token)
+    if hard and config.distill.temperature != 1.0:
         raise VitrailError("temperature is for distill=soft: the teacher's best class is the same at any temperature")
     lines = [f"teacher {teacher.words}{answers.notes}", _describe(config, hard, token)]
     said: Callable[[View], Tensor] = answers
-    if config.teacher_outputs is not None:
-        said = stored = Stored(config.teacher_outputs, answers, deciding(setup, answers, bf16))
+    if config.distill.teacher_outputs is not None:
+        said = stored = Stored(config.distill.teacher_outputs, answers, deciding(setup, answers, bf16))
         lines.append(stored.line)
-    scheme = Hard() if hard else Soft(config.temperature)
-    return Distill(labels, said, scheme, config.distill_weight, tuple(lines), teacher.identity)
+    scheme = Hard() if hard else Soft(config.distill.temperature)
+    return Distill(labels, said, scheme, config.distill.distill_weight, tuple(lines), teacher.identity)
 
 
 def begin(task: Task) -> None:
@@ -110,8 +110,8 @@ def identity_of(task: Task) -> str:
 
 def _check(config: TrainConfig) -> None:
     """Refuse keys that need a teacher where there is none."""
-    for key in ("distill", "distill_weight", "temperature", "teacher_outputs"):
-        if config.teacher is None and getattr(config, key) != TrainConfig.model_fields[key].default:
+    for key, field in type(config.distill).model_fields.items():
+        if config.distill.teacher is None and getattr(config.distill, key) != field.default:
             raise VitrailError(f"{key} changes nothing without a teacher: name one with --teacher, or leave it out")
 
 
@@ -124,6 +124,6 @@ def _learns_by_token(model: nn.Module) -> bool:
 
 
 def _describe(config: TrainConfig, hard: bool, token: bool) -> str:
-    what = "its best class (hard)" if hard else f"its probabilities (soft, temperature {config.temperature:g})"
+    what = "its best class (hard)" if hard else f"its probabilities (soft, temperature {config.distill.temperature:g})"
     who = "the distillation token learns" if token else "the logits learn"
-    return f"distil  {who} {what}, {config.distill_weight:.0%} of the loss"
+    return f"distil  {who} {what}, {config.distill.distill_weight:.0%} of the loss"

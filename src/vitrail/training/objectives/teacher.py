@@ -24,7 +24,7 @@ from vitrail.images.preprocess import Preprocess
 from vitrail.inference.onnx_runtime import OnnxModel
 from vitrail.pretrained.external import open_external_model
 from vitrail.training.engine.batch_augmenter import View
-from vitrail.training.setup import lasting_path
+from vitrail.training.setup import absolute_path
 from vitrail.utils.device import precision
 
 _GIVEN = "python:"  # how a run's config names a teacher that was passed as an object
@@ -65,7 +65,7 @@ def lasting_name(source: Source) -> str:
     if isinstance(source, Classifier | nn.Module):
         model = source.model if isinstance(source, Classifier) else source
         return f"{_GIVEN}{type(model).__name__}:{fingerprint(model)[:16]}"
-    return lasting_path(str(source), must_exist=not isinstance(source, Path))
+    return absolute_path(str(source), must_exist=not isinstance(source, Path))
 
 
 def open_teacher(source: Source) -> Teacher:

@@ -20,7 +20,6 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import fields
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,8 @@ from torch import Tensor
 from vitrail._version import __version__
 from vitrail.data.dataset import ArraySplit, FileSplit, Split, file_stamp
 from vitrail.errors import VitrailError
-from vitrail.training.config.schema import KEYS
-from vitrail.training.engine.batch_augmenter import View, augmentation
+from vitrail.training.config.schema import Use, keys_for
+from vitrail.training.engine.batch_augmenter import View
 from vitrail.training.objectives.teacher import TeacherLogits
 from vitrail.training.setup import Setup
 from vitrail.utils.counter_rng import mix
@@ -45,24 +44,11 @@ Words = npt.NDArray[np.uint64]
 _FORMAT = 1
 _CHUNK = 8192  # records that are checked at once
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-# Keys of the config that change neither a view nor what the teacher says of it. The images, the preprocessing and the
-# teacher stand for the rest of what they come from. A key that is not named here counts.
-_NO_SAY = frozenset(
-    (
-        *("data", "data_dir", "val_fraction", "test_fraction", "split_seed", "model", "pretrained", "weights", "probe"),
-        *("img_size", "fit", "in_chans", "epochs", "budget", "eval_every", "lr", "backbone_lr", "head_lr"),
-        *("layer_decay", "min_lr", "warmup_epochs", "weight_decay", "betas", "clip_grad", "label_smoothing", "drop"),
-        *("recipe", "loss", "bce_threshold"),
-        *("drop_path", "attn_drop", "teacher", "distill", "distill_weight", "temperature", "teacher_outputs", "ema"),
-        *("ema_warmup", "checkpoint_every", "checkpoint_minutes", "amp", "compile", "grad_checkpointing"),
-        *("eval_batch_size", "workers", "threads", "device", "track", "shard"),
-    )
-)
 
 
 def deciding(setup: Setup, answers: TeacherLogits, bf16: bool) -> dict[str, Any]:
     """Everything that decides the views of a run, and the teacher's answers to them, as JSON."""
-    teacher, config = answers.teacher, setup.config
+    teacher = answers.teacher
     return {
         "format": _FORMAT,
         "version": __version__,  # another may augment otherwise
@@ -75,9 +61,8 @@ def deciding(setup: Setup, answers: TeacherLogits, bf16: bool) -> dict[str, Any]
             "class_names": teacher.class_names and list(teacher.class_names),
             "bf16": bf16,
         },
-        "settings": {key: getattr(config, key) for key in KEYS if key not in _NO_SAY},
-        "augment": {field.name: getattr(augmentation(config), field.name) for field in fields(augmentation(config))},
-        "mixes": augmentation(config).mixes,
+        "settings": {key: setup.config.flat[key] for key in keys_for(Use.VIEWS)},
+        "mixes": setup.config.augment.mixes,
     }
 
 

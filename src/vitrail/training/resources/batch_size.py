@@ -28,7 +28,7 @@ def fit_batch_size(session: "Session") -> tuple[int, str]:
 
     What was tried leaves no trace in the session.
     """
-    usual = session.config.batch_size
+    usual = session.config.schedule.batch_size
     most = _batch_size(_FAR * usual, len(session.loader.split))
     device, trainer, preprocess = session.trainer.device, session.trainer, session.setup.preprocess
     limit = available_memory(device)
@@ -121,16 +121,16 @@ def memory_advice(session: "Session") -> str:
     trainer, config, preprocess = session.trainer, session.config, session.setup.preprocess
     forget_step(trainer)
     limit = available_memory(trainer.device)
-    size = config.batch_size
+    size = config.schedule.batch_size
     how_much = "" if limit is None else f" ({format_gib(limit)})"
     fault = f"a batch of {size} images does not fit into memory{how_much}"
     if session.distributed.world_size > 1:  # the other processes are elsewhere: nothing can be tried
         return f"{fault}: use accumulate=2 or more, a smaller batch_size, or grad_checkpointing=true"
-    if config.accumulate > 1:
-        fault += f" in {config.accumulate} parts"
+    if config.machine.accumulate > 1:
+        fault += f" in {config.machine.accumulate} parts"
     for parts in [2**k for k in range(1, size.bit_length() + 1)]:
-        if config.accumulate < parts <= size:
-            trainer.config = config.model_copy(update={"accumulate": parts})
+        if config.machine.accumulate < parts <= size:
+            trainer.config = config.updated({"accumulate": parts})
             if trainer.device.type == "cuda":
                 holds = fits(trainer, blank(size, preprocess))
             else:

@@ -56,7 +56,7 @@ def cost_lines(session: "Session") -> list[str]:
     trainer, config, limit = session.trainer, session.config, available_memory(session.trainer.device)
     with untouched(trainer):
         if trainer.device.type != "cuda" and limit is not None:
-            expected = expected_peak(trainer, session.setup.preprocess, config.batch_size)
+            expected = expected_peak(trainer, session.setup.preprocess, config.schedule.batch_size)
             if expected > _TIGHT * limit:
                 return [_warning(expected, limit)]  # a step could bring the machine down
         cost = _measure(session, steps, limit)
@@ -86,7 +86,7 @@ def _measure(session: "Session", steps: int, limit: int | None) -> Cost:
     learn = _learn(session, batches)
     # On the CPU, reading images and learning share its cores; beside an accelerator they go on at the same time.
     step = load + learn if trainer.device.type == "cpu" else max(load, learn)
-    image = (load + learn * _FORWARD) / config.batch_size
+    image = (load + learn * _FORWARD) / config.schedule.batch_size
     counts = session.setup.dataset.counts()
     validation = image * counts.get("val", 0)
     epoch = step * session.loader.steps_per_epoch
@@ -94,11 +94,11 @@ def _measure(session: "Session", steps: int, limit: int | None) -> Cost:
     if schedule.steps is not None:
         epochs = schedule.steps / session.loader.steps_per_epoch
     if schedule.budget is not None:
-        epochs = min(epochs, schedule.budget / (epoch + validation / config.eval_every))
-    validations = math.ceil(epochs / config.eval_every)
+        epochs = min(epochs, schedule.budget / (epoch + validation / config.schedule.eval_every))
+    validations = math.ceil(epochs / config.schedule.eval_every)
     test = image * counts[session.setup.dataset.eval_split()]
     seconds = epochs * epoch + validations * validation + test
-    return Cost(seconds, validation, epochs, config.batch_size / step, peak_memory(trainer.device), limit)
+    return Cost(seconds, validation, epochs, config.schedule.batch_size / step, peak_memory(trainer.device), limit)
 
 
 def _load(session: "Session", steps: int) -> tuple[list[Batch], float]:

@@ -15,31 +15,31 @@ def settle_cache(config: TrainConfig, dataset: Dataset, preprocess: Preprocess) 
     The size is settled once: random crops are cut from images that are stored no larger than needed, so a run with a
     cache sees other pixels than one without, and `cache` may not change when it goes on.
     """
-    if config.cache == "off" or config.probe:
-        return config.model_copy(update={"cache": "off"}), []
+    if config.io.cache == "off" or config.model.probe:
+        return config.updated({"cache": "off"}), []
     if image_sizes(dataset.split("train")) is None:
-        line = [] if config.cache == "auto" else ["cache   off: there is nothing to decode"]
-        return config.model_copy(update={"cache": "off"}), line
+        line = [] if config.io.cache == "auto" else ["cache   off: there is nothing to decode"]
+        return config.updated({"cache": "off"}), line
     total = sum(_bytes(config, dataset, preprocess).values())
-    if config.cache == "auto":
-        if config.epochs is not None and config.epochs <= 1:
-            return config.model_copy(update={"cache": "off"}), ["cache   off: every image is read once"]
+    if config.io.cache == "auto":
+        if config.schedule.epochs is not None and config.schedule.epochs <= 1:
+            return config.updated({"cache": "off"}), ["cache   off: every image is read once"]
         if total > (free := room()):
             why = f"decoded, the images take {words(total)}, and half of the free disk is {words(free)}"
-            return config.model_copy(update={"cache": "off"}), [f"cache   off: {why}; cache=20GB keeps a part"]
-        config = config.model_copy(update={"cache": f"{math.ceil(total / 1e6)}MB"})
-    limit = byte_count(config.cache)
+            return config.updated({"cache": "off"}), [f"cache   off: {why}; cache=20GB keeps a part"]
+        config = config.updated({"cache": f"{math.ceil(total / 1e6)}MB"})
+    limit = byte_count(config.io.cache)
     kept = words(total) if total <= limit else f"{words(limit)} of {words(total)}"
     side = longest_short_side(preprocess)
-    shrunk = f", shorter sides of at most {side} pixels," if config.crop_scale else ""
+    shrunk = f", shorter sides of at most {side} pixels," if config.augment.crop_scale else ""
     return config, [f"cache   {kept} of decoded images{shrunk} kept on the disk for later epochs and runs"]
 
 
 def cached_readers(config: TrainConfig, dataset: Dataset, preprocess: Preprocess, say: Say) -> dict[str, Read]:
     """How "train" and "val" are read where the run has a cache; nothing where it has none."""
-    if config.cache == "off":
+    if config.io.cache == "off":
         return {}
-    readers, left = {}, byte_count(config.cache)
+    readers, left = {}, byte_count(config.io.cache)
     said: set[str] = set()
 
     def say_once(line: str) -> None:
@@ -49,7 +49,7 @@ def cached_readers(config: TrainConfig, dataset: Dataset, preprocess: Preprocess
             say(line)
 
     for name, count in _bytes(config, dataset, preprocess).items():
-        whole = name == "train" and config.crop_scale is not None
+        whole = name == "train" and config.augment.crop_scale is not None
         readers[name] = reader(dataset.split(name), preprocess, left, say_once, whole=whole)
         left = max(0, left - count)
     return readers
@@ -57,8 +57,9 @@ def cached_readers(config: TrainConfig, dataset: Dataset, preprocess: Preprocess
 
 def _bytes(config: TrainConfig, dataset: Dataset, preprocess: Preprocess) -> dict[str, int]:
     """What each split that is read again and again takes."""
+    crops = config.augment.crop_scale is not None
     return {
-        name: stored_bytes(dataset.split(name), preprocess, whole=name == "train" and config.crop_scale is not None)
+        name: stored_bytes(dataset.split(name), preprocess, whole=name == "train" and crops)
         for name in ("train", "val")
         if name in dataset.splits
     }

@@ -93,7 +93,7 @@ def expected_peak(trainer: Trainer, preprocess: Preprocess, batch_size: int) -> 
     batch, or of its largest part. What an operation needs for a moment is not counted.
     """
     few, more = (_saved(trainer, preprocess, size) for size in (2, 4))
-    part = -(-batch_size // trainer.config.accumulate)
+    part = -(-batch_size // trainer.config.machine.accumulate)
     images = few + (more - few) / 2 * max(part - 2, 0)
     learning = sum(p.numel() * p.element_size() for group in trainer.groups for p in group["params"])
     return int(resident_memory() + 3 * learning + images)

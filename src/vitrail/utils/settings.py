@@ -1,0 +1,73 @@
+"""Base class and value types of settings: frozen, checked when they are made, and readable from strings.
+
+Importing this imports no torch.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class Settings(BaseModel):
+    """A group of settings. An unknown name is an error, as are NaN and infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def none_or(value: object) -> object:
+    """Turn the string "none", in any case, into None."""
+    return None if isinstance(value, str) and value.strip().lower() in ("none", "null", "") else value
+
+
+def _split(value: object) -> object:
+    """Split "0.9, 0.999" or "0.9:0.999" into its parts; "none" becomes None."""
+    if isinstance(value, str):
+        return None if none_or(value) is None else value.strip("()[] ").replace(":", ",").split(",")
+    return value
+
+
+def _height_width(value: object) -> object:
+    """Turn 224 or "224" into two equal sides, and "192x320" into height and width."""
+    if isinstance(value, str):
+        value = _split(value.replace("x", ","))
+    if isinstance(value, int):
+        value = [value]
+    return list(value) * 2 if isinstance(value, list) and len(value) == 1 else value
+
+
+def _path_text(value: object) -> object:
+    return str(value) if isinstance(value, Path) else none_or(value)
+
+
+def _seconds(value: object) -> object:
+    """Turn "90", "90s", "10m", "1.5h" or "1h30m" into seconds."""
+    if not isinstance(value, str) or none_or(value) is None:
+        return none_or(value)
+    number = r"(\d+\.?\d*)"
+    found = re.fullmatch(f"(?:{number}h)?(?:{number}m)?(?:{number}s?)?", value.replace(" ", "").lower())
+    if not found:
+        return value
+    return sum(float(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True))
+
+
+def _ascending(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError(f"the smaller number comes first, not {value[0]:g}, {value[1]:g}")
+    return value
+
+
+Optional = BeforeValidator(none_or)
+Pair = BeforeValidator(_split)
+Ascending = AfterValidator(_ascending)
+
+Rate = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(ge=0)]
+Range = Annotated[tuple[Positive, Positive], Pair, Ascending]
+Size = Annotated[tuple[Count, Count] | None, BeforeValidator(_height_width)]
+Seconds = Annotated[Positive | None, BeforeValidator(_seconds)]
+PathText = Annotated[str | None, BeforeValidator(_path_text)]
