@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tolerance import assert_near
 from vitrail.layers.attention import Attention, attend, attention_weights
 
 
@@ -17,7 +18,7 @@ def test_fused_attention_equals_the_explicit_weights(bias: str | None) -> None:
     if bias == "masked":
         added[..., 4:] = float("-inf")
     weights = attention_weights(q, k, added)
-    torch.testing.assert_close(attend(q, k, v, added), weights @ v, rtol=1e-5, atol=1e-6)
+    assert_near(attend(q, k, v, added), weights @ v)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, 4))
     assert bias != "masked" or (weights[..., 4:] == 0).all()
 
@@ -28,10 +29,10 @@ def test_attention_equals_pytorchs_module() -> None:
     theirs.out_proj.load_state_dict(ours.proj.state_dict())
     x = torch.randn(2, 5, 12)
     expected, weights = theirs(x, x, x, average_attn_weights=False)
-    torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-6)
+    assert_near(ours(x), expected)
     out, ours_weights = ours.explain(x)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ours_weights, weights, rtol=1e-5, atol=1e-6)
+    assert_near(out, expected)
+    assert_near(ours_weights, weights)
 
 
 @pytest.mark.parametrize("queries", [None, 1])
@@ -61,7 +62,7 @@ def test_gradients_in_bfloat16_are_pytorchs_own(queries: int | None) -> None:
 def test_fewer_queries_give_the_first_rows_of_all(queries: int, qkv_bias: bool) -> None:
     attention = Attention(12, 3, qkv_bias)
     x = torch.randn(2, 5, 12)
-    torch.testing.assert_close(attention(x, queries), attention(x)[:, :queries], rtol=1e-5, atol=1e-6)
+    assert_near(attention(x, queries), attention(x)[:, :queries])
 
 
 def test_dropout_acts_in_training_alone() -> None:
@@ -69,7 +70,7 @@ def test_dropout_acts_in_training_alone() -> None:
     x = torch.randn(2, 5, 12)
     assert not torch.equal(attention(x), attention(x))
     attention.eval()
-    torch.testing.assert_close(attention(x), attention.explain(x)[0], rtol=1e-5, atol=1e-6)
+    assert_near(attention(x), attention.explain(x)[0])
 
 
 def test_a_width_that_the_heads_do_not_divide_is_refused() -> None:

@@ -4,6 +4,7 @@ import pytest
 import timm.models.swin_transformer as timm_swin
 import torch
 
+from tolerance import assert_near
 from vitrail.layers import window as window_module
 from vitrail.layers.window import (
     WindowAttention,
@@ -95,7 +96,7 @@ def test_fused_attention_equals_its_explicit_twin(
     with torch.set_grad_enabled(training):  # with gradients, another path runs on the CPU
         fused = plan.join(attention(plan.cut(x), plan), 2)
     twin, weights = attention.explain(plan.cut(x), plan)
-    torch.testing.assert_close(fused, plan.join(twin, 2), rtol=1e-5, atol=1e-5)
+    assert_near(fused, plan.join(twin, 2))
     torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
     if plan.mask is not None:
         forbidden = plan.mask.isinf().repeat(2, 1, 1)[:, None].expand_as(weights)

@@ -6,6 +6,7 @@ from timm.models.resnet import BasicBlock
 from timm.models.resnet import ResNet as TimmResNet
 from torch import nn
 
+from tolerance import assert_near
 from vitrail.models.catalog import VARIANTS
 from vitrail.models.configs import ResNetConfig
 from vitrail.models.resnet import ResNet
@@ -42,7 +43,7 @@ def test_the_small_one_is_timms_blocks_behind_one_small_convolution() -> None:
     ours.eval(), theirs.eval()
     x = torch.randn(2, 3, 32, 32)
     assert ours.forward_features(x).shape == (2, 64, 8, 8)
-    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+    assert_near(ours(x), theirs(x))
 
 
 def test_its_layers_are_numbered() -> None:

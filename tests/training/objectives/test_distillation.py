@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.task import LogitDistillationTask, TokenDistillationTask
 from torch import Tensor, nn
 
+from tolerance import assert_near
 from training import tiny
 from training.runs import KEYS, assert_same, outcome, run
 from training.test_resume import Killed, kill_at
@@ -242,7 +243,7 @@ def test_the_teacher_sees_each_view_its_own_way(teacher: Path) -> None:
     student = session.setup.preprocess
     pixels = (each.images * student.std[0] + student.mean[0]) * 255
     expected = a_teacher().model.eval()(PREPROCESS.normalize(pixels))[:, [1, 2, 0]]
-    torch.testing.assert_close(session.trainer.task.teacher(each), expected, rtol=1e-4, atol=1e-5)
+    assert_near(session.trainer.task.teacher(each), expected)
 
 
 @pytest.mark.parametrize(
