@@ -182,7 +182,7 @@ def test_transformers_processors(tmp_path: Path, processor: Any, expected: Prepr
         ({"model_type": "swin", "depths": 7}, "makes no sense"),
         (
             {"architecture": "vit_tiny_patch16_224", "model_args": {"act_layer": "relu"}},
-            "act_layer=relu is none",
+            "act_layer=relu",
         ),
         ({"architecture": "vit_tiny_patch16_224", "model_args": [1]}, "makes no sense"),
         ({"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"input_size": 3}}, "makes no sense"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from vitrail.images.convert import BadImage, orientation, quiet_pillow, to_channels
+from vitrail.utils.text import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,14 +75,14 @@ def _reasons() -> Iterator[None]:
 
 
 def _words(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = one_line(error, 160)
     if type(error).__name__ == "DecompressionBombError":
         return f"has more pixels than the limit of {PIXEL_LIMIT:,}"
     if type(error).__name__ == "UnidentifiedImageError":
         return "is not an image that Pillow can read"
     if "truncated" in text.lower() or isinstance(error, EOFError):
-        return f"is truncated ({text})" if text else "is truncated"
-    return f"cannot be decoded ({text or type(error).__name__})"[:200]
+        return f"is truncated ({text})"
+    return f"cannot be decoded ({text})"
 
 
 @contextmanager

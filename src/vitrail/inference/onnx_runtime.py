@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vitrail.errors import VitrailError
 from vitrail.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from vitrail.utils.text import one_line
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -43,7 +44,7 @@ class OnnxModel(nn.Module):
         try:
             self.session: Any = onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # onnxruntime has many, all of one base
-            raise VitrailError(f"{path} is no ONNX model: {' '.join(str(error).split())[:200]}") from None
+            raise VitrailError(f"{path} is no ONNX model: {one_line(error)}") from None
         self.input = self._one_input()
         self.dtype = _TYPES[self.input.type]
         self.fixed = [side if isinstance(side, int) else None for side in self.input.shape]  # B C H W

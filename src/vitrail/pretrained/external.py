@@ -11,7 +11,7 @@ from torch import nn
 from vitrail.errors import VitrailError, did_you_mean
 from vitrail.images.preprocess import Preprocess
 from vitrail.pretrained.resolve import is_of_catalog
-from vitrail.utils.text import show
+from vitrail.utils.text import one_line, printable
 from vitrail.weights.labels import label_names
 
 _IMAGENET = 1000  # classes; heads of this size have ImageNet's, in its order
@@ -39,14 +39,14 @@ def open_external_model(source: str) -> ExternalModel | None:
     try:
         module = import_module(library)
     except Exception as error:  # an installation that does not fit torch's raises anything
-        raise VitrailError(f"{library} cannot be imported: {show(' '.join(str(error).split()), 200)}") from error
+        raise VitrailError(f"{library} cannot be imported: {one_line(error)}") from error
     return opener(module, name)
 
 
 def _timm(timm: Any, name: str) -> ExternalModel:
     if not timm.is_model(name):
         near = did_you_mean(name, timm.list_models())
-        raise VitrailError(f"timm has no model {show(name)!r}{near}")
+        raise VitrailError(f"timm has no model {printable(name)!r}{near}")
     model = _published(f"timm:{name}", lambda: timm.create_model(name, pretrained=True))
     config: dict[str, Any] = dict(model.pretrained_cfg)
     names = config.get("label_names") or (label_names("imagenet-1k") if model.num_classes == _IMAGENET else None)
@@ -58,10 +58,12 @@ def _torchvision(torchvision: Any, name: str) -> ExternalModel:
     name, _, tag = name.partition(".")
     known = models.list_models(models)
     if name not in known:
-        raise VitrailError(f"torchvision has no model {show(name)!r}{did_you_mean(name, known)}")
+        raise VitrailError(f"torchvision has no model {printable(name)!r}{did_you_mean(name, known)}")
     kinds = models.get_model_weights(name)
     if tag and tag not in kinds.__members__:
-        raise VitrailError(f"torchvision:{name} has no weights {show(tag)!r}: there are {', '.join(kinds.__members__)}")
+        raise VitrailError(
+            f"torchvision:{name} has no weights {printable(tag)!r}: there are {', '.join(kinds.__members__)}"
+        )
     weights = kinds[tag] if tag else kinds.DEFAULT
     model = _published(f"torchvision:{name}", lambda: models.get_model(name, weights=weights))
     preset = weights.transforms()
@@ -80,7 +82,7 @@ def _published(what: str, make: Callable[[], nn.Module]) -> Any:
     try:
         return make()
     except Exception as error:  # a download's, and whose error that is differs from library to library
-        raise VitrailError(f"the weights of {what} cannot be had: {show(' '.join(str(error).split()), 200)}") from error
+        raise VitrailError(f"the weights of {what} cannot be had: {one_line(error)}") from error
 
 
 _OPENERS: dict[str, Callable[[Any, str], ExternalModel]] = {"timm": _timm, "torchvision": _torchvision}

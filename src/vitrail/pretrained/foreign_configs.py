@@ -16,7 +16,7 @@ from vitrail.models import config_io
 from vitrail.models.catalog import VARIANTS
 from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig
 from vitrail.models.timm_compat import family_of
-from vitrail.utils.text import show
+from vitrail.utils.text import one_line, printable
 from vitrail.weights.record import WeightsRecord
 
 Config = Mapping[str, Any]
@@ -59,7 +59,7 @@ def read_config(config: Config, processor: Config | None, where: str) -> Archite
         if isinstance(config.get("architecture"), str):
             return _timm(config, where)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        raise VitrailError(f"{where} makes no sense: {show(str(error), 200)}") from None
+        raise VitrailError(f"{where} makes no sense: {one_line(error)}") from None
     return Architecture()
 
 
@@ -123,7 +123,7 @@ def _timm(config: Config, where: str) -> Architecture:
     if args.get("global_pool") == "avg" and "global_pool" not in known:
         del args["global_pool"]  # what all but our ViT do; timm writes out what it was given
     for key in args.keys() - known:
-        raise VitrailError(f"{where}: {name} with {show(str(key))}={show(str(args[key]), 40)} is none of our models")
+        raise VitrailError(f"{where}: {name} with {printable(key)}={one_line(args[key], 40)} is not supported")
     args = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
     if isinstance(args.get("img_size"), int):
         args["img_size"] = (args["img_size"],) * 2
@@ -151,10 +151,10 @@ def _transformers(config: Config, processor: Config | None, where: str) -> Archi
     kind = config["model_type"]
     reader = _READERS.get(kind)
     if reader is None:
-        raise VitrailError(f"{where} describes a {show(str(kind), 40)!r}: read are {', '.join(_READERS)}")
+        raise VitrailError(f"{where} describes a {one_line(kind, 40)!r}: read are {', '.join(_READERS)}")
     act = config.get("hidden_act", "gelu")
     if act != "gelu":
-        raise VitrailError(f"{where} asks for the activation {show(str(act), 40)!r}, and our models have 'gelu'")
+        raise VitrailError(f"{where} asks for the activation {one_line(act, 40)!r}, and our models have 'gelu'")
     preprocess = None if processor is None else _processor(processor)
     return Architecture(config=reader(config, where), preprocess=preprocess, class_names=_labels(config))
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from vitrail.errors import VitrailError
 from vitrail.pretrained.local import CARD, CONFIG, PROCESSOR, choose_weights, shard_names
 from vitrail.utils.files import atomic_write_text
-from vitrail.utils.text import show
-from vitrail.weights.read import one_line
+from vitrail.utils.text import one_line, printable
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -27,7 +26,7 @@ def hub_weights(name: str, sha256: str | None = None) -> tuple[Path, str]:
             does not match, or no weights in it.
     """
     if not _NAME.fullmatch(name) or ".." in name:
-        raise VitrailError(f"hf:{show(name)} names no repository: write hf:org/repo or hf:org/repo@revision")
+        raise VitrailError(f"hf:{printable(name)} names no repository: write hf:org/repo or hf:org/repo@revision")
     repo, _, revision = name.partition("@")
     commit, files = _files(repo, revision or "main")
     weights = choose_weights(files, f"hf:{name}")
@@ -139,7 +138,7 @@ def _refusal(repo: str, revision: str, error: Exception) -> str:
         case errors.RepositoryNotFoundError():
             return f"the hub has no hf:{repo}, or it is private: check the name, or `hf auth login`"
         case errors.RevisionNotFoundError():
-            return f"hf:{repo} has no revision {show(revision)!r}: leave it out for the newest"
+            return f"hf:{repo} has no revision {printable(revision)!r}: leave it out for the newest"
         case errors.EntryNotFoundError():
             return f"hf:{repo} does not have the file that it listed: try again"
     return f"the hub refuses hf:{repo}: {one_line(error)}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vitrail.errors import VitrailError
 from vitrail.pretrained.foreign_configs import Architecture, read_config
-from vitrail.utils.text import listing, show
+from vitrail.utils.text import join_names, printable
 from vitrail.weights.read import plain_name, read_file, read_json, read_shards
 from vitrail.weights.tensors import Tensors
 from vitrail.weights.unwrap import unwrap
@@ -31,7 +31,7 @@ def choose_weights(names: Iterable[str], where: str) -> str:
     if len(others) == 1:
         return others[0]
     if others:
-        raise VitrailError(f"{where} holds several checkpoints ({listing(others, 4)}): name the file that you mean")
+        raise VitrailError(f"{where} holds several checkpoints ({join_names(others, 4)}): name the file that you mean")
     raise VitrailError(f"{where} holds no weights: looked for {USUAL[0]}, {USUAL[2]} or any of {', '.join(_SUFFIXES)}")
 
 
@@ -73,4 +73,4 @@ def licence_of(folder: Path) -> str | None:
         return None
     front = re.match(r"---\n(.*?)\n---", head, re.DOTALL)
     found = re.search(r"^license:\s*[\"']?([^\"'\n]+)", front[1], re.MULTILINE) if front else None
-    return show(found[1].strip(), 60) if found else None
+    return printable(found[1].strip(), 60) if found else None

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import PureWindowsPath
 from typing import Any
 
-from vitrail.utils.text import show
+from vitrail.utils.text import printable
 
 FOLDER = "FOLDER"  # stands for the model's folder in the code of a card that is in no repository yet
 _SHOWN = 100  # classes that are listed; config.json has them all
@@ -79,7 +79,7 @@ def _figures(notes: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _data(notes: Mapping[str, Any]) -> str | None:
     data = notes.get("data")
-    return show(_last_name(data), 100) if isinstance(data, str) and data else None
+    return printable(_last_name(data), 100) if isinstance(data, str) and data else None
 
 
 def _source(notes: Mapping[str, Any]) -> str | None:
@@ -88,8 +88,8 @@ def _source(notes: Mapping[str, Any]) -> str | None:
     if not isinstance(source, str) or not source:
         return None
     if not _PUBLIC.search(source):
-        return f"a local file or folder, {show(_last_name(source))}"
-    return show(re.sub(r"//[^/@\s]*@|[?#][^\s)]*", lambda found: "//" if found[0][0] == "/" else "", source), 300)
+        return f"a local file or folder, {printable(_last_name(source))}"
+    return printable(re.sub(r"//[^/@\s]*@|[?#][^\s)]*", lambda found: "//" if found[0][0] == "/" else "", source), 300)
 
 
 def _front_matter(record: Mapping[str, Any], in_timm: bool, figures: Mapping[str, Any] | None, data: str | None) -> str:
@@ -110,13 +110,13 @@ def _front_matter(record: Mapping[str, Any], in_timm: bool, figures: Mapping[str
         fields["base_model"] = origin[1]
     if figures:
         name = data or "unnamed"
-        fields |= {"model_name": show(ours["architecture"]), "metrics": ["accuracy"]}
+        fields |= {"model_name": printable(ours["architecture"]), "metrics": ["accuracy"]}
         fields["eval_results"] = [
             EvalResult(
                 task_type=task,
                 dataset_type=_HUB_DATASETS.get(name, re.sub(r"[^\w.-]+", "-", name)),
                 dataset_name=name,
-                dataset_split=show(figures["split"]),
+                dataset_split=printable(figures["split"]),
                 metric_type="accuracy",
                 metric_name=label,
                 metric_value=round(figures[key] / 100, 6),  # the hub's accuracy is a share of 1
@@ -134,7 +134,7 @@ def _licence_fields(notes: Mapping[str, Any]) -> dict[str, str]:
         return {"license": "other"} if notes.get("source") else {}
     if licence.lower() in _HUB_LICENCES:
         return {"license": licence.lower()}
-    return {"license": "other", "license_name": show(licence, 60)}
+    return {"license": "other", "license_name": printable(licence, 60)}
 
 
 def _what(record: Mapping[str, Any], params: int, data: str | None) -> str:
@@ -249,9 +249,9 @@ def _licence(notes: Mapping[str, Any]) -> str:
 
 def _plain(text: str) -> str:
     """A stranger's words that Markdown and HTML leave alone."""
-    return re.sub(r"([\\`*{}\[\]<>#|!~&$]|\b_|_\b)", r"\\\1", show(text, 300))
+    return re.sub(r"([\\`*{}\[\]<>#|!~&$]|\b_|_\b)", r"\\\1", printable(text, 300))
 
 
 def _code(text: str) -> str:
     """The same between backticks."""
-    return show(text, 300).replace("`", "'")
+    return printable(text, 300).replace("`", "'")

@@ -35,7 +35,7 @@ from vitrail.models.timm_compat import (
     timm_stand_in,
 )
 from vitrail.utils.files import atomic_folder
-from vitrail.utils.text import listing, shape_words
+from vitrail.utils.text import format_shape, join_names, one_line
 
 FORMAT = 1  # of the part under "vitrail"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -73,7 +73,7 @@ def write_model_folder(folder: Path, contents: Contents) -> None:
     if folder.exists():
         others = sorted({entry.name for entry in folder.iterdir()} - _REPLACEABLE) if folder.is_dir() else [folder.name]
         if others:
-            raise VitrailError(f"{folder} holds other files ({listing(others, 3)}); save the model to a new folder")
+            raise VitrailError(f"{folder} holds other files ({join_names(others, 3)}); save the model to a new folder")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in contents.model.state_dict().items()}
     with atomic_folder(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
@@ -157,7 +157,7 @@ def read_model_folder(folder: Path) -> Contents:
     try:
         preprocess = Preprocess.from_dict(_section(record, "preprocess", source))
     except (TypeError, ValueError) as error:
-        raise VitrailError(f"{source} has a preprocessing of nonsense: {_one_line(error)}") from None
+        raise VitrailError(f"{source} has a preprocessing of nonsense: {one_line(error)}") from None
     if preprocess.channels != config.in_chans:
         raise VitrailError(f"{source} prepares {preprocess.channels} channels for a model of {config.in_chans}")
     return Contents(
@@ -175,7 +175,7 @@ def _read_json(source: Path) -> dict[str, Any]:
     except OSError as error:
         raise VitrailError(f"cannot read {source}: {(error.strerror or str(error)).lower()}") from None
     except (ValueError, RecursionError) as error:
-        raise VitrailError(f"{source} is no JSON: {_one_line(error)}") from None
+        raise VitrailError(f"{source} is no JSON: {one_line(error)}") from None
     if not isinstance(record, dict):
         raise VitrailError(f"{source} is no model's config: it holds a {type(record).__name__}")
     return record
@@ -205,7 +205,7 @@ def _load(source: Path, config: ModelConfig) -> ImageModel:
             _check_fit(expected, shapes, source)
             tensors = {name: file.get_tensor(name).to(expected[name].dtype) for name in shapes}
     except (SafetensorError, OSError) as error:
-        raise VitrailError(f"{source} is damaged or no safetensors file: {_one_line(error)}") from None
+        raise VitrailError(f"{source} is damaged or no safetensors file: {one_line(error)}") from None
     if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in tensors):
         model = build_model(config)  # it computes tables of its own, which need memory
         model.load_state_dict(tensors)
@@ -223,7 +223,7 @@ def _skeleton(config: ModelConfig, num_tensors: int, source: Path) -> ImageModel
         with torch.device("meta"), _NoDraws():
             return build_model(config)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-        raise VitrailError(f"{source.with_name(CONFIG)} describes no model: {_one_line(error)}") from None
+        raise VitrailError(f"{source.with_name(CONFIG)} describes no model: {one_line(error)}") from None
 
 
 class _NoDraws(TorchFunctionMode):
@@ -244,16 +244,11 @@ def _check_fit(expected: Mapping[str, torch.Tensor], found: Mapping[str, tuple[i
         "missing": [name for name in expected if name not in found],
         "not the model's": [name for name in found if name not in expected],
         "of another shape": [
-            f"{name} {shape_words(found[name])} for {shape_words(tensor.shape)}"
+            f"{name} {format_shape(found[name])} for {format_shape(tensor.shape)}"
             for name, tensor in expected.items()
             if name in found and found[name] != tuple(tensor.shape)
         ],
     }
-    words = [f"{what}: {listing(names, 3)}" for what, names in faults.items() if names]
+    words = [f"{what}: {join_names(names, 3)}" for what, names in faults.items() if names]
     if words:
         raise VitrailError(f"{source} does not fit its config.json: {'; '.join(words)}")
-
-
-def _one_line(text: object, most: int = 200) -> str:
-    words = " ".join((repr(text) if not isinstance(text, str | Exception) else str(text)).split())
-    return words if len(words) <= most else words[: most - 1] + "…"

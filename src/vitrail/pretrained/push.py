@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from vitrail.errors import VitrailError
 from vitrail.pretrained.model_card import without_paths
 from vitrail.pretrained.model_folder import CARD, CONFIG, WEIGHTS, is_ours, read_model_folder, to_card
-from vitrail.utils.text import show
+from vitrail.utils.text import one_line, printable
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -46,7 +46,7 @@ def pack(model: str | Path, repo: str) -> UploadPlan:
         VitrailError: no such folder, a damaged one, or no name for a repository.
     """
     if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
-        raise VitrailError(f"{show(repo)!r} names no repository: write org/name, or your own name for org")
+        raise VitrailError(f"{printable(repo)!r} names no repository: write org/name, or your own name for org")
     folder = _folder(Path(model).expanduser())
     contents = read_model_folder(folder)
     files: dict[str, bytes | Path] = {CARD: folder / CARD, CONFIG: folder / CONFIG, WEIGHTS: folder / WEIGHTS}
@@ -131,10 +131,10 @@ def _explain(repo: str, revision: str | None, error: BaseException) -> str:
     while not isinstance(error, errors.HfHubHTTPError) and isinstance(error, RuntimeError) and error.__cause__:
         error = error.__cause__
     if not isinstance(error, errors.HfHubHTTPError):
-        return f"cannot reach the hub for hf:{repo} ({_one_line(error)}): connect and try again"
+        return f"cannot reach the hub for hf:{repo} ({one_line(error)}): connect and try again"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"hf:{repo} has no revision {show(revision or 'main')!r}: leave it out, or make the branch first"
+        return f"hf:{repo} has no revision {printable(revision or 'main')!r}: leave it out, or make the branch first"
     if status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
         return "the hub does not accept the token: `hf auth login` with a new one, or mend HF_TOKEN"
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -142,8 +142,4 @@ def _explain(repo: str, revision: str | None, error: BaseException) -> str:
     if status == 403:
         org = repo.partition("/")[0]
         return f"the hub forbids writing to hf:{repo}: the token needs write permission, and its owner a place in {org}"
-    return f"the hub refuses hf:{repo}: {_one_line(getattr(error, 'server_message', None) or error)}"
-
-
-def _one_line(error: object) -> str:
-    return show(" ".join(str(error).split()) or type(error).__name__, 160)
+    return f"the hub refuses hf:{repo}: {one_line(getattr(error, 'server_message', None) or error)}"

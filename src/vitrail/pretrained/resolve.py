@@ -18,7 +18,7 @@ from vitrail.pretrained.foreign_configs import Architecture, check, of_record
 from vitrail.pretrained.hub import hub_weights
 from vitrail.pretrained.local import CONFIG, USUAL, find_weights, licence_of, read_architecture, read_tensors
 from vitrail.utils.download import cache_dir, fetch
-from vitrail.utils.text import show
+from vitrail.utils.text import printable
 from vitrail.weights.formats.detect import to_ours
 from vitrail.weights.heads import HeadPolicy, num_classes_of
 from vitrail.weights.labels import label_names
@@ -129,7 +129,7 @@ def _unknown(word: str, model: str | None) -> str:
     if word == "default" or (model and not tags):
         return f"nothing is published for {model or 'a model without a name'}: give a file, a folder or hf:org/repo"
     known = f"{model} has the tags {', '.join(tags)}" if tags else "give a file, a folder, hf:org/repo or a URL"
-    return f"no weights are called {show(word)!r}{did_you_mean(word, tags or PUBLISHED)}; {known}"
+    return f"no weights are called {printable(word)!r}{did_you_mean(word, tags or PUBLISHED)}; {known}"
 
 
 def _by_tag(tag: str, model: str | None) -> WeightsRecord | None:
@@ -153,7 +153,7 @@ def _by_torchvision_name(name: str) -> WeightsRecord:
     if not records:
         known = [*_TORCHVISION, *(m for m in PUBLISHED if m.startswith(("resnet", "convnext")))]
         raise VitrailError(
-            f"torchvision:{show(name)} is not known{did_you_mean(model, known)}: there are {', '.join(known)}"
+            f"torchvision:{printable(name)} is not known{did_you_mean(model, known)}: there are {', '.join(known)}"
         )
     tag = (
         weights.lower()
@@ -164,7 +164,7 @@ def _by_torchvision_name(name: str) -> WeightsRecord:
     if not weights or weights == "DEFAULT":
         tag = "torchvision_v2" if "torchvision_v2" in records else "torchvision_v1"
     if tag not in records:
-        raise VitrailError(f"torchvision:{model} has no weights {show(weights)!r}: there are {', '.join(records)}")
+        raise VitrailError(f"torchvision:{model} has no weights {printable(weights)!r}: there are {', '.join(records)}")
     return records[tag]
 
 
@@ -197,7 +197,7 @@ def _url(word: str) -> Loaded:
     match = re.fullmatch(r"sha256=([0-9a-fA-F]{8,64})", fragment)
     if not match:
         raise VitrailError(
-            f"{show(word)} needs its checksum to be trusted: append #sha256=... (run sha256sum on a good copy)"
+            f"{printable(word)} needs its checksum to be trusted: append #sha256=... (run sha256sum on a good copy)"
         )
     name = unquote(urlsplit(url).path).rpartition("/")[2]
     name = re.sub(r"[^\w.-]", "_", name).lstrip(".") or "weights"

@@ -25,9 +25,10 @@ from vitrail.training.checkpoints.run_folder import RunFolder
 from vitrail.training.config.schema import Use, keys_for
 from vitrail.training.engine.interrupt import Interrupt, Stopped
 from vitrail.training.monitoring.plan import class_words
-from vitrail.training.monitoring.progress import Reporter, clock
+from vitrail.training.monitoring.progress import Reporter
 from vitrail.training.setup import Setup
 from vitrail.utils.device import precision, uses_bf16
+from vitrail.utils.text import format_duration
 from vitrail.weights.heads import HEADS
 
 GRID = tuple(10.0**-power for power in range(7))  # strengths of l2 that validation chooses from, strong to weak
@@ -128,7 +129,7 @@ def result_lines(summary: Mapping[str, Any]) -> list[str]:
         f"{split} top-1 {summary['top1']:.2f} % of {summary['images']:,} images by a linear head on frozen features "
         f"(l2 {probe['l2']:g}, {chosen}), {summary['knn_top1']:.2f} % by {probe['knn_neighbours']} nearest neighbours",
         f"{probe['images']:,} images through the model at {summary['images_per_second']:,.0f} images/s; "
-        f"in all {clock(summary['seconds'])}",
+        f"in all {format_duration(summary['seconds'])}",
     ]
 
 
@@ -376,7 +377,7 @@ def _counting(reporter: Reporter, what: str, total: int, tally: _Tally) -> Itera
         def advance(count: int) -> None:
             nonlocal last, done
             done += count
-            left = clock((total - done) / tally.rate) if tally.rate else "?"
+            left = format_duration((total - done) / tally.rate) if tally.rate else "?"
             words = f"{done:,} of {total:,}  {tally.words()}  {left} left"
             bar.update(task, completed=done, words=words)
             if bar.disable and time.perf_counter() - last >= _LINE_SECONDS:

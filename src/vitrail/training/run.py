@@ -36,6 +36,7 @@ from vitrail.utils.device import compiling, cpu_threads, pick_device
 from vitrail.utils.distributed import DistributedContext, distributed_context
 from vitrail.utils.files import atomic_folder
 from vitrail.utils.memory import is_out_of_memory
+from vitrail.utils.text import one_line
 
 _NAMED = ("model", "weights", "teacher", "pretrained", "probe", "epochs", "budget", "seed")
 
@@ -315,7 +316,7 @@ def _report(
         folder.write_details(details(result, setup.dataset.splits.get(result.split), groups))
         write_report(folder)
     except Exception as error:
-        words = " ".join(str(error).split()) or type(error).__name__
+        words = one_line(error)
         reporter.say(f"warning: the run is saved, but its report could not be written: {words}")
         return
     reporter.say(f"report in {folder.report}")

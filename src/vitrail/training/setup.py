@@ -23,6 +23,7 @@ from vitrail.training.config.recipes import Recipe, named_recipe, recipe_names
 from vitrail.training.config.schema import TrainConfig, Use, keys_for
 from vitrail.training.resources.image_cache import settle_cache
 from vitrail.utils.counter_rng import fold
+from vitrail.utils.text import one_line
 
 _WHOLE_IMAGE = 64  # pixels a side up to which evaluation sees the whole image, and not the middle of a larger one
 _CROP_PCT = 0.95
@@ -193,7 +194,7 @@ def _check_model(model: nn.Module, preprocess: Preprocess, num_classes: int) -> 
     except (RuntimeError, ValueError) as error:
         height, width = preprocess.size
         what = f"{preprocess.channels} channels of {height}x{width} pixels"
-        raise VitrailError(f"{type(model).__name__} cannot take {what}: {' '.join(str(error).split())}") from error
+        raise VitrailError(f"{type(model).__name__} cannot take {what}: {one_line(error)}") from error
     finally:
         model.train(training)
     if tuple(logits.shape) != (1, num_classes):

@@ -72,9 +72,3 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an error means that the device or the machine has no memory left."""
     # On the CPU torch raises a plain RuntimeError.
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def format_gib(size: float) -> str:
-    """Bytes as "0.4 GiB"; with three decimals below 0.1."""
-    value = size / 2**30
-    return f"{value:.1f} GiB" if value >= 0.1 else f"{value:.3f} GiB"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.errors import VitrailError
-from vitrail.utils.text import listing, shape_words, show
+from vitrail.utils.text import format_shape, join_names, printable
 from vitrail.weights.heads import HeadPolicy, Verdict, head_names, judge, num_classes_of
 from vitrail.weights.report import Entry, Report
 from vitrail.weights.resample import adapt_channels, resample_bias_table, resample_patches, resample_positions
@@ -124,10 +124,10 @@ class _Plan:
 
     def both_names(self, name: str) -> str:
         called = self.left.called(name)
-        return show(name) if called == name else f"{show(name)} ({show(called, 300)} in the file)"
+        return printable(name) if called == name else f"{printable(name)} ({printable(called, 300)} in the file)"
 
     def mismatch(self, name: str, old: Tensor, hint: str = "") -> None:
-        shapes = f"{shape_words(old.shape)} in the file and {shape_words(self.wanted[name].shape)} in the model"
+        shapes = f"{format_shape(old.shape)} in the file and {format_shape(self.wanted[name].shape)} in the model"
         self.problems[name] = f"{self.both_names(name)} is {shapes}{hint}"
 
     def take_head(self, verdict: Verdict) -> None:
@@ -141,7 +141,7 @@ class _Plan:
         if verdict.problem:
             hint = "; give num_classes for a fresh head, or 0 for none"
             if not in_file:
-                self.problems[in_model[0]] = f"{verdict.why}, and the model needs {listing(in_model)}{hint}"
+                self.problems[in_model[0]] = f"{verdict.why}, and the model needs {join_names(in_model)}{hint}"
                 self.settled |= {*in_model}
             for name in in_file:
                 tensor = self.left.pop(name)
@@ -166,7 +166,7 @@ class _Plan:
         old = old or _guess_grid(table.shape[1], prefix, new)
         if old is None:
             return
-        how = [] if old == new else [f"bicubic, from a grid of {shape_words(old)} to {shape_words(new)}"]
+        how = [] if old == new else [f"bicubic, from a grid of {format_shape(old)} to {format_shape(new)}"]
         have = table.shape[1] - old[0] * old[1]
         grid = resample_positions(table[:, have:], old, new)
         if have == prefix:
@@ -223,7 +223,7 @@ class _Plan:
         old, new = ((side + 1) // 2, (side + 1) // 2), (int(new[0]), int(new[1]))
         if old == new:
             return self.place(name, tensor)
-        how = f"from windows of {shape_words(old)} to {shape_words(new)}"
+        how = f"from windows of {format_shape(old)} to {format_shape(new)}"
         return self.place(name, resample_bias_table(tensor, old, new), "resized", how)
 
     def take_first_convolution(self, name: str, tensor: Tensor) -> None:
@@ -234,7 +234,7 @@ class _Plan:
             how.append(f"{tensor.shape[1]} to {wanted.shape[1]} channels")
         if name == "patch_embed.proj.weight" and value.shape[2:] != wanted.shape[2:]:
             value = resample_patches(value, (wanted.shape[2], wanted.shape[3]))
-            how.append(f"pseudo-inverse resize from patches of {shape_words(tensor.shape[2:])}")
+            how.append(f"pseudo-inverse resize from patches of {format_shape(tensor.shape[2:])}")
             state = "resized"
         self.place(name, value, state, ", ".join(how))
 
@@ -246,9 +246,9 @@ class _Plan:
         if len(self.problems) > 8:
             lines.append(f"{len(self.problems) - 8} more differ in shape")
         if missing:
-            lines.append(f"missing from the file: {listing(missing)}")
+            lines.append(f"missing from the file: {join_names(missing)}")
         if self.left:
-            lines.append(f"the model has no place for {listing(self.both_names(name) for name in self.left)}")
+            lines.append(f"the model has no place for {join_names(self.both_names(name) for name in self.left)}")
         if not lines:
             return
         if 4 * (len(missing) + len(self.problems) + len(self.left)) > len(self.wanted):

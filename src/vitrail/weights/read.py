@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from vitrail.errors import VitrailError
-from vitrail.utils.text import listing, show
+from vitrail.utils.text import join_names, one_line, printable
 
 _MOST_INFLATED = 200  # an archive that says it holds more than so many times its own size is a bomb
 _LARGEST_JSON = 64 << 20  # bytes
@@ -65,11 +65,13 @@ def read_shards(index: str | Path) -> dict[str, torch.Tensor]:
         shard = read_file(index.parent / plain_name(name, index))
         for key, tensor in shard.items():
             if key not in table:
-                raise VitrailError(f"{index.parent / name} holds {show(str(key))}, of which {index.name} does not know")
+                raise VitrailError(
+                    f"{index.parent / name} holds {printable(str(key))}, of which {index.name} does not know"
+                )
             if isinstance(tensor, torch.Tensor) and table[key] == name:
                 tensors[key] = tensor
     if missing := [key for key in table if key not in tensors]:
-        raise VitrailError(f"{index} promises tensors that its files do not hold: {listing(missing)}")
+        raise VitrailError(f"{index} promises tensors that its files do not hold: {join_names(missing)}")
     return tensors
 
 
@@ -80,7 +82,9 @@ def plain_name(name: str, where: Path) -> str:
         VitrailError: it leads elsewhere.
     """
     if not name or name in (".", "..") or any(sign in name for sign in "/\\\0:"):
-        raise VitrailError(f"{where} names the file {show(name)!r}, which leads out of its folder: do not trust it")
+        raise VitrailError(
+            f"{where} names the file {printable(name)!r}, which leads out of its folder: do not trust it"
+        )
     return name
 
 
@@ -101,11 +105,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise VitrailError(f"{path} holds a {type(content).__name__} and no config")
     return content
-
-
-def one_line(error: object, limit: int = 200) -> str:
-    """An error of another library's in one line."""
-    return show(" ".join(str(error).split()), limit) or type(error).__name__
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -152,7 +151,7 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
             for name in archive.files:
                 array = archive[name]
                 if array.dtype.kind not in "biuf":
-                    raise VitrailError(f"{path} holds {show(name)} of dtype {array.dtype}: only numbers are read")
+                    raise VitrailError(f"{path} holds {printable(name)} of dtype {array.dtype}: only numbers are read")
                 tensors[name] = torch.from_numpy(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="))))
     except (zipfile.BadZipFile, OSError, ValueError, TypeError, KeyError, EOFError, MemoryError) as error:
         hint = "; it holds Python objects, which are never read" if "allow_pickle" in str(error) else ""
@@ -188,7 +187,7 @@ def _needs_code(path: Path, error: Exception) -> str:
             found = []
     if not found and "Unsupported" not in str(error) and "GLOBAL" not in str(error):
         return f"{path} is damaged or no checkpoint: {one_line(error, 120)}"
-    what = f" ({listing(found, 4)})" if found else ""
+    what = f" ({join_names(found, 4)})" if found else ""
     return (
         f"{path} needs Python code to be read{what}, and code from a file is never run here: where you trust it, load "
         f"it with torch.load(..., weights_only=False) and save its state_dict() as safetensors"

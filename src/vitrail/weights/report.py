@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vitrail.utils.text import listing, shape_words, show
+from vitrail.utils.text import format_shape, join_names, printable
 
 STATES = ("loaded", "resized", "adapted", "new", "unused")
 
@@ -43,7 +43,7 @@ class Report:
             if entries := self.of(state):
                 parts.append(f"{len(entries)} {state} ({_alike(entries)})")
         if new := self.of("new"):
-            parts.append(f"{len(new)} new ({listing((entry.name for entry in new), 4)}: {_how(new)})")
+            parts.append(f"{len(new)} new ({join_names((entry.name for entry in new), 4)}: {_how(new)})")
         if unused := self.of("unused"):
             parts.append(f"{len(unused)} unused ({_how(unused)})")
         text = "; ".join(parts)
@@ -55,9 +55,11 @@ class Report:
         rows = [
             (
                 entry.state,
-                show(entry.name),
+                printable(entry.name),
                 _shapes(entry),
-                "; ".join(part for part in (entry.how, entry.file and f"in the file {show(entry.file, 200)}") if part),
+                "; ".join(
+                    part for part in (entry.how, entry.file and f"in the file {printable(entry.file, 200)}") if part
+                ),
             )
             for entry in self.entries
         ]
@@ -74,7 +76,7 @@ class Report:
 
 
 def _shapes(entry: Entry) -> str:
-    old, new = (shape_words(shape) if shape is not None else "" for shape in (entry.old, entry.new))
+    old, new = (format_shape(shape) if shape is not None else "" for shape in (entry.old, entry.new))
     return old if old == new or not new else f"{old} -> {new}" if old else new
 
 

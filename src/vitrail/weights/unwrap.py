@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from vitrail.errors import VitrailError
-from vitrail.utils.text import listing
+from vitrail.utils.text import join_names
 from vitrail.weights.tensors import Tensors
 
 # In order of preference: an average over training before the last step, a teacher before its student.
@@ -61,7 +61,7 @@ def _open(content: Mapping[Any, Any], path: list[str]) -> tuple[Tensors, list[st
         notes = [f"the state dict is the checkpoint's {'.'.join(path)!r}"] if path else []
         return Tensors(tensors), notes
     if not inside or len(path) > 4:
-        keys = listing((str(key) for key in content), 6) or "it is empty"
+        keys = join_names((str(key) for key in content), 6) or "it is empty"
         raise VitrailError(f"the checkpoint holds no state dict ({keys})")
     found, notes = _open(content[inside[0]], [*path, inside[0]])
     if len(inside) > 1:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vitrail.data.cache import pixel_cache as module
-from vitrail.data.cache.pixel_cache import PixelCache, open_cache, words
+from vitrail.data.cache.pixel_cache import PixelCache, open_cache
 
 SHAPES = np.array([[3, 5], [4, 4], [1, 7], [60, 80]])
 
@@ -223,9 +223,3 @@ def test_room_counts_what_caches_take_and_leaves_the_rest(monkeypatch: pytest.Mo
     assert module.room() == (1000 + module._taken(cache.folder)) // 2
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage(0, 0, 5))
     assert module.room() == module._taken(cache.folder) // 2
-
-
-def test_words() -> None:
-    assert [words(n) for n in (5, 14_400, 2_500_000, 999_999_999, 3.2e9, 7.25e11, 1.5e12)] == [
-        "0.005 kB", "14.4 kB", "2.5 MB", "1000 MB", "3.2 GB", "725 GB", "1.5 TB",
-    ]  # fmt: skip

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from training import tiny
 from vitrail.training.monitoring import progress
-from vitrail.training.monitoring.progress import Reporter, clock, describe
+from vitrail.training.monitoring.progress import Reporter, describe
 
 
 @pytest.fixture(autouse=True)
@@ -25,11 +25,6 @@ def test_one_line_says_it_all() -> None:
 
 def test_nothing_done_yet() -> None:
     assert "0 s left" in describe(tiny.session().trainer)
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (125, "2 m 05 s"), (7629, "2 h 07 m"), (3600, "1 h 00 m")])
-def test_clock(seconds: float, text: str) -> None:
-    assert clock(seconds) == text
 
 
 def test_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

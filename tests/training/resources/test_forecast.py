@@ -18,7 +18,7 @@ from vitrail.training.resources import forecast as cost
 from vitrail.training.resources.forecast import Cost, cost_lines
 from vitrail.training.run import train
 from vitrail.utils import memory
-from vitrail.utils.memory import available_memory, format_gib, is_out_of_memory, peak_memory, resident_memory
+from vitrail.utils.memory import available_memory, is_out_of_memory, peak_memory, resident_memory
 
 
 @pytest.fixture(autouse=True)
@@ -117,14 +117,14 @@ def test_too_little_memory_is_told_before_it_is_taken(clock: Clock, monkeypatch:
     monkeypatch.setattr(cost, "available_memory", lambda device: 2**30)
     monkeypatch.setattr(cost, "expected_peak", lambda *_: 2 * 2**30)
     (line,) = cost_lines(session)
-    assert line.startswith("warning: the run takes about 2.0 GiB of memory, and there are 1.0 GiB; accumulate=2")
+    assert line.startswith("warning: the run takes about 2.15 GB of memory, and 1.07 GB are available; accumulate=2")
     assert session.trainer.state.steps == 0
     assert clock.now == 0, "and no step is tried"
 
 
 def test_the_line() -> None:
     told = Cost(754.0, 20.0, 10.0, 1349.8, 2**30 // 2, 8 * 2**30)
-    assert told.line() == "cost    about 12 m 34 s for 10 epochs (1,350 images/s), 0.5 GiB of 8.0 GiB memory"
+    assert told.line() == "cost    about 12 m 34 s for 10 epochs (1,350 images/s), 537 MB of 8.59 GB memory"
     assert replace(told, peak=None).line().endswith("(1,350 images/s)")
 
 
@@ -133,7 +133,7 @@ def test_a_run_says_what_it_will_cost_and_keeps_to_it(tmp_path: Path, capsys: py
     summary = train(tiny.dataset(), out=tmp_path / "run", **{**KEYS, "epochs": 25, "checkpoint_every": 0}).report
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cost ")]
     assert len(lines) == 1
-    told = re.fullmatch(r"cost +about (\d+) s for 25 epochs \(([\d,]+) images/s\), .* GiB memory", lines[0])
+    told = re.fullmatch(r"cost +about (\d+) s for 25 epochs \(([\d,]+) images/s\), .* [MG]B memory", lines[0])
     assert told, lines
     rate = float(told[2].replace(",", ""))
     assert 1 / 3 < rate / summary["images_per_second"] < 3
@@ -162,9 +162,7 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert available_memory(torch.device("cpu")) == 12345
 
 
-def test_words_for_memory() -> None:
-    assert format_gib(0.44 * 2**30) == "0.4 GiB"
-    assert format_gib(2**22) == "0.004 GiB"
+def test_out_of_memory_is_recognised() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**60)

@@ -18,7 +18,6 @@ from data.make_shards import encoded, write_shard
 from tolerance import LOSS
 from training import tiny
 from training.runs import assert_same, outcome
-from vitrail.data.cache.pixel_cache import words
 from vitrail.data.catalog import open_dataset
 from vitrail.data.dataset import FileSplit
 from vitrail.errors import VitrailError
@@ -29,6 +28,7 @@ from vitrail.training.engine.trainer import Trainer
 from vitrail.training.resources import image_cache as cached
 from vitrail.training.resources.image_cache import settle_cache
 from vitrail.training.run import train
+from vitrail.utils.text import format_bytes
 
 KEYS: dict[str, Any] = {
     **tiny.PLAIN,
@@ -98,8 +98,8 @@ def test_a_run_decodes_each_image_once(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cache")]
     total = 3 * (28 * 16 * 22 + 4 * 64)  # 30x41 shrunk to a side of 2 x 8
     assert line == (
-        f"cache   {words(total)} of decoded images, shorter sides of at most 16 pixels, kept on the disk for later "
-        "epochs and runs"
+        f"cache   {format_bytes(total)} of decoded images, shorter sides of at most 16 pixels, kept "
+        "on the disk for later epochs and runs"
     )
     # Another run finds them decoded.
     del seen[:]

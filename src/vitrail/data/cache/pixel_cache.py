@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from vitrail.images.convert import Pixels
 from vitrail.utils.download import cache_dir
+from vitrail.utils.text import format_bytes
 
 Shapes = npt.NDArray[np.int64]
 Say = Callable[[str], None]
@@ -89,7 +90,7 @@ class PixelCache:
         try:
             disk = os.fstatvfs(self._pixels)
             if disk.f_bavail * disk.f_frsize < RESERVE + len(content):
-                raise OSError(errno.ENOSPC, f"less than {words(RESERVE)} of the disk is free")
+                raise OSError(errno.ENOSPC, f"less than {format_bytes(RESERVE)} of the disk is free")
             _write(self._pixels, content, end - len(content))
             _write(self._marks, memoryview(_mark(content).to_bytes(4, "little")), 4 * i)
         except OSError as error:
@@ -153,14 +154,6 @@ def make_room(size: int, keep: Path) -> None:
         taken = _taken(folder)
         if _remove(folder):
             over -= taken
-
-
-def words(count: int) -> str:
-    """A number of bytes for people."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}" if count < 999.5 * size else f"{count / size:.0f} {unit}"
-    return f"{count / 1e3:.3g} kB"
 
 
 def _root() -> Path:

@@ -35,6 +35,7 @@ from vitrail.errors import VitrailError
 from vitrail.images.decode import AtLeast, BadImage, decode
 from vitrail.utils.download import Progress, cache_dir, locked
 from vitrail.utils.files import atomic_folder
+from vitrail.utils.text import one_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -174,7 +175,7 @@ def _unpack(file: str, out: Path) -> Scan:
                         content.write(_bytes(value))
                     place, row = place + length, row + 1
     except (OSError, ArrowException) as error:
-        raise VitrailError(f"cannot read {file}: {' '.join(str(error).split())[:200]}") from None
+        raise VitrailError(f"cannot read {file}: {one_line(error)}") from None
     return scan
 
 
@@ -228,7 +229,7 @@ def _load_saved(path: str) -> Any:
     try:
         return _datasets().load_from_disk(path)
     except (OSError, ValueError) as error:
-        raise VitrailError(f"cannot open {path}: {' '.join(str(error).split())[:200]}") from None
+        raise VitrailError(f"cannot open {path}: {one_line(error)}") from None
 
 
 def _load_named(word: str) -> Any:
@@ -242,7 +243,7 @@ def _load_named(word: str) -> Any:
     try:
         return library.load_dataset("/".join(parts[:2]), config, revision=revision or None)
     except Exception as error:  # of the hub's, the network's and the library's own kinds
-        raise VitrailError(f"cannot open the dataset {word}: {' '.join(str(error).split())[:300]}") from None
+        raise VitrailError(f"cannot open the dataset {word}: {one_line(error, 300)}") from None
 
 
 def _open_tables(spec: str, loaded: Any, wanted: Wanted, progress: Progress | None) -> Dataset:

@@ -16,7 +16,7 @@ from vitrail.images.preprocess import Preprocess
 from vitrail.training.config.schema import TrainConfig
 from vitrail.training.engine.batch_augmenter import View
 from vitrail.utils.files import atomic_write_bytes
-from vitrail.utils.text import show
+from vitrail.utils.text import printable
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFont
@@ -85,12 +85,12 @@ def pixels(images: Tensor, preprocess: Preprocess) -> npt.NDArray[np.uint8]:
 def words(target: Tensor, class_names: Sequence[str]) -> list[str]:
     """The label, or "cat 0.7" and "dog 0.3" where two are mixed. target: a class number, or K shares."""
     if not target.ndim:
-        return [show(class_names[int(target)])]
+        return [printable(class_names[int(target)])]
     shares = target.detach().float().cpu().numpy()
     order = [int(k) for k in np.argsort(-shares, kind="stable")[:3] if shares[k] > 0.005]
     if len(order) == 1:
-        return [show(class_names[order[0]])]
-    return [f"{show(class_names[k])} {shares[k]:.2f}" for k in order]
+        return [printable(class_names[order[0]])]
+    return [f"{printable(class_names[k])} {shares[k]:.2f}" for k in order]
 
 
 def scale_of(height: int, width: int) -> float:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from vitrail.training.engine.trainer import Trainer
+from vitrail.utils.text import format_duration
 
 _BAR_SECONDS = 0.25  # between two drawings of the bar
 _LINE_SECONDS = 10.0  # between two lines where there is no terminal
@@ -87,19 +88,9 @@ def describe(trainer: Trainer) -> str:
     rate = state.images / state.step_seconds if state.step_seconds else 0.0
     waited = state.wait_seconds / state.step_seconds if state.step_seconds else 0.0
     return (
-        f"{done:4.0%}  loss {trainer.mean_loss():.4f}  {rate:,.0f} images/s  {clock(left)} left"
+        f"{done:4.0%}  loss {trainer.mean_loss():.4f}  {rate:,.0f} images/s  {format_duration(left)} left"
         f"  {waited:.0%} waiting for data"
     )
-
-
-def clock(seconds: float) -> str:
-    """12 s, 3 m 05 s or 2 h 07 m."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} m {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} m"
 
 
 class _Share(ProgressColumn):

@@ -17,6 +17,7 @@ from vitrail.training.checkpoints.run_folder import RunFolder
 from vitrail.training.config.schema import FIELDS, read_config
 from vitrail.training.monitoring.curves import charts, history_table
 from vitrail.utils.files import atomic_write_text
+from vitrail.utils.text import format_duration
 
 _MATRIX = 20  # classes up to which the whole confusion matrix is drawn
 _PAIRS = 20  # of classes taken for each other that are listed
@@ -109,14 +110,6 @@ def _short(name: str) -> str:
     return name if len(name) <= _NAME else name[: _NAME - 1].rstrip() + "…"
 
 
-def clock(seconds: float) -> str:
-    """12.3 s, 3 m 05 s or 2 h 07 m."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s"
-    return f"{whole // 60} m {whole % 60:02d} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02d} m"
-
-
 def wilson(share: float, count: int) -> tuple[float, float]:
     """The 95 % interval of a share of `count` images, both in percent: 0 to 100 where there are none. Wilson, 1927."""
     if not count:
@@ -175,7 +168,7 @@ def cards(summary: Mapping[str, Any]) -> list[dict[str, str]]:
         ("Loss", f"{summary['loss']:.4f}", "nats", "cross-entropy"),
         ("Calibration error", f"{100 * summary['ece']:.2f}", "%", "0 is best"),
         ("Images", f"{images:,}", "", f"of the {summary['split']} split"),
-        ("Time", clock(summary["seconds"]), "", "of the whole run"),
+        ("Time", format_duration(summary["seconds"]), "", "of the whole run"),
         ("Speed", f"{rate:,.0f}", "images/s", f"{share:.0%} of it waiting for data"),
     ]
     if "balanced_top1" in summary:

@@ -6,9 +6,10 @@ from typing import Any
 from vitrail.evaluation.metrics import Evaluation, uneven
 from vitrail.training.checkpoints.provenance import environment
 from vitrail.training.checkpoints.run_folder import RunFolder
-from vitrail.training.monitoring.progress import Reporter, clock
+from vitrail.training.monitoring.progress import Reporter
 from vitrail.training.monitoring.report import wilson
 from vitrail.training.session import Session, rate
+from vitrail.utils.text import format_duration
 
 _FEW = 100  # images below which a figure is given with its interval
 
@@ -73,7 +74,7 @@ def say_result(reporter: Reporter, summary: Mapping[str, Any], folder: RunFolder
     reporter.say(
         f"{summary['split']} top-1 {summary['top1']:.2f} % of {summary['images']:,} images"
         f"{_interval(summary)}{_by_class(summary)}{chosen}{epoch}; "
-        f"trained in {clock(summary['seconds'])} at {summary['images_per_second']:,.0f} images/s"
+        f"trained in {format_duration(summary['seconds'])} at {summary['images_per_second']:,.0f} images/s"
     )
     if summary["skipped_steps"]:
         back = f", and the run went back {summary['rollbacks']} times" if summary["rollbacks"] else ""

@@ -17,6 +17,7 @@ from typing import Any, Protocol, Self
 from vitrail.errors import VitrailError
 from vitrail.training.checkpoints.run_folder import RunFolder
 from vitrail.utils.files import atomic_write_text
+from vitrail.utils.text import one_line
 
 _FINAL = ("top1", "top5", "loss", "ece", "best_epoch", "epochs", "seconds", "images_per_second", "params")
 _PROJECT = "vitrail"  # where Weights & Biases and Trackio file a run, unless the environment says otherwise
@@ -186,7 +187,7 @@ class Trackers:
             call()
         except Exception as error:  # whatever it is, the run is worth more
             self._open.pop(name, None)
-            words = " ".join(str(error).split()) or type(error).__name__
+            words = one_line(error)
             self._say(f"warning: {name} failed, and the run goes on without it: {words}")
             return False
         return True

@@ -26,6 +26,7 @@ from vitrail.pretrained.external import open_external_model
 from vitrail.training.engine.batch_augmenter import View
 from vitrail.training.setup import absolute_path
 from vitrail.utils.device import precision
+from vitrail.utils.text import one_line
 
 _GIVEN = "python:"  # how a run's config names a teacher that was passed as an object
 _GREY = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow makes grey of colours
@@ -241,7 +242,7 @@ class TeacherLogits:
         except (RuntimeError, ValueError, TypeError) as error:
             shown = blank.shape if self.adapt is None else self.adapt(blank).shape
             what = f"{shown[1]} channels of {shown[2]}x{shown[3]} pixels"
-            raise VitrailError(f"the teacher {name} cannot take {what}: {' '.join(str(error).split())}") from error
+            raise VitrailError(f"the teacher {name} cannot take {what}: {one_line(error)}") from error
         if not isinstance(answer, Tensor) or answer.dim() != 2 or len(answer) != 1 or answer.shape[1] < 1:
             kind = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
             raise VitrailError(f"the teacher {name} gives {kind} for an image, not logits of shape (1, classes)")

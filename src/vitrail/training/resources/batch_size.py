@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from vitrail.training.config.automatic import _batch_size
 from vitrail.training.resources.trial import blank, expected_peak, fits, forget_step, untouched, wait_for
-from vitrail.utils.memory import available_memory, format_gib, peak_memory, reset_peak_memory
+from vitrail.utils.memory import available_memory, peak_memory, reset_peak_memory
+from vitrail.utils.text import format_bytes
 
 if TYPE_CHECKING:
     from vitrail.training.session import Session
@@ -41,7 +42,7 @@ def fit_batch_size(session: "Session") -> tuple[int, str]:
                 return fits(trainer, blank(size, preprocess)) and (peak_memory(device) or 0) <= _MARGIN * limit
 
             size = largest(ladder(min(8, most), most), holds)
-            return size, f"batches of {size}: the largest tried that fits into {format_gib(limit)} with a margin"
+            return size, f"batches of {size}: the largest tried that fits into {format_bytes(limit)} with a margin"
         rates = Rates(lambda size: _images_per_second(session, size))
         size = fastest(
             usual, most, rates, lambda size: limit is None or expected_peak(trainer, preprocess, size) < _MARGIN * limit
@@ -122,7 +123,7 @@ def memory_advice(session: "Session") -> str:
     forget_step(trainer)
     limit = available_memory(trainer.device)
     size = config.schedule.batch_size
-    how_much = "" if limit is None else f" ({format_gib(limit)})"
+    how_much = "" if limit is None else f" ({format_bytes(limit)})"
     fault = f"a batch of {size} images does not fit into memory{how_much}"
     if session.distributed.world_size > 1:  # the other processes are elsewhere: nothing can be tried
         return f"{fault}: use accumulate=2 or more, a smaller batch_size, or grad_checkpointing=true"

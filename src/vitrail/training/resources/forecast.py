@@ -10,9 +10,9 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from vitrail.data.loader import Batch
-from vitrail.training.monitoring.progress import clock
 from vitrail.training.resources.trial import expected_peak, untouched, wait_for
-from vitrail.utils.memory import available_memory, format_gib, peak_memory, reset_peak_memory
+from vitrail.utils.memory import available_memory, peak_memory, reset_peak_memory
+from vitrail.utils.text import format_bytes, format_duration
 
 if TYPE_CHECKING:
     from vitrail.training.session import Session
@@ -39,9 +39,9 @@ class Cost:
     def line(self) -> str:
         memory = ""
         if self.peak is not None:
-            of = "" if self.room is None else f" of {format_gib(self.room)}"
-            memory = f", {format_gib(self.peak)}{of} memory"
-        about = f"about {clock(self.seconds)} for {self.epochs:.3g} epochs"
+            of = "" if self.room is None else f" of {format_bytes(self.room)}"
+            memory = f", {format_bytes(self.peak)}{of} memory"
+        about = f"about {format_duration(self.seconds)} for {self.epochs:.3g} epochs"
         return f"cost    {about} ({self.images_per_second:,.0f} images/s){memory}"
 
 
@@ -73,7 +73,7 @@ def _steps_to_try(session: "Session") -> int:
 
 def _warning(expected: int, limit: int) -> str:
     return (
-        f"warning: the run takes about {format_gib(expected)} of memory, and there are {format_gib(limit)}; "
+        f"warning: the run takes about {format_bytes(expected)} of memory, and {format_bytes(limit)} are available; "
         "accumulate=2 or more, a smaller batch_size, or grad_checkpointing=true takes less"
     )
 

@@ -2,11 +2,12 @@
 
 import math
 
-from vitrail.data.cache.pixel_cache import Say, room, words
+from vitrail.data.cache.pixel_cache import Say, room
 from vitrail.data.cache.readers import Read, image_sizes, longest_short_side, reader, stored_bytes
 from vitrail.data.dataset import Dataset
 from vitrail.images.preprocess import Preprocess
 from vitrail.training.config.schema import TrainConfig, byte_count
+from vitrail.utils.text import format_bytes
 
 
 def settle_cache(config: TrainConfig, dataset: Dataset, preprocess: Preprocess) -> tuple[TrainConfig, list[str]]:
@@ -25,11 +26,11 @@ def settle_cache(config: TrainConfig, dataset: Dataset, preprocess: Preprocess) 
         if config.schedule.epochs is not None and config.schedule.epochs <= 1:
             return config.updated({"cache": "off"}), ["cache   off: every image is read once"]
         if total > (free := room()):
-            why = f"decoded, the images take {words(total)}, and half of the free disk is {words(free)}"
+            why = f"decoded, the images take {format_bytes(total)}, and half of the free disk is {format_bytes(free)}"
             return config.updated({"cache": "off"}), [f"cache   off: {why}; cache=20GB keeps a part"]
         config = config.updated({"cache": f"{math.ceil(total / 1e6)}MB"})
     limit = byte_count(config.io.cache)
-    kept = words(total) if total <= limit else f"{words(limit)} of {words(total)}"
+    kept = format_bytes(total) if total <= limit else f"{format_bytes(limit)} of {format_bytes(total)}"
     side = longest_short_side(preprocess)
     shrunk = f", shorter sides of at most {side} pixels," if config.augment.crop_scale else ""
     return config, [f"cache   {kept} of decoded images{shrunk} kept on the disk for later epochs and runs"]

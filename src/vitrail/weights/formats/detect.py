@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from vitrail.errors import VitrailError
-from vitrail.utils.text import listing
+from vitrail.utils.text import join_names
 from vitrail.weights.formats import google as google
 from vitrail.weights.formats import timm as timm
 from vitrail.weights.formats import torchvision as torchvision
@@ -62,7 +62,7 @@ def detect(names: Iterable[str]) -> Format:
     best = max(known)
     if not names or 2 * best < len(names):
         raise VitrailError(
-            f"the tensors' names are of no layout that is read here ({listing(names, 4) or 'there are none'}): "
+            f"the tensors' names are of no layout that is read here ({join_names(names, 4) or 'there are none'}): "
             f"known are {', '.join(layout.name for layout in FORMATS)}"
         )
     return FORMATS[known.index(best)]

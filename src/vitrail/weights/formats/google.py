@@ -5,7 +5,7 @@ import re
 from torch import Tensor
 
 from vitrail.errors import VitrailError
-from vitrail.utils.text import listing
+from vitrail.utils.text import join_names
 from vitrail.weights.formats.keymap import Rules, join, rename, without_pre_logits
 from vitrail.weights.tensors import Tensors
 
@@ -41,7 +41,7 @@ def google_vit(tensors: Tensors) -> Tensors:
         VitrailError: a hybrid of ResNet and ViT.
     """
     if hybrid := [name for name in tensors if re.match(rf"{_NPZ}(conv_root|block\d+)/", name)]:
-        raise VitrailError(f"this is a hybrid, a ResNet in front of a ViT ({listing(hybrid, 2)}): take a plain ViT")
+        raise VitrailError(f"this is a hybrid, a ResNet in front of a ViT ({join_names(hybrid, 2)}): take a plain ViT")
     out = rename(tensors, GOOGLE_VIT)
     for name, tensor in out.items():
         out[name] = _turn_jax(name, tensor)

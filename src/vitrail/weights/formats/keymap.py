@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vitrail.errors import VitrailError
-from vitrail.utils.text import shape_words, show
+from vitrail.utils.text import format_shape, printable
 from vitrail.weights.tensors import Tensors
 
 Rules = dict[str, str | None]  # pattern of the whole name -> our name; None: known, and of no use to the model
@@ -39,7 +39,7 @@ def put(out: Tensors, name: str, tensor: Tensor, origin: str) -> None:
     """Add a tensor under its new name; two under one name are an error, not a choice."""
     if name in out:
         raise VitrailError(
-            f"the file holds {name} twice, as {show(out.called(name))} and as {show(origin)}: remove one"
+            f"the file holds {name} twice, as {printable(out.called(name))} and as {printable(origin)}: remove one"
         )
     out[name] = tensor
     if origin != name:
@@ -64,7 +64,9 @@ def join(tensors: Tensors, part: str) -> Tensors:
     for new, parts in whole.items():
         shapes = {tensors[name].shape for name in parts}
         if len(shapes) > 1 or not tensors[parts[0]].ndim:
-            told = "; ".join(f"{show(tensors.called(name))} is {shape_words(tensors[name].shape)}" for name in parts)
+            told = "; ".join(
+                f"{printable(tensors.called(name))} is {format_shape(tensors[name].shape)}" for name in parts
+            )
             raise VitrailError(f"{told}: they should be alike")
         put(out, new, torch.cat([tensors[name] for name in parts]), " + ".join(tensors.called(name) for name in parts))
     out.outside = tensors.outside
