@@ -17,6 +17,7 @@ from vitrail.errors import VitrailError
 if TYPE_CHECKING:
     from vitrail.classifier import Classifier, load
     from vitrail.images.preprocess import Preprocess
+    from vitrail.models.attention_weights import attention_weights
     from vitrail.models.catalog import list_models
     from vitrail.pretrained.create import create_model
     from vitrail.training import train
@@ -26,6 +27,7 @@ __all__ = [
     "Preprocess",
     "VitrailError",
     "__version__",
+    "attention_weights",
     "create_model",
     "list_models",
     "load",
@@ -35,6 +37,7 @@ __all__ = [
 _HOMES = {
     "Classifier": "vitrail.classifier",
     "Preprocess": "vitrail.images.preprocess",
+    "attention_weights": "vitrail.models.attention_weights",
     "create_model": "vitrail.pretrained.create",
     "list_models": "vitrail.models.catalog",
     "load": "vitrail.classifier",

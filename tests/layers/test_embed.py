@@ -2,27 +2,31 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from tolerance import assert_near
-from vitrail.layers.embed import ConvStem, PatchEmbed, patchify, resample_positions
+from vitrail.layers.embed import ConvStem, PatchEmbed, resample_positions
 
 
 @pytest.mark.parametrize(("size", "patch"), [((8, 8), 4), ((6, 9), 3), ((28, 14), 14)])
 @pytest.mark.parametrize("in_chans", [1, 3])
-def test_convolution_equals_patchify_and_a_matrix_product(size: tuple[int, int], patch: int, in_chans: int) -> None:
+def test_convolution_equals_a_matrix_product_for_each_patch(size: tuple[int, int], patch: int, in_chans: int) -> None:
     embed = PatchEmbed(patch, in_chans, 5)
     torch.nn.init.normal_(embed.proj.bias)
     x = torch.randn(2, in_chans, *size)
-    expected = patchify(x, patch) @ embed.proj.weight.flatten(1).t() + embed.proj.bias
+    expected = F.unfold(x, patch, stride=patch).transpose(1, 2) @ embed.proj.weight.flatten(1).t() + embed.proj.bias
     assert_near(embed(x), expected)
 
 
 def test_patches_stand_row_by_row() -> None:
     image = torch.arange(24.0).view(1, 1, 4, 6)
     expected = [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11], [12, 13, 18, 19], [14, 15, 20, 21], [16, 17, 22, 23]]
-    assert patchify(image, 2)[0].tolist() == expected
+    embed = PatchEmbed(2, 1, 4)
+    torch.nn.init.zeros_(embed.proj.bias)
+    embed.proj.weight.data.copy_(torch.eye(4).view(4, 1, 2, 2))
+    assert embed(image)[0].tolist() == expected
 
 
 @pytest.mark.parametrize("size", [(9, 8), (8, 9), (3, 8)])

@@ -11,8 +11,6 @@ from vitrail.layers.window import (
     Windows,
     plan_windows,
     relative_position_index,
-    window_partition,
-    window_reverse,
 )
 
 CPU = torch.device("cpu")
@@ -29,13 +27,6 @@ CASES = [
 ]
 
 
-def test_partition_and_reverse_are_timms() -> None:
-    x = torch.randn(2, 6, 8, 5)
-    windows = window_partition(x, (3, 2))
-    assert torch.equal(windows, timm_swin.window_partition(x, (3, 2)).flatten(1, 2))
-    assert torch.equal(window_reverse(windows, (3, 2), (6, 8)), x)
-
-
 @pytest.mark.parametrize("window", [(7, 7), (3, 5), (1, 4)])
 def test_relative_position_index_is_timms(window: tuple[int, int]) -> None:
     assert torch.equal(relative_position_index(window), timm_swin.get_relative_position_index(*window))
@@ -47,7 +38,8 @@ def test_cut_is_pad_then_roll_then_partition(size: tuple[int, int], window: tupl
     x = torch.randn(2, *size, 3)
     bottom, right = -size[0] % plan.window[0], -size[1] % plan.window[1]
     padded = torch.nn.functional.pad(x, (0, 0, 0, right, 0, bottom), value=float("nan"))
-    expected = window_partition(padded.roll((-plan.shift[0], -plan.shift[1]), (1, 2)), plan.window)
+    rolled = padded.roll((-plan.shift[0], -plan.shift[1]), (1, 2))
+    expected = timm_swin.window_partition(rolled, plan.window).flatten(1, 2)
     cut = plan.cut(x)
     assert cut.shape == expected.shape
     assert torch.equal(cut[~expected.isnan()], expected[~expected.isnan()])

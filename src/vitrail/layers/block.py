@@ -1,6 +1,6 @@
 """The pre-norm transformer block, and the small layers that it and Swin share.
 
-Shapes: B batch, N tokens, Q tokens that go on (Q <= N), C width.
+Shapes: B batch, N tokens, Q query tokens (Q <= N), C width, H heads.
 """
 
 import torch
@@ -92,6 +92,12 @@ class Block(nn.Module):
         x = x[:, :queries] + self.drop_path1(self.ls1(self.attn(self.norm1(x), queries)))
         out: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return out
+
+    def explain(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The explicit twin of `forward` in inference: its output B N C and its attention weights B H N N."""
+        attended, weights = self.attn.explain(self.norm1(x))
+        x = x + self.ls1(attended)
+        return x + self.ls2(self.mlp(self.norm2(x))), weights
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:

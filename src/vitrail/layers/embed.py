@@ -11,20 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """B I H W -> B N (I P P): each patch as one row, in the order in which a convolution's kernel is laid out.
-
-    Raises:
-        ValueError: a side is no multiple of the patch size.
-    """
-    _, _, height, width = images.shape
-    check_divides(height, width, patch_size)
-    p = patch_size
-    grid = images.unflatten(2, (height // p, p)).unflatten(4, (width // p, p))  # B I h P w P
-    rows: Tensor = grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-    return rows
-
-
 def check_divides(height: int, width: int, patch_size: int) -> None:
     """Raise ValueError unless both sides are whole numbers of patches."""
     if height % patch_size or width % patch_size or not height or not width:
@@ -38,8 +24,8 @@ def check_divides(height: int, width: int, patch_size: int) -> None:
 class PatchEmbed(nn.Module):
     """Cut into patches and project each: B I H W -> B N C (ViT's equation 1, https://arxiv.org/abs/2010.11929).
 
-    The weight is that of a convolution whose stride equals its kernel (`proj`). `patchify` and a matrix product give
-    the same numbers; a test holds the two together.
+    The weight is that of a convolution whose stride equals its kernel (`proj`), which is one matrix product for each
+    patch.
     """
 
     def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:

@@ -20,19 +20,6 @@ from vitrail.utils.torch_compat import softmax_backward
 Pair = tuple[int, int]
 
 
-def window_partition(x: Tensor, window: Pair) -> Tensor:
-    """B H W C -> (B M) n C: windows row by row, tokens in a window row by row. H and W are multiples of the window."""
-    batch, height, width, dim = x.shape
-    x = x.reshape(batch, height // window[0], window[0], width // window[1], window[1], dim)
-    return x.transpose(2, 3).reshape(-1, window[0] * window[1], dim)
-
-
-def window_reverse(windows: Tensor, window: Pair, size: Pair) -> Tensor:
-    """(B M) n C -> B H W C, the inverse of `window_partition`; `size` is (H, W)."""
-    x = windows.reshape(-1, size[0] // window[0], size[1] // window[1], *window, windows.shape[-1])
-    return x.transpose(2, 3).reshape(-1, *size, windows.shape[-1])
-
-
 def relative_position_index(window: Pair) -> Tensor:
     """n n: for each pair of a window's tokens, the row of the bias table, which has (2 Wh - 1)(2 Ww - 1) rows."""
     rows = torch.arange(window[0])[:, None] - torch.arange(window[0]) + window[0] - 1  # Wh Wh

@@ -3,7 +3,7 @@
 Shapes: B batch, I channels of the image, H W height and width of the image or of a feature map, C channels, K classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +83,7 @@ class ConvNeXt(ImageModel):
         super().__init__()
         self.config = config
         self.num_classes = config.num_classes
+        self.num_stages = len(config.depths)
         self.num_features = config.dims[-1]
         first = config.dims[0]
         self.stem = nn.Sequential(
@@ -106,6 +107,12 @@ class ConvNeXt(ImageModel):
         for stage in self.stages:
             x = stage(x, self.run_block)
         return x
+
+    def forward_stages(self, x: Tensor, norm: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x, self.run_block)
+            yield x, x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         logits: Tensor = self.head(x, pre_logits)

@@ -110,6 +110,7 @@ class ResNet(ImageModel):
                 layers.append(block(dim, width, stride, next(rates)))
                 dim = block.expansion * width
             self.add_module(stage, layers)
+        self.num_stages = 1 + len(self.stages)
         self.num_features = dim
         self.head_drop = nn.Dropout(config.drop_rate)
         self.fc = head_layer(dim, config.num_classes)
@@ -137,6 +138,17 @@ class ResNet(ImageModel):
         for block in self.blocks():
             x = self.run_block(block, x)
         return x
+
+    def forward_stages(self, x: Tensor, norm: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """The stem before pooling counts as a stage, as in timm."""
+        x = self.act(self.bn1(self.conv1(channels_last(x))))
+        pooled = self.maxpool(x)
+        yield x, pooled
+        x = pooled
+        for stage in self.stages:
+            for block in self.get_submodule(stage).children():
+                x = self.run_block(block, x)
+            yield x, x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.head_drop(x.mean(dim=(2, 3)))

@@ -5,7 +5,7 @@ Shapes: B batch, I channels of the image, H W height and width of the image or o
 n tokens of a window, A heads, K classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.nn.functional as F
@@ -138,6 +138,7 @@ class SwinTransformer(ImageModel):
         super().__init__()
         self.config = config
         self.num_classes = config.num_classes
+        self.num_stages = len(config.depths)
         self.num_features = config.embed_dim * 2 ** (len(config.depths) - 1)
         self.patch_embed = SwinPatchEmbed(config.patch_size, config.in_chans, config.embed_dim, config.norm_eps)
         rates = iter(drop_path_rates(config.drop_path_rate, sum(config.depths)))
@@ -157,6 +158,13 @@ class SwinTransformer(ImageModel):
             x = stage(x, self.run_block)
         features: Tensor = self.norm(x)
         return features
+
+    def forward_stages(self, x: Tensor, norm: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        x = self.patch_embed(x)
+        for index, stage in enumerate(self.layers, start=1):
+            x = stage(x, self.run_block)
+            features = self.norm(x) if index == self.num_stages else x  # B H W C
+            yield (features if norm else x).permute(0, 3, 1, 2), features
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         logits: Tensor = self.head(x, pre_logits)

@@ -6,12 +6,16 @@ With its options this is also DeiT (https://arxiv.org/abs/2012.12877; the distil
 Shapes: B batch, I channels of the image, H W its height and width, N tokens (prefix and patches), C width, K classes.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from vitrail.errors import ModelError
 from vitrail.layers.block import Block, drop_path_rates, init_linear
 from vitrail.layers.embed import ConvStem, PatchEmbed, check_divides, resample_positions
-from vitrail.models.base import ImageModel, head_layer
+from vitrail.models.base import ImageModel, head_layer, take_indices
 from vitrail.models.configs import ViTConfig
 
 
@@ -32,6 +36,7 @@ class VisionTransformer(ImageModel):
         check_divides(*config.img_size, config.patch_size)
         self.grid = (config.img_size[0] // config.patch_size, config.img_size[1] // config.patch_size)
         self.prefix = config.num_prefix_tokens
+        self.num_stages = config.depth
 
         self.patch_embed: PatchEmbed | ConvStem
         if config.stem == "conv":
@@ -119,6 +124,41 @@ class VisionTransformer(ImageModel):
     def forward_features(self, x: Tensor) -> Tensor:
         """Images B I H W to all normalised tokens B N C."""
         return self.encode(x)
+
+    def forward_intermediates(  # type: ignore[override]  # timm's order of arguments
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """The tokens after chosen blocks, as timm's method of this name; see `ImageModel.forward_intermediates`.
+
+        Args:
+            return_prefix_tokens: pair each map with the block's prefix tokens, B prefix C, if the model has any.
+            norm: apply the final norm to every block's tokens.
+            output_fmt: "NCHW" for maps B C h w of the patches, "NLC" for B (h w) C.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ModelError(f"output_fmt={output_fmt!r}: give 'NCHW' or 'NLC'")
+        taken, outputs = take_indices(len(self.blocks), indices), []
+        grid = (x.shape[2] // self.config.patch_size, x.shape[3] // self.config.patch_size)
+        x = self.embed(x)
+        for index, block in enumerate(self.blocks):
+            x = self.run_block(block, x)
+            if index in taken:
+                outputs.append(self.norm(x) if norm else x)
+            if stop_early and index == max(taken):
+                break
+        found: list[Any] = [tokens[:, self.prefix :] for tokens in outputs]
+        if output_fmt == "NCHW":
+            found = [patches.transpose(1, 2).unflatten(2, grid).contiguous() for patches in found]
+        if return_prefix_tokens and self.prefix:
+            found = [(patches, tokens[:, : self.prefix]) for patches, tokens in zip(found, outputs, strict=True)]
+        return found if intermediates_only else (self.norm(x), found)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.head_drop(self.pool(x))
