@@ -26,9 +26,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
-from vitrail.errors import VitrailError
+from vitrail.errors import RunError, VitrailError
 from vitrail.images.reader import Crop, Inputs, expand
-from vitrail.utils.files import atomic_write_bytes, atomic_write_text, disk_errors, exclusive, remove_leftovers
+from vitrail.utils.files import atomic_write_bytes, atomic_write_text, disk_errors, lock_or_raise, remove_leftovers
 
 if TYPE_CHECKING:
     from vitrail.classifier import Classifier
@@ -89,7 +89,8 @@ def embed_to_file(
     sources = _list(inputs)
     with disk_errors(part):
         part.mkdir(parents=True, exist_ok=True)
-    with exclusive(part / ".lock", f"another process is writing {out}: wait for it, or choose another --out"):
+    busy = RunError(f"another process is writing {out}: wait for it, or choose another --out")
+    with lock_or_raise(part / ".lock", busy):
         remove_leftovers(part)
         model = _claim(part, classifier, sources)
         shards = _shards(part, classifier.model.num_features)

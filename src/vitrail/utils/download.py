@@ -14,14 +14,15 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from email.message import Message
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
 from vitrail.errors import VitrailError
+from vitrail.utils.files import wait_for_lock
 
 Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all (None: unknown)
 
@@ -61,25 +62,12 @@ def fetch(
     mirrors = [urls] if isinstance(urls, str) else list(urls)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path.with_name(path.name + ".lock")):
+        with wait_for_lock(path.with_name(path.name + ".lock")):
             if not path.exists():  # else another process fetched it while this one waited
                 _from_mirrors(mirrors, path, sha256, md5, progress, timeout)
     except OSError as error:
         raise VitrailError(_disk_words(error, path)) from None
     return path
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file. The system lets go of it when the process ends, however it ends."""
-    with path.open("ab") as file:
-        try:
-            import fcntl
-        except ImportError:  # not POSIX: the rename at the end is still atomic, the work may be done twice
-            yield
-            return
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _from_mirrors(

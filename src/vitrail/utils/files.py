@@ -1,6 +1,7 @@
-"""Writing so that what stands under a name is always whole: the old content or the new one, never half of either.
+"""Atomic file writes, file locks and disk errors.
 
-Everything is written beside its place under a temporary name, synced to the disk, and renamed.
+Files and folders are written under a temporary name next to their target, synced, and renamed: a reader sees the old
+content or the new one, never a part.
 """
 
 import contextlib
@@ -12,49 +13,47 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vitrail.errors import VitrailError
+from vitrail.errors import RunError, VitrailError
 
-_DISK_TROUBLE = {
+_DISK_ERRORS = {
     errno.ENOSPC: "the disk is full; free some space or choose another folder",
     errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
     errno.EFBIG: "files may not grow that large here (see `ulimit -f`); choose another folder",
     errno.EROFS: "the disk is read-only; choose another folder",
     errno.EACCES: "permission denied; choose a folder that you may write to",
     errno.EPERM: "permission denied; choose a folder that you may write to",
-    errno.ENOTDIR: "a part of this path is a file, not a folder; choose another one",
-    errno.EEXIST: "a file stands where a folder is needed; choose another path",
-    errno.EISDIR: "this is a folder; name a file",
+    errno.ENOTDIR: "a parent of this path is a file; choose another path",
+    errno.EEXIST: "a file exists where a folder is needed; choose another path",
+    errno.EISDIR: "this is a folder; give the path of a file",
 }
 
 
 @contextlib.contextmanager
 def disk_errors(path: str | Path) -> Iterator[None]:
-    """Turn a full, read-only or forbidden disk under `path` into a VitrailError of one line.
-
-    safetensors tells of the disk in words alone ("... (os error 28)"): those are understood too.
-    """
+    """Turn errors of a full, read-only or forbidden disk into a RunError that names `path`."""
     try:
         yield
     except Exception as error:
-        number = error.errno if isinstance(error, OSError) else _named_errno(error)
-        if number not in _DISK_TROUBLE:
+        number = error.errno if isinstance(error, OSError) else _safetensors_errno(error)
+        if number not in _DISK_ERRORS:
             raise
-        raise VitrailError(f"cannot write {path}: {_DISK_TROUBLE[number]}") from error
+        raise RunError(f"cannot write {path}: {_DISK_ERRORS[number]}") from error
 
 
-def _named_errno(error: Exception) -> int | None:
+def _safetensors_errno(error: Exception) -> int | None:
+    """The errno in the message of a SafetensorError, "... (os error 28)", which has no such attribute."""
     _, found, rest = str(error).partition("(os error ")
     number = rest.partition(")")[0]
     return int(number) if found and number.isdigit() else None
 
 
-def _beside(path: Path) -> Path:
-    """A free temporary name in the folder of `path`, on the same disk, so that a rename can replace `path`."""
+def _temporary_path(path: Path) -> Path:
+    """A free name in the folder of `path`, so on the same disk: a rename can replace `path`."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make renames in `folder` last through a power cut."""
+    """Make renames in `folder` survive a power failure."""
     if os.name == "nt":  # a folder cannot be opened there
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -65,13 +64,13 @@ def _sync_folder(folder: Path) -> None:
 
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
-    """Put `data` under `path`, whole or not at all; its folder is made if there is none.
+    """Write `data` to `path` atomically; parent folders are created.
 
     Raises:
-        VitrailError: the disk is full, read-only or forbidden.
+        RunError: the disk is full, read-only or forbidden.
     """
     path = Path(path)
-    temporary = _beside(path)
+    temporary = _temporary_path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -93,24 +92,24 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Fill the folder that this gives; it takes the place of `path` when the block ends well, and is removed otherwise.
-
-    A folder that stood there is moved aside first and removed last.
+    """Yield a temporary folder that replaces `path` when the block succeeds, and is removed when it fails.
 
     Raises:
-        VitrailError: the disk is full, read-only or forbidden, also when the block's own writing finds this.
+        RunError: the disk is full, read-only or forbidden, also for writes in the block.
     """
     path = Path(path)
-    temporary, old = _beside(path), _beside(path)
+    temporary, old = _temporary_path(path), _temporary_path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.mkdir()
             yield temporary
-            usual = temporary.stat().st_mode & 0o666  # what the umask leaves; safetensors writes for the owner alone
+            mode = (
+                temporary.stat().st_mode & 0o666
+            )  # as the umask allows; safetensors makes files that only the owner reads
             for file in temporary.rglob("*"):
                 if file.is_file():
-                    file.chmod(usual)
+                    file.chmod(mode)
                     with file.open("rb") as handle:
                         os.fsync(handle.fileno())
             _sync_folder(temporary)
@@ -127,7 +126,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files and folders that a killed process left in `folder`. For its one writer only."""
+    """Remove temporary files and folders of killed processes; no other process may be writing to `folder`."""
     for path in folder.glob(".*.tmp"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -136,28 +135,37 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(path: Path, refusal: str) -> Iterator[None]:
-    """Hold the lock file `path`; the system lets go of it when the process ends, however it ends.
+def lock_or_raise(path: Path, busy: VitrailError) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path`; raise `busy` if another process holds it.
 
-    Raises:
-        VitrailError: another process holds it; `refusal` is the text.
+    The system releases the lock when the process ends, even if it is killed.
     """
     with disk_errors(path):
-        file = path.open("a")
-    with file:
-        if not _lock(file):
-            raise VitrailError(refusal)
+        lock = _acquire(path, timeout=0)
+    if lock is None:
+        raise busy
+    with lock:
         yield
 
 
-def _lock(file: Any) -> bool:
+@contextlib.contextmanager
+def wait_for_lock(path: Path) -> Iterator[None]:
+    """As `lock_or_raise`, but wait until the lock is free. Raises OSError if the file cannot be opened."""
+    with _acquire(path, timeout=-1) or contextlib.nullcontext():
+        yield
+
+
+def _acquire(path: Path, timeout: float) -> contextlib.AbstractContextManager[Any] | None:
+    """A context that releases the lock; None on a timeout. It does nothing on a file system without locks."""
+    from filelock import FileLock, Timeout  # imports asyncio and sqlite3
+
     try:
-        import fcntl
-    except ImportError:  # no such locks on this system: go on without
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return FileLock(path).acquire(timeout=timeout)
+    except Timeout:
+        return None
+    except NotImplementedError:
+        return contextlib.nullcontext()
     except OSError as error:
-        # A file system without locks is no reason to refuse; a lock that another holds is.
-        return error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN)
-    return True
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+        return contextlib.nullcontext()

@@ -33,8 +33,8 @@ from vitrail.data.formats.shards import (
 from vitrail.data.splits import split_of
 from vitrail.errors import VitrailError
 from vitrail.images.decode import AtLeast, BadImage, decode
-from vitrail.utils.download import Progress, cache_dir, locked
-from vitrail.utils.files import atomic_folder
+from vitrail.utils.download import Progress, cache_dir
+from vitrail.utils.files import atomic_folder, wait_for_lock
 from vitrail.utils.text import one_line
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _unpacked(file: str) -> tuple[str, Scan]:
     folder = cache_dir() / "unpacked" / hashlib.blake2b(key, digest_size=12).hexdigest()
     images = folder / "images"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder.with_name(folder.name + ".lock")):
+    with wait_for_lock(folder.with_name(folder.name + ".lock")):
         if not images.exists():
             with atomic_folder(folder) as temporary:
                 scan = _unpack(file, temporary / "images")

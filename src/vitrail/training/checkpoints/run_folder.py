@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vitrail.errors import VitrailError
-from vitrail.utils.files import atomic_write_text, disk_errors, exclusive, remove_leftovers
+from vitrail.errors import RunError, VitrailError
+from vitrail.utils.files import atomic_write_text, disk_errors, lock_or_raise, remove_leftovers
 
 RUNS = Path("runs")  # where runs go that nobody placed
 
@@ -52,9 +52,8 @@ class RunFolder:
         if not self.writes:
             yield
             return
-        with exclusive(
-            self.path / ".lock", f"another run is writing to {self.path}: wait for it, or choose another --out"
-        ):
+        busy = RunError(f"another run is writing to {self.path}: wait for it, or choose another --out")
+        with lock_or_raise(self.path / ".lock", busy):
             remove_leftovers(self.path)
             remove_leftovers(self.checkpoint)
             yield
