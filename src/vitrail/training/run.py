@@ -23,7 +23,7 @@ from vitrail.training.monitoring.batch_preview import draw_first_batch
 from vitrail.training.monitoring.plan import plan_lines
 from vitrail.training.monitoring.progress import Reporter
 from vitrail.training.monitoring.report import write_report
-from vitrail.training.monitoring.report_data import details
+from vitrail.training.monitoring.report_data import report_details
 from vitrail.training.monitoring.summary import say_result, summarise
 from vitrail.training.monitoring.trackers import check_trackers
 from vitrail.training.objectives.teacher import Source, lasting_name
@@ -313,7 +313,7 @@ def _report(
 ) -> None:
     """Write the report. The run is finished and saved by now, and nothing that goes wrong here changes that."""
     try:
-        folder.write_details(details(result, setup.dataset.splits.get(result.split), groups))
+        folder.write_details(report_details(result, setup.dataset.splits.get(result.split), groups))
         write_report(folder)
     except Exception as error:
         words = one_line(error)

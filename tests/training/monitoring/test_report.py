@@ -21,15 +21,17 @@ from training.page import Element, assert_self_contained, parse
 from training.runs import run
 from vitrail.cli import main
 from vitrail.data.dataset import ArraySplit, Dataset, FileSplit, Sizes
-from vitrail.errors import VitrailError
+from vitrail.errors import RunError
 from vitrail.evaluation.metrics import Evaluation, Records
-from vitrail.reports.charts import Series, line_chart, number, ticks
+from vitrail.reports.charts import Series, format_number, line_chart, ticks
+from vitrail.reports.page import escape_unprintable
+from vitrail.reports.thumbnails import thumbnail
 from vitrail.training import run as run_module
 from vitrail.training.checkpoints.run_folder import RunFolder
 from vitrail.training.engine.interrupt import Stopped
 from vitrail.training.engine.trainer import Trainer
-from vitrail.training.monitoring.report import make_report, plain, wilson, write_report
-from vitrail.training.monitoring.report_data import calibration, confused, details, thumbnail
+from vitrail.training.monitoring.report import make_report, wilson, write_report
+from vitrail.training.monitoring.report_data import calibration_bins, confused_pairs, report_details
 from vitrail.training.run import train
 
 
@@ -54,12 +56,12 @@ def assert_figures(page: Element, folder: Path) -> dict[str, Any]:
     """The figures at the top and by class are those of summary.json, which is returned."""
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     shown = cards(page)
-    assert shown["Top-1"] == f"{summary['top1']:.2f}"
-    assert shown["Top-5"] == f"{summary['top5']:.2f}"
+    assert shown["Top-1 accuracy"] == f"{summary['top1']:.2f}"
+    assert shown["Top-5 accuracy"] == f"{summary['top5']:.2f}"
     assert shown["Loss"] == f"{summary['loss']:.4f}"
     assert shown["Calibration error"] == f"{100 * summary['ece']:.2f}"
     assert shown["Images"] == f"{summary['images']:,}"
-    rows = page.section("Classes, worst first").rows()
+    rows = page.section("Accuracy by class").rows()
     by_name = {row["label"]: row for row in summary["per_class"]}
     assert {row[0] for row in rows} == set(by_name)
     for row in rows:
@@ -83,7 +85,7 @@ def test_the_report_tells_what_the_run_left(tmp_path: Path, capsys: pytest.Captu
     assert counts.sum(axis=1).tolist() == [row["images"] for row in summary["per_class"]]
     assert counts.diagonal().tolist() == [row["correct"] for row in summary["per_class"]]
     # Every wrong image is among the mistakes, as there are few, and its picture is the test image.
-    mistakes = page.section("Most confident mistakes").all("li")
+    mistakes = page.section("Most confident errors").all("li")
     assert len(mistakes) == counts.sum() - np.trace(counts)
     scores = [float(one.all("dd")[2].text) for one in mistakes]
     assert scores == sorted(scores, reverse=True)
@@ -102,12 +104,12 @@ def test_the_report_tells_what_the_run_left(tmp_path: Path, capsys: pytest.Captu
     assert images.sum() == summary["images"]
     assert (images * gaps).sum() / images.sum() == pytest.approx(summary["ece"], abs=1e-3)
     # The curves have a point for each epoch.
-    for chart in page.section("Training").all("figure"):
+    for chart in page.section("Training curves").all("figure"):
         for line in chart.all("polyline"):
             assert len((line.attributes["points"] or "").split()) == 3
-    made = page.section("How it was made").text
+    made = page.section("Run details").text
     assert "vitrail.train(<Dataset tiny>, model='vit_test_patch2_8', epochs=3, batch_size=10, device='cpu'," in made
-    assert "random weights: trained from scratch" in made
+    assert "random (trained from scratch)" in made
     assert summary["environment"]["torch"] in made
     (table,) = page.all("table", "settings")
     settings = dict([cell.text for cell in row.all("td")] for row in table.all("tr"))
@@ -146,9 +148,9 @@ def test_names_are_text_whatever_they_are(tmp_path: Path) -> None:
     page = report_of(folder)  # no script, no attribute that runs one
     assert not page.all("b")
     assert page.all("h1")[0].text == "vit_test_patch2_8 on <b>data</b>"
-    rows = page.section("Classes, worst first").rows()
+    rows = page.section("Accuracy by class").rows()
     assert {row[0] for row in rows} == {HOSTILE[0], HOSTILE[1], r"</style>\u202eevil\x07"}
-    (skipped,) = page.section("Skipped files").rows()
+    (skipped,) = page.section("Skipped images").rows()
     assert r"caf\udce9\udcff-1.png" in skipped[0]
     titles = {one.attributes["title"] for one in page.all("div", "name")}
     assert {one.text for one in page.all("div", "name")} <= {
@@ -194,28 +196,28 @@ def test_a_report_can_be_made_again_from_the_folder_alone(tmp_path: Path) -> Non
     write_report(RunFolder(folder))
     page = report_of(folder)
     assert_figures(page, folder)
-    assert "details.json is not in the run's folder" in page.text
+    assert "no details.json" in page.text
     assert "Calibration" not in [one.text for one in page.all("h2")]
 
 
 def test_what_is_no_finished_run_has_no_report(tmp_path: Path) -> None:
-    with pytest.raises(VitrailError, match="holds no run"):
+    with pytest.raises(RunError, match="not a run folder"):
         write_report(RunFolder(tmp_path))
     (tmp_path / "config.toml").write_text("")
-    with pytest.raises(VitrailError, match="not finished"):
+    with pytest.raises(RunError, match="not finished"):
         write_report(RunFolder(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"epochs": 1}, "Weights of epoch 1 of 1, the best on validation"),
+        ({"epochs": 1}, "Best epoch: 1 of 1"),
         ({"epochs": 0}, "The model was not trained."),
-        ({"epochs": 2, "splits": ("train", "test")}, "Weights of the last epoch, 2: there was no validation."),
-        ({"epochs": 2, "splits": ("train", "val")}, "which also chose what is kept"),
-        ({"epochs": 1, "splits": ("train",)}, "which the model was trained on"),
-        ({"epochs": 2, "eval_every": 2}, "Weights of epoch 2 of 2"),
-        ({"epochs": 1, "layer_decay": 0.5, "mixup": 0.0, "cutmix": 0.0}, "Weights of epoch 1 of 1"),
+        ({"epochs": 2, "splits": ("train", "test")}, "Weights of the last epoch, 2; there were no validation images."),
+        ({"epochs": 2, "splits": ("train", "val")}, "also used for model selection"),
+        ({"epochs": 1, "splits": ("train",)}, "the training images"),
+        ({"epochs": 2, "eval_every": 2}, "Best epoch: 2 of 2"),
+        ({"epochs": 1, "layer_decay": 0.5, "mixup": 0.0, "cutmix": 0.0}, "Best epoch: 1 of 1"),
     ],
 )
 def test_every_kind_of_run_has_one(keys: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -233,9 +235,9 @@ def test_a_probe_has_one(tmp_path: Path) -> None:
     train(tiny.dataset(), probe=True, model=tiny.VARIANT.name, device="cpu", out=tmp_path / "run", progress=False)
     page = report_of(tmp_path / "run")
     summary = assert_figures(page, tmp_path / "run")
-    assert f"nearest neighbours give {summary['knn_top1']:.2f} %" in page.text
-    assert [one.text for one in page.section("Training").all("h3")] == ["Loss", "Top-1"]
-    assert "Each fit in numbers" in page.text
+    assert f"top-1 {summary['knn_top1']:.2f} %" in page.text
+    assert [one.text for one in page.section("Training curves").all("h3")] == ["Loss", "Top-1 accuracy"]
+    assert "Metrics of each fit" in page.text
 
 
 def test_a_distilled_run_names_its_teacher(tmp_path: Path) -> None:
@@ -244,7 +246,7 @@ def test_a_distilled_run_names_its_teacher(tmp_path: Path) -> None:
     run(tmp_path / "run", epochs=1, teacher=teacher, distill="soft", distill_weight=0.25)
     page = report_of(tmp_path / "run")
     assert_figures(page, tmp_path / "run")
-    assert ["teacher", f"{teacher} (soft, 0.25 of the loss)"] in page.section("How it was made").rows()
+    assert ["teacher", f"{teacher} (soft, 0.25 of the loss)"] in page.section("Run details").rows()
 
 
 def test_epochs_without_a_loss_are_left_out_of_the_curve(tmp_path: Path) -> None:
@@ -255,10 +257,10 @@ def test_epochs_without_a_loss_are_left_out_of_the_curve(tmp_path: Path) -> None
     folder.write_summary({**json.loads(folder.summary.read_text()), "skipped_steps": 5, "rollbacks": 2})
     write_report(folder)
     page = report_of(folder.path)
-    loss = page.section("Training").all("figure")[0]
+    loss = page.section("Training curves").all("figure")[0]
     assert [len((line.attributes["points"] or "").split()) for line in loss.all("polyline")] == [1, 1]
-    words = "5, as their loss or gradient was not finite; went back 2 times"
-    assert ["steps without effect", words] in page.section("How it was made").rows()
+    words = "5 with a loss or gradient that was not finite, 2 rollbacks"
+    assert ["skipped steps", words] in page.section("Run details").rows()
 
 
 def test_a_resumed_run_tells_of_all_its_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,11 +277,11 @@ def test_a_resumed_run_tells_of_all_its_sessions(tmp_path: Path, monkeypatch: py
             run(folder, epochs=2, checkpoint_every=3)
     train(tiny.dataset(), resume=folder, progress=False, command="vitrail train --resume 'my run'")
     page = report_of(folder)
-    made = page.section("How it was made")
+    made = page.section("Run details")
     assert [one.text for one in made.all("pre")][1] == "vitrail train --resume 'my run'"
-    assert "Begun" in made.text
-    assert "Taken up at step 6" in made.text
-    for line in page.section("Training").all("polyline"):
+    assert "Started" in made.text
+    assert "Resumed at step 6" in made.text
+    for line in page.section("Training curves").all("polyline"):
         assert len((line.attributes["points"] or "").split()) == 2
 
 
@@ -313,7 +315,7 @@ def made_up_run(folder: Path, result: Evaluation, like: Path) -> RunFolder:
     for name in ("config.toml", "metrics.jsonl", "sessions.jsonl"):
         (folder / name).write_text((like / name).read_text())
     made.write_summary({**json.loads((like / "summary.json").read_text()), **result.to_dict()})
-    made.write_details(details(result, None))
+    made.write_details(report_details(result, None))
     write_report(made)
     return made
 
@@ -334,12 +336,12 @@ def test_any_number_of_classes_is_readable(classes: int, images: int, tmp_path: 
         rows = page.section("Most confused classes").rows()
         assert len(rows) == 20
         np.fill_diagonal(truth, 0)
-        for label, guess, count, share in rows:
-            k, j = int(label.split()[-1]), int(guess.split()[-1])
+        for label, predicted, count, share in rows:
+            k, j = int(label.split()[-1]), int(predicted.split()[-1])
             assert truth[k, j] == int(count)
             assert share == f"{100 * truth[k, j] / (result.records.labels == k).sum():.1f} %"
         assert sorted((int(row[2]) for row in rows), reverse=True) == np.sort(truth.ravel())[::-1][:20].tolist()
-    lists = page.section("Classes, worst first").all("table")
+    lists = page.section("Accuracy by class").all("table")
     assert sum(len(one.all("tr")) - 1 for one in lists) == classes
     assert len(lists[0].all("tr")) - 1 == min(classes, 20)
     limit = 1_000_000 if classes <= 10 else 2_000_000
@@ -350,10 +352,10 @@ def test_confused_and_calibration_count_every_image() -> None:
     result = evaluation(7, 500)
     truth = confusion_matrix(result.records.labels, result.records.predicted, labels=range(7))
     found = np.zeros_like(truth)
-    for label, guess, count in confused(result):
-        found[label, guess] = count
+    for label, predicted, count in confused_pairs(result):
+        found[label, predicted] = count
     assert found.tolist() == (truth - np.diag(truth.diagonal())).tolist()
-    bins = calibration(result)
+    bins = calibration_bins(result)
     assert sum(row["images"] for row in bins) == 500
     gaps = sum(row["images"] * abs(row["confidence"] - row["accuracy"]) for row in bins) / 500
     assert gaps == pytest.approx(result.ece)
@@ -374,7 +376,7 @@ def test_thumbnails_are_small_and_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "whole", "expected"),
+    ("low", "high", "integer", "expected"),
     [
         (0, 1, False, [0, 0.2, 0.4, 0.6, 0.8, 1]),
         (0, 2.31, False, [0, 0.5, 1, 1.5, 2, 2.5]),
@@ -385,8 +387,10 @@ def test_thumbnails_are_small_and_whole() -> None:
         (5, 5, False, [2, 4, 6, 8]),
     ],
 )
-def test_ticks_are_round_and_take_in_the_ends(low: float, high: float, whole: bool, expected: Sequence[float]) -> None:
-    found = ticks(low, high, whole=whole)
+def test_ticks_are_round_and_take_in_the_ends(
+    low: float, high: float, integer: bool, expected: Sequence[float]
+) -> None:
+    found = ticks(low, high, integer=integer)
     assert found[0] <= low
     assert found[-1] >= high
     assert found == pytest.approx(expected)
@@ -418,8 +422,15 @@ def test_what_is_no_number_is_not_drawn() -> None:
 
 
 def test_short_words() -> None:
-    assert [number(x) for x in (0, 0.25, 40, 2e-5, 1.25e-4, 12000)] == ["0", "0.25", "40", "2e-5", "1.25e-4", "12,000"]
-    assert plain("a\u202eb\x00c\udcffd\n") == "a\\u202eb\\x00c\\udcffd\n"
+    assert [format_number(x) for x in (0, 0.25, 40, 2e-5, 1.25e-4, 12000)] == [
+        "0",
+        "0.25",
+        "40",
+        "2e-5",
+        "1.25e-4",
+        "12,000",
+    ]
+    assert escape_unprintable("a\u202eb\x00c\udcffd\n") == "a\\u202eb\\x00c\\udcffd\n"
     low, high = wilson(0.9, 100)  # Newcombe, 1998: 82.6 to 94.5
     assert (round(low, 1), round(high, 1)) == (82.6, 94.5)
     assert wilson(float("nan"), 0) == (0, 100)

@@ -1,40 +1,35 @@
-"""What a run keeps of its single images for the report: details.json, small whatever the number of images.
+"""details.json: per-image results that the report needs; its size does not grow with the number of images.
 
 Shapes: K classes.
 """
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from vitrail.data.dataset import Split
 from vitrail.evaluation.metrics import Evaluation, bin_of
+from vitrail.reports.thumbnails import SIDE, thumbnail
 
-THUMBNAIL = 96  # pixels a side at most
-_MISTAKES = 24  # that are kept with a thumbnail
-_PAIRS = 10_000  # of classes taken for each other that are kept
+_MAX_ERRORS = 24
+_MAX_PAIRS = 10_000
 _BINS = 15
 
 
-def details(result: Evaluation, split: Split | None, groups: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """Plain JSON.
+def report_details(result: Evaluation, split: Split | None, groups: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """The content of details.json.
 
-    classes: the K names. confused: [class, taken for, images], the largest first, without what is right.
-    calibration: the bins of confidence that have images. mistakes: the most confident ones, each with its image's
-    name in `split`, its class, the guess and its score, its loss, and a thumbnail as a data URI (None where there is
-    none).
-    groups: what is learnt at which rate, as `describe_groups` has it.
+    classes: the K names. confused: [true label, predicted label, images], most images first. calibration: the bins of
+    the reliability diagram that have images. mistakes: the most confident errors, each with name in `split`, true and
+    predicted label, score, loss, and thumbnail (a data URI, or None). groups: the optimizer's parameter groups.
     """
     return {
         "split": result.split,
         "classes": list(result.class_names),
-        "confused": confused(result),
-        "calibration": calibration(result),
-        "mistakes": mistakes(result, split),
+        "confused": confused_pairs(result),
+        "calibration": calibration_bins(result),
+        "mistakes": confident_errors(result, split),
         "groups": [
             {
                 "name": group["name"],
@@ -47,22 +42,22 @@ def details(result: Evaluation, split: Split | None, groups: Sequence[Mapping[st
     }
 
 
-def confused(result: Evaluation) -> list[list[int]]:
-    """[class, taken for, images] of every pair that occurs, the largest first; of equal ones the first classes."""
-    records, kinds = result.records, len(result.class_names)
+def confused_pairs(result: Evaluation) -> list[list[int]]:
+    """[true label, predicted label, images] of the errors, most images first, ties by label."""
+    records, classes = result.records, len(result.class_names)
     wrong = records.labels != records.predicted
-    pairs, counts = np.unique(records.labels[wrong] * kinds + records.predicted[wrong], return_counts=True)
-    order = np.argsort(-counts, kind="stable")[:_PAIRS]
-    return [[int(pairs[i] // kinds), int(pairs[i] % kinds), int(counts[i])] for i in order]
+    pairs, counts = np.unique(records.labels[wrong] * classes + records.predicted[wrong], return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:_MAX_PAIRS]
+    return [[int(pairs[i] // classes), int(pairs[i] % classes), int(counts[i])] for i in order]
 
 
-def calibration(result: Evaluation, bins: int = _BINS) -> list[dict[str, float]]:
-    """For each of equal widths of confidence that has images: low, high, images, mean confidence and accuracy."""
+def calibration_bins(result: Evaluation, bins: int = _BINS) -> list[dict[str, float]]:
+    """Bounds, images, mean confidence and accuracy of the bins of equal width that have images."""
     records = result.records
-    place = bin_of(records.confidence, bins)
-    images = np.bincount(place, minlength=bins)
-    sums = np.bincount(place, weights=records.confidence, minlength=bins)
-    hits = np.bincount(place, weights=records.predicted == records.labels, minlength=bins)
+    index = bin_of(records.confidence, bins)
+    images = np.bincount(index, minlength=bins)
+    sums = np.bincount(index, weights=records.confidence, minlength=bins)
+    hits = np.bincount(index, weights=records.predicted == records.labels, minlength=bins)
     return [
         {
             "low": i / bins,
@@ -76,11 +71,11 @@ def calibration(result: Evaluation, bins: int = _BINS) -> list[dict[str, float]]
     ]
 
 
-def mistakes(result: Evaluation, split: Split | None) -> list[dict[str, Any]]:
-    """The wrong guesses that the model was surest of."""
+def confident_errors(result: Evaluation, split: Split | None) -> list[dict[str, Any]]:
+    """The wrong predictions with the highest scores."""
     records = result.records
     wrong = np.flatnonzero(records.labels != records.predicted)
-    order = wrong[np.argsort(-records.confidence[wrong], kind="stable")][:_MISTAKES]
+    order = wrong[np.argsort(-records.confidence[wrong], kind="stable")][:_MAX_ERRORS]
     return [
         {
             "name": None if split is None else split.name(int(records.indices[i])),
@@ -96,20 +91,6 @@ def mistakes(result: Evaluation, split: Split | None) -> list[dict[str, Any]]:
 
 def _thumbnail_of(split: Split, row: int) -> str | None:
     try:
-        return thumbnail(split.image(row, (THUMBNAIL, THUMBNAIL)))
-    except Exception:  # gone from the disk, or from a stream: the mistake is still worth telling
+        return thumbnail(split.image(row, (SIDE, SIDE)))
+    except Exception:  # the file may have been removed since
         return None
-
-
-def thumbnail(image: Image.Image) -> str:
-    """A data URI: a small image as it is, a large one reduced."""
-    stream = io.BytesIO()
-    if max(image.size) <= THUMBNAIL:
-        image.save(stream, "PNG", optimize=True)
-        kind = "png"
-    else:
-        small = image.copy()
-        small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-        small.save(stream, "JPEG", quality=80)
-        kind = "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
