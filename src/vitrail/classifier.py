@@ -23,7 +23,7 @@ from vitrail.images.preprocess import Preprocess
 from vitrail.images.reader import Crop, Inputs, crops
 from vitrail.models.base import ImageModel
 from vitrail.models.catalog import VARIANTS
-from vitrail.pretrained.model_folder import Contents, is_ours, name_of, read_model_folder, write_model_folder
+from vitrail.pretrained.model_folder import Contents, is_model_folder, name_of, read_model_folder, write_model_folder
 
 if TYPE_CHECKING:
     from vitrail.data.dataset import Dataset
@@ -284,7 +284,7 @@ def resolve_model(source: str | Path) -> Classifier:
     """What the command line calls MODEL. Every kind of source is told apart here, by looking at it."""
     path = Path(source).expanduser()
     for folder, summary in ((path, None), (path / "model", path / "summary.json")):
-        if is_ours(folder):
+        if is_model_folder(folder):
             return _from_folder(folder, summary and _summary(summary))
     from vitrail.pretrained.load import load_pretrained  # a model folder of our own needs none of it
 

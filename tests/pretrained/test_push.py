@@ -15,7 +15,7 @@ from vitrail.errors import VitrailError
 from vitrail.images.preprocess import Preprocess
 from vitrail.models.build import build_model
 from vitrail.models.configs import ViTConfig
-from vitrail.pretrained.push import pack, push
+from vitrail.pretrained.push import plan_upload, push
 from weights.hub_server import Hub
 from weights.hub_upload import Uploads, receiving
 
@@ -46,7 +46,7 @@ def save(folder: Path, seed: int = 0, **notes: object) -> Path:
 
 def refusal(model: Path, repo: str = "org/m", **options: object) -> str:
     with pytest.raises(VitrailError) as caught:
-        push(pack(model, repo), **options)
+        push(plan_upload(model, repo), **options)
     text = str(caught.value)
     assert text.isprintable()
     assert len(text) < 300
@@ -60,7 +60,7 @@ def arrived(hub: Hub, repo: str = "org/m", revision: str = "main") -> dict[str, 
 def test_what_is_sent_arrives_and_loads_from_there(hub: tuple[Hub, Uploads], tmp_path: Path) -> None:
     server, uploads = hub
     folder = save(tmp_path / "m")
-    url = push(pack(folder, "org/m"))
+    url = push(plan_upload(folder, "org/m"))
     files = arrived(server)
     assert sorted(files) == FILES
     for name in FILES[1:]:
@@ -80,19 +80,19 @@ def test_what_is_sent_arrives_and_loads_from_there(hub: tuple[Hub, Uploads], tmp
 def test_options(hub: tuple[Hub, Uploads], tmp_path: Path) -> None:
     server, uploads = hub
     folder = save(tmp_path / "run" / "model")
-    push(pack(tmp_path / "run", "org/m"), private=True, revision="v2", message="The second")
+    push(plan_upload(tmp_path / "run", "org/m"), private=True, revision="v2", message="The second")
     assert server.repos["org/m"].private
     assert sorted(arrived(server, revision="v2")) == FILES
     assert arrived(server) == {}
     assert uploads.commits[-1] == {"summary": "The second", "description": "", "revision": "v2", "create_pr": False}
-    url = push(pack(folder, "org/m"), create_pr=True)
+    url = push(plan_upload(folder, "org/m"), create_pr=True)
     assert url.endswith("/discussions/1")
     assert sorted(arrived(server, revision="refs/pr/1")) == FILES
     assert arrived(server) == {}, "main waits for the pull request"
     before = len(uploads.stored)
-    push(pack(save(tmp_path / "other", seed=1), "org/m"), private=True)
+    push(plan_upload(save(tmp_path / "other", seed=1), "org/m"), private=True)
     assert len(uploads.stored) == before + 1
-    push(pack(folder, "org/m"))
+    push(plan_upload(folder, "org/m"))
     assert len(uploads.stored) == before + 1, "weights that are there are not sent again"
 
 
@@ -101,10 +101,10 @@ def test_a_card_of_ones_own_is_sent_as_it_is(hub: tuple[Hub, Uploads], tmp_path:
     folder = save(tmp_path / "m")
     text = (folder / "README.md").read_text() + "\nBe kind to owls.\n"
     (folder / "README.md").write_text(text)
-    push(pack(folder, "org/m"))
+    push(plan_upload(folder, "org/m"))
     assert arrived(server)["README.md"].decode() == text
     (folder / "README.md").unlink()
-    push(pack(folder, "org/m"))
+    push(plan_upload(folder, "org/m"))
     assert b'"hf:org/m"' in arrived(server)["README.md"]
 
 
@@ -112,7 +112,7 @@ def test_no_path_of_this_machine_is_sent(hub: tuple[Hub, Uploads], tmp_path: Pat
     server, _ = hub
     notes = {"data": "/home/alice/photos", "source": "C:\\Users\\alice\\old.pth", "more": ["~/x/y", "a/b", 3]}
     folder = save(tmp_path / "m", **notes)
-    push(pack(folder, "org/m"))
+    push(plan_upload(folder, "org/m"))
     files = arrived(server)
     assert not [name for name in FILES[:2] if b"alice" in files[name]]
     sent = json.loads(files["config.json"])
@@ -127,7 +127,7 @@ def test_no_path_of_this_machine_is_sent(hub: tuple[Hub, Uploads], tmp_path: Pat
 def test_refusals(hub: tuple[Hub, Uploads], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server, _ = hub
     folder = save(tmp_path / "m")
-    push(pack(folder, "org/public"))
+    push(plan_upload(folder, "org/public"))
     assert "org/public is there already and public" in refusal(folder, "org/public", private=True)
     assert "has no revision 'v9'" in refusal(folder, "org/public", revision="v9", create_pr=True)
     assert "shows no hf:org/none" in refusal(folder, "org/none", create_pr=True)
@@ -158,18 +158,18 @@ def test_a_file_that_arrives_damaged_is_no_success(hub: tuple[Hub, Uploads], tmp
 @pytest.mark.parametrize("repo", ["m", "a/b/c", "../m", "org/..", "org/m od", "", "org/", "hf:org/m", "org/a--b"])
 def test_names_of_nonsense(repo: str, tmp_path: Path) -> None:
     with pytest.raises(VitrailError, match="names no repository"):
-        pack(save(tmp_path / "m"), repo)
+        plan_upload(save(tmp_path / "m"), repo)
 
 
 def test_only_whole_model_folders_are_sent(tmp_path: Path) -> None:
     with pytest.raises(VitrailError, match="none does not exist: push takes a model folder"):
-        pack(tmp_path / "none", "org/m")
+        plan_upload(tmp_path / "none", "org/m")
     with pytest.raises(VitrailError, match="holds no model"):
-        pack(tmp_path, "org/m")
+        plan_upload(tmp_path, "org/m")
     folder = save(tmp_path / "m")
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(VitrailError, match="damaged"):
-        pack(folder, "org/m")
+        plan_upload(folder, "org/m")
 
 
 def test_the_command(hub: tuple[Hub, Uploads], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,7 +191,7 @@ def test_the_command(hub: tuple[Hub, Uploads], tmp_path: Path, capsys: pytest.Ca
     assert "would go to hf:org/m@v1" in out
     status, out, _ = run("org/m")
     assert (status, out) == (0, f"{server.url}/org/m/commit/{server.repos['org/m'].revisions['main']}\n")
-    assert {name: len(content) for name, content in arrived(server).items()} == pack(folder, "org/m").sizes()
+    assert {name: len(content) for name, content in arrived(server).items()} == plan_upload(folder, "org/m").sizes()
     status, out, err = run("m")
     assert (status, out) == (2, "")
     assert err == "error: 'm' names no repository: write org/name, or your own name for org\n"

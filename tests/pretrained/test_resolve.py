@@ -315,11 +315,11 @@ def test_torchvisions_names_lead_to_its_urls(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_every_published_config_is_a_config() -> None:
-    from vitrail.pretrained.foreign_configs import of_record
+    from vitrail.pretrained.foreign_configs import from_record
 
     for name, variant in VARIANTS.items():
         for record in variant.weights:
-            known = of_record(record)
+            known = from_record(record)
             assert known.name == name
             assert known.config is not None
             assert known.config.img_size == record.preprocess.size

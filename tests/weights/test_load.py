@@ -13,8 +13,8 @@ from tolerance import assert_near
 from vitrail.errors import VitrailError
 from vitrail.models.build import build_model, configure
 from vitrail.models.configs import SwinConfig, ViTConfig
-from vitrail.weights.heads import judge
-from vitrail.weights.load import fit
+from vitrail.weights.heads import decide_head
+from vitrail.weights.load import load_weights
 from vitrail.weights.tensors import Tensors
 from weights.checkpoints import SWIN, all_cases, images, state, worst
 
@@ -37,7 +37,7 @@ def weights(case: str = "timm vit") -> Tensors:
 
 
 def test_the_report_in_one_line_and_as_a_table() -> None:
-    report = fit(vit(img_size=48, num_classes=7), weights(), num_classes=7, source="a.pth", layout="timm ViT")
+    report = load_weights(vit(img_size=48, num_classes=7), weights(), num_classes=7, source="a.pth", layout="timm ViT")
     text = str(report)
     assert "\n" not in text
     assert "weights from a.pth: 29 tensors loaded" in text
@@ -55,7 +55,7 @@ def test_the_report_in_one_line_and_as_a_table() -> None:
 def test_any_size_and_patch_is_timms(size: tuple[int, int], patch: int) -> None:
     size = (size[0] * patch // 8, size[1] * patch // 8)
     ours = vit(img_size=size, patch_size=patch)
-    report = fit(ours, weights())
+    report = load_weights(ours, weights())
     theirs = TimmViT(embed_dim=24, depth=2, num_heads=3, patch_size=patch, img_size=size, num_classes=5).eval()
     theirs.load_state_dict(checkpoint_filter_fn(dict(weights()), theirs))
     for name, tensor in theirs.state_dict().items():
@@ -73,7 +73,7 @@ def test_channels_are_timms(family: str, channels: int) -> None:
     case = "timm resnet, basic" if family == "resnet" else f"timm {family}"
     first = {"resnet": "conv1", "convnext": "stem.0"}.get(family, "patch_embed.proj")
     model = build_model(configure(all_cases()[case].config, in_chans=channels))
-    report = fit(model, weights(case))
+    report = load_weights(model, weights(case))
     expected = timm.models._manipulate.adapt_input_conv(channels, weights(case)[f"{first}.weight"])
     assert torch.equal(model.state_dict()[f"{first}.weight"], expected)
     told = [entry.how for entry in report.of("adapted")]
@@ -88,7 +88,7 @@ def test_swin_for_another_window_is_timms(window: int, size: int) -> None:
 
     options = {**SWIN, "window_size": window}
     ours = build_model(SwinConfig(**options, img_size=(size, size), num_classes=5)).eval()
-    report = fit(ours, weights("timm swin"))
+    report = load_weights(ours, weights("timm swin"))
     theirs = ts.SwinTransformer(**options, img_size=size, num_classes=5).eval()
     theirs.load_state_dict(ts.checkpoint_filter_fn(dict(weights("timm swin")), theirs))
     x = torch.randn(1, 3, size, size)
@@ -99,16 +99,20 @@ def test_swin_for_another_window_is_timms(window: int, size: int) -> None:
 
 def test_a_square_table_of_as_many_patches_is_resampled() -> None:
     """4x4 and 2x8 are 16 patches each: equal counts must not pass for equal grids."""
-    report = fit(vit(img_size=(16, 64)), weights())
+    report = load_weights(vit(img_size=(16, 64)), weights())
     assert report.of("resized")[0].how == "bicubic, from a grid of 4x4 to 2x8"
 
 
 def test_a_grid_that_is_known_is_believed() -> None:
     long = vit(img_size=(16, 64))
     tensors = Tensors(state(long))
-    same = fit(vit(img_size=(16, 64)), tensors, grid=(2, 8))
+    same = load_weights(vit(img_size=(16, 64)), tensors, grid=(2, 8))
     assert not same.of("resized")
-    assert fit(vit(img_size=(64, 16)), tensors, grid=(2, 8)).of("resized")[0].how.endswith("from a grid of 2x8 to 8x2")
+    assert (
+        load_weights(vit(img_size=(64, 16)), tensors, grid=(2, 8))
+        .of("resized")[0]
+        .how.endswith("from a grid of 2x8 to 8x2")
+    )
 
 
 @torch.inference_mode()
@@ -116,23 +120,23 @@ def test_positions_with_and_without_the_class_token() -> None:
     """Published with a row for it, or with that row already added to it: the same network."""
     x = images()
     with_row, without = vit(), vit(no_embed_class=True)
-    fit(with_row, weights())
-    report = fit(without, weights())
+    load_weights(with_row, weights())
+    report = load_weights(without, weights())
     assert worst(without(x), with_row(x)) <= 1e-6
     assert [entry.name for entry in report.of("adapted")] == ["cls_token"]
     back = vit()
-    fit(back, Tensors(state(without)))
+    load_weights(back, Tensors(state(without)))
     assert worst(back(x), with_row(x)) <= 1e-6
     larger = vit(no_embed_class=True, img_size=48)
-    assert "grid of 4x4 to 6x6; the position of cls_token" in fit(larger, weights()).of("resized")[0].how
+    assert "grid of 4x4 to 6x6; the position of cls_token" in load_weights(larger, weights()).of("resized")[0].how
 
 
 @torch.inference_mode()
 def test_a_model_runs_at_a_size_that_it_was_not_built_for() -> None:
     x = torch.randn(1, 3, 48, 64)
     small, large = vit(), vit(img_size=(48, 64))
-    fit(small, weights())
-    fit(large, weights())
+    load_weights(small, weights())
+    load_weights(large, weights())
     assert worst(small(x), large(x)) <= 1e-5
 
 
@@ -143,7 +147,7 @@ def test_a_model_runs_at_a_size_that_it_was_not_built_for() -> None:
 def test_a_new_number_of_classes_replaces_the_head(case: str) -> None:
     model = build_model(configure(all_cases()[case].config, num_classes=7))
     before = state(model)
-    report = fit(model, weights(case), num_classes=7)
+    report = load_weights(model, weights(case), num_classes=7)
     new = [entry.name for entry in report.of("new")]
     assert len(new) == (4 if case == "timm deit" else 2)
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in new)
@@ -152,19 +156,19 @@ def test_a_new_number_of_classes_replaces_the_head(case: str) -> None:
 
 def test_nobody_asked_for_another_number() -> None:
     with pytest.raises(VitrailError, match=r"head\.weight is 5x24 in the file and 7x24 in the model; give num_classes"):
-        fit(vit(num_classes=7), weights())
+        load_weights(vit(num_classes=7), weights())
 
 
 def test_a_backbone_gets_a_head_only_if_asked() -> None:
     tensors = weights()
     del tensors["head.weight"], tensors["head.bias"]
     with pytest.raises(VitrailError, match=r"no head, and the model needs head\.weight, head\.bias; give"):
-        fit(vit(), tensors)
-    assert "the file has no head" in str(fit(vit(), tensors, num_classes=5))
+        load_weights(vit(), tensors)
+    assert "the file has no head" in str(load_weights(vit(), tensors, num_classes=5))
 
 
 def test_a_model_without_a_head_leaves_the_files() -> None:
-    report = fit(vit(num_classes=0), weights())
+    report = load_weights(vit(num_classes=0), weights())
     assert [(e.name, e.how) for e in report.of("unused")] == [
         ("head.weight", "the model has no head"),
         ("head.bias", "the model has no head"),
@@ -178,8 +182,8 @@ NAMES = ("a", "b", "c", "d", "e")
 @pytest.mark.parametrize("case", ["timm vit", "timm deit", "timm swin"])
 def test_a_permutation_is_applied_by_name(case: str) -> None:
     straight, turned = all_cases()[case].model(), all_cases()[case].model()
-    fit(straight, weights(case), class_names=NAMES, file_class_names=NAMES)
-    report = fit(turned, weights(case), class_names="ecadb", file_class_names=NAMES)
+    load_weights(straight, weights(case), class_names=NAMES, file_class_names=NAMES)
+    report = load_weights(turned, weights(case), class_names="ecadb", file_class_names=NAMES)
     order = ["abcde".index(name) for name in "ecadb"]
     assert_near(turned(images()), straight(images())[:, order])
     assert "rows put in the order of the class names" in report.table()
@@ -187,11 +191,11 @@ def test_a_permutation_is_applied_by_name(case: str) -> None:
 
 def test_other_names_of_the_same_number_warn() -> None:
     with pytest.warns(UserWarning, match="class 1 is 'b' in the file and 'x' here"):
-        report = fit(vit(), weights(), class_names=("a", "x", "c", "d", "e"), file_class_names=NAMES)
+        report = load_weights(vit(), weights(), class_names=("a", "x", "c", "d", "e"), file_class_names=NAMES)
     assert len(report.of("new")) == 2
     assert "warning: as many classes, yet a fresh head" in str(report)
     with pytest.warns(UserWarning, match="the file does not name its 5 classes"):
-        fit(vit(), weights(), class_names=NAMES)
+        load_weights(vit(), weights(), class_names=NAMES)
 
 
 @pytest.mark.parametrize(
@@ -203,16 +207,16 @@ def test_other_names_of_the_same_number_warn() -> None:
 )
 def test_to_keep_a_head_its_names_must_be_the_same(options: Any, words: str) -> None:
     with pytest.raises(VitrailError, match=f"the head cannot be kept: .*{words}"):
-        fit(vit(), weights(), heads="keep", **options)
+        load_weights(vit(), weights(), heads="keep", **options)
 
 
 def test_keep_and_new_are_obeyed() -> None:
-    assert not fit(vit(), weights(), heads="keep", class_names=NAMES, file_class_names=NAMES).of("new")
-    assert len(fit(vit(), weights(), heads="new").of("new")) == 2
+    assert not load_weights(vit(), weights(), heads="keep", class_names=NAMES, file_class_names=NAMES).of("new")
+    assert len(load_weights(vit(), weights(), heads="new").of("new")) == 2
     with pytest.raises(VitrailError, match="it knows 5 classes and the model 7"):
-        fit(vit(num_classes=7), weights(), heads="keep", num_classes=7)
+        load_weights(vit(num_classes=7), weights(), heads="keep", num_classes=7)
     with pytest.raises(VitrailError, match="the file has none"):
-        judge(0, 5, asked=5, old_names=None, new_names=None, policy="keep")
+        decide_head(0, 5, asked=5, old_names=None, new_names=None, policy="keep")
 
 
 # ---- what is refused
@@ -220,14 +224,14 @@ def test_keep_and_new_are_obeyed() -> None:
 
 def test_another_models_weights() -> None:
     with pytest.raises(VitrailError, match="another model's weights") as error:
-        fit(vit(), weights("timm swin"))
+        load_weights(vit(), weights("timm swin"))
     assert "missing from the file: cls_token" in str(error.value)
     assert len(str(error.value)) < 3000
 
 
 def test_a_deeper_network_does_not_fit() -> None:
     with pytest.raises(VitrailError, match=r"no place for blocks\.1\.norm1\.weight"):
-        fit(vit(depth=1), weights())
+        load_weights(vit(depth=1), weights())
 
 
 def test_the_model_stays_as_it_was() -> None:
@@ -235,7 +239,7 @@ def test_the_model_stays_as_it_was() -> None:
     before = state(model)
     del tensors["norm.bias"]
     with pytest.raises(VitrailError, match=r"missing from the file: norm\.bias$"):
-        fit(model, tensors)
+        load_weights(model, tensors)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -246,13 +250,13 @@ def test_numbers_of_another_kind(value: Tensor) -> None:
     tensors = weights()
     tensors["norm.weight"] = value
     with pytest.raises(VitrailError, match=r"norm\.weight holds"):
-        fit(vit(), tensors)
+        load_weights(vit(), tensors)
 
 
 def test_half_precision_is_widened_and_said() -> None:
     tensors = Tensors({name: tensor.half() for name, tensor in weights().items()})
     model = vit()
-    report = fit(model, tensors)
+    report = load_weights(model, tensors)
     assert {entry.how for entry in report.entries} == {"float16 to float32"}
     assert all(tensor.dtype == torch.float32 for tensor in model.state_dict().values())
 
@@ -261,7 +265,7 @@ def test_counters_of_old_resnets_may_be_missing() -> None:
     tensors = weights("timm resnet, basic")
     for name in [name for name in tensors if name.endswith("num_batches_tracked")]:
         del tensors[name]
-    report = fit(all_cases()["timm resnet, basic"].model(), tensors)
+    report = load_weights(all_cases()["timm resnet, basic"].model(), tensors)
     assert all(entry.name.endswith("num_batches_tracked") for entry in report.of("new"))
     assert report.of("new")
 
@@ -270,7 +274,7 @@ def test_hostile_names_stay_in_one_line() -> None:
     tensors = weights()
     tensors["\x1b[31m\nevil" + "x" * 10_000] = torch.zeros(1)
     with pytest.raises(VitrailError) as error:
-        fit(vit(), tensors)
+        load_weights(vit(), tensors)
     assert str(error.value).isprintable()
     assert len(str(error.value)) < 500
 
@@ -278,7 +282,7 @@ def test_hostile_names_stay_in_one_line() -> None:
 def test_timm_models_are_guests() -> None:
     """A teacher or a student of timm's takes weights by the same rules."""
     model = TimmViT(embed_dim=24, depth=2, num_heads=3, patch_size=8, img_size=48, num_classes=7)
-    report = fit(model, weights(), num_classes=7)
+    report = load_weights(model, weights(), num_classes=7)
     assert {entry.name for entry in report.entries if entry.state != "loaded"} == {
         "pos_embed",
         "head.weight",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.errors import VitrailError
-from vitrail.weights.formats.detect import to_ours
-from vitrail.weights.load import fit
+from vitrail.weights.formats.detect import convert_names
+from vitrail.weights.load import load_weights
 from vitrail.weights.tensors import Tensors
 from vitrail.weights.unwrap import unwrap
 from weights.checkpoints import NAMES, all_cases
@@ -55,7 +55,7 @@ def mutations() -> Iterator[tuple[str, str, int]]:
 def told(content: dict[str, Tensor], case: str) -> str:
     """Everything that is said of this file, without what is simply loaded."""
     try:
-        report = fit(model_for(case), to_ours(unwrap(content))[0])
+        report = load_weights(model_for(case), convert_names(unwrap(content))[0])
     except VitrailError as error:
         return str(error)
     return " ".join(f"{entry.name} {entry.file} {entry.how}" for entry in report.entries if entry.state != "loaded")
@@ -69,11 +69,11 @@ def test_there_are_at_least_200() -> None:
 def test_a_mutation_is_told_by_name(case: str, kind: str, index: int) -> None:
     content = all_cases()[case].content
     content = Tensors(content.get("model", content))
-    good = to_ours(content)[0]
+    good = convert_names(content)[0]
     used = sorted(set(content) - set(good.unused))  # what is never read cannot be missed
     rng = random.Random(f"{case} {kind} {index}")
     name = rng.choice(used)
-    ours = [key for key in good if name in good.called(key).split(" + ")]
+    ours = [key for key in good if name in good.file_name(key).split(" + ")]
     changed, word = mutate(content, name, kind, rng)
     words = [word] if kind == "duplicate" else [name, *ours]
     text = told(changed, case)

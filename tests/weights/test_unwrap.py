@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vitrail.errors import VitrailError
-from vitrail.weights.formats.detect import to_ours
-from vitrail.weights.load import fit
+from vitrail.weights.formats.detect import convert_names
+from vitrail.weights.load import load_weights
 from vitrail.weights.unwrap import unwrap
 from weights.checkpoints import all_cases
 
@@ -56,12 +56,12 @@ WRAPPED: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", WRAPPED)
 def test_the_right_weights_are_found(name: str) -> None:
-    tensors, layout = to_ours(unwrap(WRAPPED[name]()))
+    tensors, layout = convert_names(unwrap(WRAPPED[name]()))
     assert layout.name == "timm ViT"
     assert set(tensors) == set(good())
     assert all(torch.equal(tensors[key], value) for key, value in good().items())
     model = all_cases()["timm vit"].model()
-    assert len(fit(model, tensors).of("loaded")) == len(good())
+    assert len(load_weights(model, tensors).of("loaded")) == len(good())
 
 
 @pytest.mark.parametrize(
@@ -75,17 +75,17 @@ def test_the_right_weights_are_found(name: str) -> None:
     ],
 )
 def test_what_was_left_aside_is_told(name: str, words: list[str]) -> None:
-    tensors, _ = to_ours(unwrap(WRAPPED[name]()))
-    table = fit(all_cases()["timm vit"].model(), tensors).table()
+    tensors, _ = convert_names(unwrap(WRAPPED[name]()))
+    table = load_weights(all_cases()["timm vit"].model(), tensors).table()
     assert all(word in table for word in words), table
 
 
 def test_the_report_has_the_files_own_names() -> None:
-    tensors, _ = to_ours(unwrap({"state_dict": prefixed("module.")}))
+    tensors, _ = convert_names(unwrap({"state_dict": prefixed("module.")}))
     del tensors["norm.bias"]
     tensors["norm.weight"] = torch.zeros(3)
     with pytest.raises(VitrailError, match=r"norm\.weight \(module\.norm\.weight in the file\) is 3 in the file"):
-        fit(all_cases()["timm vit"].model(), tensors)
+        load_weights(all_cases()["timm vit"].model(), tensors)
 
 
 @pytest.mark.parametrize("content", [{}, {"epoch": 3}, {"model": {"lr": 0.1}}, {"state_dict": {}}, {1: 2}])

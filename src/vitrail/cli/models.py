@@ -17,12 +17,12 @@ def models(
 
     Example: `vitrail models 'swin*'`
     """
-    from vitrail.errors import VitrailError, did_you_mean
+    from vitrail.errors import ModelError, did_you_mean
     from vitrail.models.catalog import VARIANTS, list_models
 
     variants = [VARIANTS[name] for name in list_models(pattern)]
     if not variants:
-        raise VitrailError(
+        raise ModelError(
             f"no model is called {pattern!r}{did_you_mean(pattern, _beginnings(VARIANTS))}; `vitrail models` lists all"
         )
     if json:

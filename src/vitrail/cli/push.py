@@ -20,17 +20,17 @@ def push(
 
     Example: `vitrail push runs/photos me/my-photos --private`
     """
-    from vitrail.pretrained.push import pack
+    from vitrail.pretrained.push import plan_upload
     from vitrail.pretrained.push import push as send
 
-    parcel = pack(model, repo)
+    plan = plan_upload(model, repo)
     if dry_run:
-        sizes = parcel.sizes()
+        sizes = plan.sizes()
         for name, size in sizes.items():
             print(f"{size:>15,}  {name}")
         print(f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files would go to {_where(repo, revision)}")
         return
-    print(send(parcel, private=private, revision=revision, message=message, create_pr=create_pr))
+    print(send(plan, private=private, revision=revision, message=message, create_pr=create_pr))
 
 
 def _where(repo: str, revision: str | None) -> str:

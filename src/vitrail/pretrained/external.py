@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from vitrail.errors import VitrailError, did_you_mean
+from vitrail.errors import DeviceError, ModelError, WeightsError, did_you_mean
 from vitrail.images.preprocess import Preprocess
 from vitrail.pretrained.resolve import is_of_catalog
 from vitrail.utils.text import one_line, printable
@@ -30,7 +30,7 @@ def open_external_model(source: str) -> ExternalModel | None:
     """The model that timm:NAME or torchvision:NAME names; None for other words, and for models of our catalog.
 
     Raises:
-        VitrailError: the library knows no such model, or its weights cannot be had.
+        WeightsError: the library knows no such model, or its weights cannot be had.
     """
     library, _, name = source.partition(":")
     opener = _OPENERS.get(library)
@@ -39,14 +39,14 @@ def open_external_model(source: str) -> ExternalModel | None:
     try:
         module = import_module(library)
     except Exception as error:  # an installation that does not fit torch's raises anything
-        raise VitrailError(f"{library} cannot be imported: {one_line(error)}") from error
+        raise DeviceError(f"{library} cannot be imported: {one_line(error)}") from error
     return opener(module, name)
 
 
 def _timm(timm: Any, name: str) -> ExternalModel:
     if not timm.is_model(name):
         near = did_you_mean(name, timm.list_models())
-        raise VitrailError(f"timm has no model {printable(name)!r}{near}")
+        raise ModelError(f"timm has no model {printable(name)!r}{near}")
     model = _published(f"timm:{name}", lambda: timm.create_model(name, pretrained=True))
     config: dict[str, Any] = dict(model.pretrained_cfg)
     names = config.get("label_names") or (label_names("imagenet-1k") if model.num_classes == _IMAGENET else None)
@@ -58,10 +58,10 @@ def _torchvision(torchvision: Any, name: str) -> ExternalModel:
     name, _, tag = name.partition(".")
     known = models.list_models(models)
     if name not in known:
-        raise VitrailError(f"torchvision has no model {printable(name)!r}{did_you_mean(name, known)}")
+        raise ModelError(f"torchvision has no model {printable(name)!r}{did_you_mean(name, known)}")
     kinds = models.get_model_weights(name)
     if tag and tag not in kinds.__members__:
-        raise VitrailError(
+        raise WeightsError(
             f"torchvision:{name} has no weights {printable(tag)!r}: there are {', '.join(kinds.__members__)}"
         )
     weights = kinds[tag] if tag else kinds.DEFAULT
@@ -82,7 +82,7 @@ def _published(what: str, make: Callable[[], nn.Module]) -> Any:
     try:
         return make()
     except Exception as error:  # a download's, and whose error that is differs from library to library
-        raise VitrailError(f"the weights of {what} cannot be had: {one_line(error)}") from error
+        raise WeightsError(f"the weights of {what} cannot be had: {one_line(error)}") from error
 
 
 _OPENERS: dict[str, Callable[[Any, str], ExternalModel]] = {"timm": _timm, "torchvision": _torchvision}

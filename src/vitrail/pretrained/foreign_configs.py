@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vitrail.errors import VitrailError
+from vitrail.errors import ModelError
 from vitrail.images.preprocess import Preprocess
 from vitrail.models import config_io
 from vitrail.models.catalog import VARIANTS
@@ -49,7 +49,7 @@ def read_config(config: Config, processor: Config | None, where: str) -> Archite
     """From the content of config.json, and of preprocessor_config.json where there is one.
 
     Raises:
-        VitrailError: values of nonsense, or an option that ours does not have.
+        ModelError: values of nonsense, or an option that ours does not have.
     """
     try:
         if isinstance(config.get("vitrail"), Mapping):
@@ -59,7 +59,7 @@ def read_config(config: Config, processor: Config | None, where: str) -> Archite
         if isinstance(config.get("architecture"), str):
             return _timm(config, where)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        raise VitrailError(f"{where} makes no sense: {one_line(error)}") from None
+        raise ModelError(f"{where} makes no sense: {one_line(error)}") from None
     return Architecture()
 
 
@@ -69,7 +69,7 @@ def check(config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> Non
     Otherwise three lines of JSON could ask for a network of any size.
 
     Raises:
-        VitrailError: it is not so.
+        ModelError: it is not so.
     """
     config_io.from_json(family_of(config), config_io.to_json(config), where)
     sizes = {size for tensor in tensors.values() for size in tensor.shape} | {1}
@@ -89,10 +89,10 @@ def check(config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> Non
         case _:
             raise TypeError(f"no architecture goes with a {type(config).__name__}")
     if blocks > len(tensors) or not set(widths) <= sizes or max([*small, config.in_chans]) > largest:
-        raise VitrailError(f"{where} describes another network than the weights beside it")
+        raise ModelError(f"{where} describes another network than the weights beside it")
 
 
-def of_record(record: WeightsRecord) -> Architecture:
+def from_record(record: WeightsRecord) -> Architecture:
     """From a row of the table of published weights."""
     config = VARIANTS[record.model].config
     config = replace(config, num_classes=record.num_classes, img_size=record.preprocess.size)
@@ -123,7 +123,7 @@ def _timm(config: Config, where: str) -> Architecture:
     if args.get("global_pool") == "avg" and "global_pool" not in known:
         del args["global_pool"]  # what all but our ViT do; timm writes out what it was given
     for key in args.keys() - known:
-        raise VitrailError(f"{where}: {name} with {printable(key)}={one_line(args[key], 40)} is not supported")
+        raise ModelError(f"{where}: {name} with {printable(key)}={one_line(args[key], 40)} is not supported")
     args = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
     if isinstance(args.get("img_size"), int):
         args["img_size"] = (args["img_size"],) * 2
@@ -151,10 +151,10 @@ def _transformers(config: Config, processor: Config | None, where: str) -> Archi
     kind = config["model_type"]
     reader = _READERS.get(kind)
     if reader is None:
-        raise VitrailError(f"{where} describes a {one_line(kind, 40)!r}: read are {', '.join(_READERS)}")
+        raise ModelError(f"{where} describes a {one_line(kind, 40)!r}: read are {', '.join(_READERS)}")
     act = config.get("hidden_act", "gelu")
     if act != "gelu":
-        raise VitrailError(f"{where} asks for the activation {one_line(act, 40)!r}, and our models have 'gelu'")
+        raise ModelError(f"{where} asks for the activation {one_line(act, 40)!r}, and our models have 'gelu'")
     preprocess = None if processor is None else _processor(processor)
     return Architecture(config=reader(config, where), preprocess=preprocess, class_names=_labels(config))
 
@@ -186,7 +186,7 @@ def _vit(config: Config, where: str) -> ViTConfig:
 
 def _dinov2(config: Config, where: str) -> ViTConfig:
     if config.get("use_swiglu_ffn"):
-        raise VitrailError(f"{where} has a SwiGLU in its blocks (DINOv2's giant), which our models do not have")
+        raise ModelError(f"{where} has a SwiGLU in its blocks (DINOv2's giant), which our models do not have")
     registers = config.get("num_register_tokens", 4) if config["model_type"] == "dinov2_with_registers" else 0
     return ViTConfig(
         **_common(config, 16 if registers else 14),
@@ -204,7 +204,7 @@ def _dinov2(config: Config, where: str) -> ViTConfig:
 
 def _swin(config: Config, where: str) -> SwinConfig:
     if config.get("use_absolute_embeddings"):
-        raise VitrailError(f"{where} has absolute position embeddings, which our Swin does not have")
+        raise ModelError(f"{where} has absolute position embeddings, which our Swin does not have")
     return SwinConfig(
         **_common(config, 4),
         embed_dim=config.get("embed_dim", 96),

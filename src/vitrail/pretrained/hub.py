@@ -8,7 +8,7 @@ import os
 import re
 from pathlib import Path
 
-from vitrail.errors import VitrailError
+from vitrail.errors import WeightsError
 from vitrail.pretrained.local import CARD, CONFIG, PROCESSOR, choose_weights, shard_names
 from vitrail.utils.files import atomic_write_text
 from vitrail.utils.text import one_line, printable
@@ -22,11 +22,11 @@ def hub_weights(name: str, sha256: str | None = None) -> tuple[Path, str]:
     sha256: what the file must have, or as much of its beginning as is known.
 
     Raises:
-        VitrailError: no such repository or revision, no permission, no connection and not in the cache, a checksum that
+        WeightsError: no such repository or revision, no permission, no connection and not in the cache, a checksum that
             does not match, or no weights in it.
     """
     if not _NAME.fullmatch(name) or ".." in name:
-        raise VitrailError(f"hf:{printable(name)} names no repository: write hf:org/repo or hf:org/repo@revision")
+        raise WeightsError(f"hf:{printable(name)} names no repository: write hf:org/repo or hf:org/repo@revision")
     repo, _, revision = name.partition("@")
     commit, files = _files(repo, revision or "main")
     weights = choose_weights(files, f"hf:{name}")
@@ -57,11 +57,11 @@ def _files(repo: str, revision: str) -> tuple[str, set[str]]:
     try:
         info = HfApi(endpoint=_endpoint()).model_info(repo, revision=revision, timeout=10)
     except HfHubHTTPError as error:
-        raise VitrailError(_refusal(repo, revision, error)) from None
+        raise WeightsError(_refusal(repo, revision, error)) from None
     except Exception as error:  # the connection; whose error that is differs from version to version
         if cached:
             return cached.name, {file.name for file in cached.iterdir()}
-        raise VitrailError(_offline(repo, error)) from None
+        raise WeightsError(_offline(repo, error)) from None
     names = {entry.rfilename for entry in info.siblings or () if "/" not in entry.rfilename}
     return info.sha or revision, names
 
@@ -77,11 +77,11 @@ def _download(repo: str, file: str, commit: str) -> Path:
     try:
         path = Path(hf_hub_download(repo, file, revision=commit, endpoint=_endpoint()))
     except LocalEntryNotFoundError as error:
-        raise VitrailError(_offline(f"{repo}/{file}", error)) from None
+        raise WeightsError(_offline(f"{repo}/{file}", error)) from None
     except HfHubHTTPError as error:
-        raise VitrailError(_refusal(repo, commit, error)) from None
+        raise WeightsError(_refusal(repo, commit, error)) from None
     except Exception as error:  # the connection or the disk
-        raise VitrailError(f"cannot download {file} of hf:{repo}: {one_line(error)}") from None
+        raise WeightsError(f"cannot download {file} of hf:{repo}: {one_line(error)}") from None
     _check(path, f"{file} of hf:{repo}")
     return path
 
@@ -95,7 +95,7 @@ def _check_pinned(path: Path, sha256: str, what: str) -> None:
     """The file stays where it is: it may be what the hub holds now, and another may want that."""
     found = _digest(path)
     if not found.startswith(sha256):
-        raise VitrailError(
+        raise WeightsError(
             f"{what} is not what the catalog knows: its sha256 begins with {found[:12]} and should with {sha256[:12]}"
         )
 
@@ -106,7 +106,7 @@ def _check(path: Path, what: str) -> None:
     if re.fullmatch(r"[0-9a-f]{64}", blob.name) and _digest(blob) != blob.name:
         path.unlink()
         blob.unlink(missing_ok=True)
-        raise VitrailError(f"{what} came damaged (its sha256 is not {blob.name[:12]}...) and was removed: try again")
+        raise WeightsError(f"{what} came damaged (its sha256 is not {blob.name[:12]}...) and was removed: try again")
 
 
 def _cached(repo: str, revision: str) -> Path | None:

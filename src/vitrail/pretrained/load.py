@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from vitrail.errors import VitrailError
+from vitrail.errors import ModelError
 from vitrail.images.preprocess import Preprocess
 from vitrail.models.base import ImageModel
 from vitrail.models.build import build_model, configure
@@ -66,7 +66,7 @@ def load_pretrained(
         name: the catalog's name of the model; may be left out where the source says what it is.
         num_classes: for a fresh head; None keeps the head that is there.
         class_names: of the classes that the head is for, to keep or permute an old head by name.
-        heads: "auto", "keep" or "new"; see `vitrail.weights.load.fit`.
+        heads: "auto", "keep" or "new"; see `vitrail.weights.load.load_weights`.
         img_size, in_chans, options: changes of the config; tensors are resampled to them.
 
     Raises:
@@ -98,16 +98,16 @@ def _agreed(found: ModelConfig | None, name: str | None, source: str) -> ModelCo
     """The config that the file states, once it is certain that it is the model asked for."""
     if name is None:
         if found is None:
-            raise VitrailError(f"{source} does not say which model its weights are for: name it, with --model")
+            raise ModelError(f"{source} does not say which model its weights are for: name it, with --model")
         return found
     row = variant(name).config
     if found is None:
         return row
     if type(found) is not type(row):
-        raise VitrailError(f"{source} holds a {type(found).__name__.removesuffix('Config')}, which {name} is not")
+        raise ModelError(f"{source} holds a {type(found).__name__.removesuffix('Config')}, which {name} is not")
     if field := _differing(found, name):
         mine, theirs = getattr(row, field), getattr(found, field)
-        raise VitrailError(f"{source} is another model than {name}: its {field} is {theirs}, not {mine}")
+        raise ModelError(f"{source} is another model than {name}: its {field} is {theirs}, not {mine}")
     return found
 
 

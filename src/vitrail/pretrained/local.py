@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from vitrail.errors import VitrailError
+from vitrail.errors import WeightsError
 from vitrail.pretrained.foreign_configs import Architecture, read_config
 from vitrail.utils.text import join_names, printable
 from vitrail.weights.read import plain_name, read_file, read_json, read_shards
@@ -21,7 +21,7 @@ def choose_weights(names: Iterable[str], where: str) -> str:
     """The one file of a folder or repository that holds the weights.
 
     Raises:
-        VitrailError: there is none, or there are several of no usual name.
+        WeightsError: there is none, or there are several of no usual name.
     """
     names = set(names)
     for name in USUAL:
@@ -31,8 +31,8 @@ def choose_weights(names: Iterable[str], where: str) -> str:
     if len(others) == 1:
         return others[0]
     if others:
-        raise VitrailError(f"{where} holds several checkpoints ({join_names(others, 4)}): name the file that you mean")
-    raise VitrailError(f"{where} holds no weights: looked for {USUAL[0]}, {USUAL[2]} or any of {', '.join(_SUFFIXES)}")
+        raise WeightsError(f"{where} holds several checkpoints ({join_names(others, 4)}): name the file that you mean")
+    raise WeightsError(f"{where} holds no weights: looked for {USUAL[0]}, {USUAL[2]} or any of {', '.join(_SUFFIXES)}")
 
 
 def shard_names(index: Path) -> list[str]:

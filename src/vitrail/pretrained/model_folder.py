@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
 from vitrail._version import __version__
-from vitrail.errors import VitrailError
+from vitrail.errors import WeightsError
 from vitrail.images.preprocess import Preprocess
 from vitrail.models import config_io
 from vitrail.models.base import ImageModel
@@ -53,13 +53,13 @@ class Contents:
     notes: dict[str, Any]
 
 
-def is_ours(path: Path) -> bool:
+def is_model_folder(path: Path) -> bool:
     """Whether `path` is a folder with a config.json that we wrote (or one so damaged that nobody can tell)."""
     if not (path / CONFIG).is_file():
         return False
     try:
         return "vitrail" in _read_json(path / CONFIG)
-    except VitrailError:
+    except WeightsError:
         return True
 
 
@@ -67,13 +67,13 @@ def write_model_folder(folder: Path, contents: Contents) -> None:
     """Write the folder whole or not at all; a model folder that stands there is replaced.
 
     Raises:
-        VitrailError: the folder holds files that are not a model's, or the disk refuses.
+        WeightsError: the folder holds files that are not a model's, or the disk refuses.
     """
     folder = folder.resolve()  # else a link to a folder would be replaced by a folder
     if folder.exists():
         others = sorted({entry.name for entry in folder.iterdir()} - _REPLACEABLE) if folder.is_dir() else [folder.name]
         if others:
-            raise VitrailError(f"{folder} holds other files ({join_names(others, 3)}); save the model to a new folder")
+            raise WeightsError(f"{folder} holds other files ({join_names(others, 3)}); save the model to a new folder")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in contents.model.state_dict().items()}
     with atomic_folder(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
@@ -142,24 +142,24 @@ def read_model_folder(folder: Path) -> Contents:
     """Read and check a folder: every tensor that the config asks for, in its shape, and no other.
 
     Raises:
-        VitrailError: a file is missing, damaged or from elsewhere; a key, value, name or shape does not fit.
+        WeightsError: a file is missing, damaged or from elsewhere; a key, value, name or shape does not fit.
     """
     source = folder / CONFIG
     record = _section(_read_json(source), "vitrail", source)
     if record.get("format") != FORMAT:
-        raise VitrailError(f"{source} has format {record.get('format')!r}, not {FORMAT}: update vitrail to read it")
+        raise WeightsError(f"{source} has format {record.get('format')!r}, not {FORMAT}: update vitrail to read it")
     config = config_io.from_json(record.get("family"), _section(record, "config", source), str(source))
     names = record.get("class_names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise VitrailError(f"{source} has no list of class_names")
+        raise WeightsError(f"{source} has no list of class_names")
     if len(names) != config.num_classes:
-        raise VitrailError(f"{source} has {len(names)} class names for {config.num_classes} classes")
+        raise WeightsError(f"{source} has {len(names)} class names for {config.num_classes} classes")
     try:
         preprocess = Preprocess.from_dict(_section(record, "preprocess", source))
     except (TypeError, ValueError) as error:
-        raise VitrailError(f"{source} has a preprocessing of nonsense: {one_line(error)}") from None
+        raise WeightsError(f"{source} has a preprocessing of nonsense: {one_line(error)}") from None
     if preprocess.channels != config.in_chans:
-        raise VitrailError(f"{source} prepares {preprocess.channels} channels for a model of {config.in_chans}")
+        raise WeightsError(f"{source} prepares {preprocess.channels} channels for a model of {config.in_chans}")
     return Contents(
         model=_load(folder / WEIGHTS, config),
         preprocess=preprocess,
@@ -173,11 +173,11 @@ def _read_json(source: Path) -> dict[str, Any]:
     try:
         record = json.loads(source.read_text(encoding="utf-8"))
     except OSError as error:
-        raise VitrailError(f"cannot read {source}: {(error.strerror or str(error)).lower()}") from None
+        raise WeightsError(f"cannot read {source}: {(error.strerror or str(error)).lower()}") from None
     except (ValueError, RecursionError) as error:
-        raise VitrailError(f"{source} is no JSON: {one_line(error)}") from None
+        raise WeightsError(f"{source} is no JSON: {one_line(error)}") from None
     if not isinstance(record, dict):
-        raise VitrailError(f"{source} is no model's config: it holds a {type(record).__name__}")
+        raise WeightsError(f"{source} is no model's config: it holds a {type(record).__name__}")
     return record
 
 
@@ -185,7 +185,7 @@ def _section(record: Mapping[str, Any], key: str, source: Path) -> dict[str, Any
     section = record.get(key)
     if not isinstance(section, dict):
         hint = "; it was not written by vitrail" if key == "vitrail" else ""
-        raise VitrailError(f"{source} has no section {key!r}{hint}")
+        raise WeightsError(f"{source} has no section {key!r}{hint}")
     return section
 
 
@@ -196,7 +196,7 @@ def _load(source: Path, config: ModelConfig) -> ImageModel:
     initialised only to be overwritten.
     """
     if not source.is_file():
-        raise VitrailError(f"{source} does not exist: the model's weights are missing")
+        raise WeightsError(f"{source} does not exist: the model's weights are missing")
     try:
         with safe_open(source, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  no dict
@@ -205,7 +205,7 @@ def _load(source: Path, config: ModelConfig) -> ImageModel:
             _check_fit(expected, shapes, source)
             tensors = {name: file.get_tensor(name).to(expected[name].dtype) for name in shapes}
     except (SafetensorError, OSError) as error:
-        raise VitrailError(f"{source} is damaged or no safetensors file: {one_line(error)}") from None
+        raise WeightsError(f"{source} is damaged or no safetensors file: {one_line(error)}") from None
     if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in tensors):
         model = build_model(config)  # it computes tables of its own, which need memory
         model.load_state_dict(tensors)
@@ -218,12 +218,12 @@ def _skeleton(config: ModelConfig, num_tensors: int, source: Path) -> ImageModel
     """The model on the meta device: names and shapes without memory."""
     blocks = [getattr(config, name, 0) for name in ("depth", "depths", "layers")]
     if max(sum(b) if isinstance(b, tuple) else b for b in blocks) > num_tensors:
-        raise VitrailError(f"{source} holds {num_tensors} tensors, too few for the depth that its config asks for")
+        raise WeightsError(f"{source} holds {num_tensors} tensors, too few for the depth that its config asks for")
     try:
         with torch.device("meta"), _NoDraws():
             return build_model(config)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-        raise VitrailError(f"{source.with_name(CONFIG)} describes no model: {one_line(error)}") from None
+        raise WeightsError(f"{source.with_name(CONFIG)} describes no model: {one_line(error)}") from None
 
 
 class _NoDraws(TorchFunctionMode):
@@ -239,7 +239,7 @@ class _NoDraws(TorchFunctionMode):
 
 
 def _check_fit(expected: Mapping[str, torch.Tensor], found: Mapping[str, tuple[int, ...]], source: Path) -> None:
-    """Raise VitrailError, naming the tensors, unless names and shapes are the same."""
+    """Raise WeightsError, naming the tensors, unless names and shapes are the same."""
     faults = {
         "missing": [name for name in expected if name not in found],
         "not the model's": [name for name in found if name not in expected],
@@ -251,4 +251,4 @@ def _check_fit(expected: Mapping[str, torch.Tensor], found: Mapping[str, tuple[i
     }
     words = [f"{what}: {join_names(names, 3)}" for what, names in faults.items() if names]
     if words:
-        raise VitrailError(f"{source} does not fit its config.json: {'; '.join(words)}")
+        raise WeightsError(f"{source} does not fit its config.json: {'; '.join(words)}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from vitrail.errors import VitrailError
 from vitrail.pretrained.model_card import without_paths
-from vitrail.pretrained.model_folder import CARD, CONFIG, WEIGHTS, is_ours, read_model_folder, to_card
+from vitrail.pretrained.model_folder import CARD, CONFIG, WEIGHTS, is_model_folder, read_model_folder, to_card
 from vitrail.utils.text import one_line, printable
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class UploadPlan:
         }
 
 
-def pack(model: str | Path, repo: str) -> UploadPlan:
+def plan_upload(model: str | Path, repo: str) -> UploadPlan:
     """Read and check a model folder or a run folder, and make ready what `push` would send. Needs no connection.
 
     A card that nobody has changed comes to name the repository in its code; a person's own is sent as it is.
@@ -62,14 +62,14 @@ def pack(model: str | Path, repo: str) -> UploadPlan:
 
 def _folder(path: Path) -> Path:
     for folder in (path, path / "model"):
-        if is_ours(folder):
+        if is_model_folder(folder):
             return folder
     what = "holds no model" if path.is_dir() else "is no folder" if path.exists() else "does not exist"
     raise VitrailError(f"{path} {what}: push takes a model folder or a run folder that `vitrail train` has written")
 
 
 def push(
-    parcel: UploadPlan,
+    plan: UploadPlan,
     *,
     private: bool = False,
     revision: str | None = None,
@@ -84,13 +84,13 @@ def push(
     """
     from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 
-    repo = parcel.repo
+    repo = plan.repo
     if constants.HF_HUB_OFFLINE:
         raise VitrailError(f"cannot push to hf:{repo}: HF_HUB_OFFLINE is set; unset it to go online")
     if not get_token():
         raise VitrailError(f"cannot push to hf:{repo} without a token: `hf auth login`, or set HF_TOKEN")
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
-    additions = [CommitOperationAdd(name, content) for name, content in parcel.files.items()]
+    additions = [CommitOperationAdd(name, content) for name, content in plan.files.items()]
     try:
         if private:
             _refuse_public(api, repo)

@@ -12,17 +12,17 @@ from urllib.parse import unquote, urlsplit
 
 from torch import nn
 
-from vitrail.errors import VitrailError, did_you_mean
+from vitrail.errors import WeightsError, did_you_mean
 from vitrail.models.configs import ViTConfig
-from vitrail.pretrained.foreign_configs import Architecture, check, of_record
+from vitrail.pretrained.foreign_configs import Architecture, check, from_record
 from vitrail.pretrained.hub import hub_weights
 from vitrail.pretrained.local import CONFIG, USUAL, find_weights, licence_of, read_architecture, read_tensors
 from vitrail.utils.download import cache_dir, fetch
 from vitrail.utils.text import printable
-from vitrail.weights.formats.detect import to_ours
+from vitrail.weights.formats.detect import convert_names
 from vitrail.weights.heads import HeadPolicy, num_classes_of
 from vitrail.weights.labels import label_names
-from vitrail.weights.load import fit
+from vitrail.weights.load import load_weights
 from vitrail.weights.published import PUBLISHED
 from vitrail.weights.record import WeightsRecord
 from vitrail.weights.report import Report
@@ -70,12 +70,12 @@ class Loaded:
         class_names: Sequence[str] | None = None,
         heads: HeadPolicy = "auto",
     ) -> Report:
-        """Load into `model`; see `vitrail.weights.load.fit`."""
+        """Load into `model`; see `vitrail.weights.load.load_weights`."""
         config = self.architecture.config
         grid = None
         if isinstance(config, ViTConfig):
             grid = (config.img_size[0] // config.patch_size, config.img_size[1] // config.patch_size)
-        return fit(
+        return load_weights(
             model,
             self.tensors,
             num_classes=num_classes,
@@ -96,7 +96,7 @@ def load_source(source: str | Path, model: str | None = None) -> Loaded:
         model: the catalog's name of the model that they are for; needed for tags.
 
     Raises:
-        VitrailError: there is no such thing, or it cannot be had, or it is not to be trusted; in one line.
+        WeightsError: there is no such thing, or it cannot be had, or it is not to be trusted; in one line.
     """
     word = str(source)
     if isinstance(source, str) and (record := _by_tag(word, model)):
@@ -114,7 +114,7 @@ def load_source(source: str | Path, model: str | None = None) -> Loaded:
     path = Path(source).expanduser()
     if path.exists() or isinstance(source, Path) or "/" in word or "\\" in word or word.endswith(_FILES):
         return _local(path)
-    raise VitrailError(_unknown(word, model))
+    raise WeightsError(_unknown(word, model))
 
 
 def is_of_catalog(source: str) -> bool:
@@ -152,7 +152,7 @@ def _by_torchvision_name(name: str) -> WeightsRecord:
     records = {r.tag: r for m in models for r in PUBLISHED.get(m, ()) if r.tag.startswith("torchvision_")}
     if not records:
         known = [*_TORCHVISION, *(m for m in PUBLISHED if m.startswith(("resnet", "convnext")))]
-        raise VitrailError(
+        raise WeightsError(
             f"torchvision:{printable(name)} is not known{did_you_mean(model, known)}: there are {', '.join(known)}"
         )
     tag = (
@@ -164,7 +164,7 @@ def _by_torchvision_name(name: str) -> WeightsRecord:
     if not weights or weights == "DEFAULT":
         tag = "torchvision_v2" if "torchvision_v2" in records else "torchvision_v1"
     if tag not in records:
-        raise VitrailError(f"torchvision:{model} has no weights {printable(weights)!r}: there are {', '.join(records)}")
+        raise WeightsError(f"torchvision:{model} has no weights {printable(weights)!r}: there are {', '.join(records)}")
     return records[tag]
 
 
@@ -174,7 +174,7 @@ def _published(record: WeightsRecord) -> Loaded:
         found = _hub(record.source.removeprefix("hf:"), record.sha256)
     else:
         found = _url(f"{record.source}#sha256={record.sha256}")
-    known = of_record(record)
+    known = from_record(record)
     architecture = Architecture(
         name=record.model,
         config=found.architecture.config or known.config,
@@ -196,7 +196,7 @@ def _url(word: str) -> Loaded:
     url, _, fragment = word.partition("#")
     match = re.fullmatch(r"sha256=([0-9a-fA-F]{8,64})", fragment)
     if not match:
-        raise VitrailError(
+        raise WeightsError(
             f"{printable(word)} needs its checksum to be trusted: append #sha256=... (run sha256sum on a good copy)"
         )
     name = unquote(urlsplit(url).path).rpartition("/")[2]
@@ -210,7 +210,7 @@ def _local(path: Path) -> Loaded:
     if path.is_dir():
         return _read(find_weights(path), str(path))
     if not path.exists():
-        raise VitrailError(f"there is no {path}: check the path")
+        raise WeightsError(f"there is no {path}: check the path")
     if path.name in USUAL:
         return _read(path, str(path))
     return _convert(path, str(path))
@@ -227,7 +227,7 @@ def _read(path: Path, source: str) -> Loaded:
 def _convert(path: Path, source: str) -> Loaded:
     """A file of weights by itself."""
     try:
-        tensors, layout = to_ours(read_tensors(path))
-    except VitrailError as error:
-        raise VitrailError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        tensors, layout = convert_names(read_tensors(path))
+    except WeightsError as error:
+        raise WeightsError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     return Loaded(tensors=tensors, layout=layout.name, source=source)

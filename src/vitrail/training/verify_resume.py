@@ -42,7 +42,7 @@ _CLOCKS = ("seconds", "images_per_second", "waiting_for_data")  # how the names 
 
 
 @dataclass(frozen=True)
-class Verdict:
+class HeadDecision:
     """What came out. differing: names of what is not the same, `part: name`; largest: the largest difference there.
 
     steps: of the run; killed: steps that the killed process had done; saved: steps at its last checkpoint.
@@ -78,7 +78,7 @@ class Verdict:
 
 def verify_resume(
     data: str | Path | Dataset | None = None, *, progress: bool = True, seconds: float = SECONDS, **asked: Any
-) -> Verdict:
+) -> HeadDecision:
     """Train without a stop, and killed and taken up again, and compare. Takes the arguments of `train`.
 
     It takes about a minute, or longer where a step does. Nothing is written to the run's own place.
@@ -108,7 +108,7 @@ def verify_resume(
     tensors = [tensor for part in whole.tensors.values() for tensor in part.values()]
     numbers = sum(tensor.numel() for tensor in tensors)
     taken = time.perf_counter() - begin
-    return Verdict(state.steps, saved, killed, len(tensors), numbers, tuple(names), largest, taken)
+    return HeadDecision(state.steps, saved, killed, len(tensors), numbers, tuple(names), largest, taken)
 
 
 def kill_plan(steps: int, steps_per_epoch: int) -> tuple[int, int]:

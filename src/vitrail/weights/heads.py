@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from vitrail.errors import VitrailError
+from vitrail.errors import WeightsError
 
 HeadPolicy = Literal["auto", "keep", "new"]
 HEADS = ("head", "head_dist", "head.fc", "fc")
@@ -26,7 +26,7 @@ def num_classes_of(tensors: Mapping[str, Tensor]) -> int:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class HeadDecision:
     """keep: the file's head is taken, its rows in the order `rows` where that is not None. Else a fresh head stays, or,
     with `problem`, nothing can be done."""
 
@@ -37,7 +37,7 @@ class Verdict:
     problem: bool = False
 
 
-def judge(
+def decide_head(
     old: int,
     new: int,
     *,
@@ -45,38 +45,38 @@ def judge(
     old_names: Sequence[str] | None,
     new_names: Sequence[str] | None,
     policy: HeadPolicy,
-) -> Verdict:
+) -> HeadDecision:
     """Decide on a head for `new` classes, with one for `old` classes in the file.
 
     asked: the number of classes that a person asked for, None if nobody did. "keep" insists on the file's head, "new"
     on a fresh one, "auto" keeps what certainly fits.
 
     Raises:
-        VitrailError: "keep" cannot be had.
+        WeightsError: "keep" cannot be had.
     """
     if not new:
-        return Verdict(keep=False, why="the model has no head")
+        return HeadDecision(keep=False, why="the model has no head")
     if policy == "new":
-        return Verdict(keep=False, why="a fresh head was asked for")
+        return HeadDecision(keep=False, why="a fresh head was asked for")
     if not old:
         if policy == "keep":
-            raise VitrailError("the head cannot be kept: the file has none")
-        return Verdict(keep=asked is None, why="the file has no head", problem=asked is None)
+            raise WeightsError("the head cannot be kept: the file has none")
+        return HeadDecision(keep=asked is None, why="the file has no head", problem=asked is None)
     if old != new:
         if policy == "keep":
-            raise VitrailError(f"the head cannot be kept: it knows {old} classes and the model {new}")
+            raise WeightsError(f"the head cannot be kept: it knows {old} classes and the model {new}")
         why = f"{new} classes in place of {old}"
-        return Verdict(keep=asked is None, why=why, problem=asked is None)
+        return HeadDecision(keep=asked is None, why=why, problem=asked is None)
     return _by_names(old_names, new_names, policy)
 
 
-def _by_names(old: Sequence[str] | None, new: Sequence[str] | None, policy: HeadPolicy) -> Verdict:
+def _by_names(old: Sequence[str] | None, new: Sequence[str] | None, policy: HeadPolicy) -> HeadDecision:
     """The numbers are equal; the names have the last word, where they are known."""
     if new is None or (old is not None and list(old) == list(new)):
-        return Verdict(keep=True)
+        return HeadDecision(keep=True)
     if old is not None and len(set(new)) == len(new) and sorted(old) == sorted(new):
         place = {name: row for row, name in enumerate(old)}
-        return Verdict(
+        return HeadDecision(
             keep=True, rows=tuple(place[name] for name in new), why="rows put in the order of the class names"
         )
     if old is None:
@@ -85,5 +85,5 @@ def _by_names(old: Sequence[str] | None, new: Sequence[str] | None, policy: Head
         first = next(index for index, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1])
         why = f"class {first} is {old[first]!r} in the file and {new[first]!r} here"
     if policy == "keep":
-        raise VitrailError(f"the head cannot be kept: {why}")
-    return Verdict(keep=False, why="other classes", warning=f"as many classes, yet a fresh head: {why}")
+        raise WeightsError(f"the head cannot be kept: {why}")
+    return HeadDecision(keep=False, why="other classes", warning=f"as many classes, yet a fresh head: {why}")

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitrail.errors import VitrailError
+from vitrail.errors import WeightsError
 from vitrail.utils.text import format_shape, join_names, printable
-from vitrail.weights.heads import HeadPolicy, Verdict, head_names, judge, num_classes_of
+from vitrail.weights.heads import HeadDecision, HeadPolicy, decide_head, head_names, num_classes_of
 from vitrail.weights.report import Entry, Report
 from vitrail.weights.resample import adapt_channels, resample_bias_table, resample_patches, resample_positions
 from vitrail.weights.tensors import Tensors
@@ -24,7 +24,7 @@ _FIRST_CONVOLUTIONS = ("patch_embed.convs.0.weight", "patch_embed.proj.weight", 
 _BIAS_TABLE, _COUNTER = "relative_position_bias_table", "num_batches_tracked"
 
 
-def fit(
+def load_weights(
     model: nn.Module,
     tensors: Tensors,
     *,
@@ -48,11 +48,11 @@ def fit(
         source, layout: for the report.
 
     Raises:
-        VitrailError: any mismatch that is not one of the above; it names the tensors and both shapes. The model is then
+        WeightsError: any mismatch that is not one of the above; it names the tensors and both shapes. The model is then
             as it was.
     """
     plan = _Plan(model, Tensors(tensors), grid)
-    verdict = judge(
+    decision = decide_head(
         num_classes_of(tensors),
         num_classes_of(plan.wanted),
         asked=num_classes,
@@ -60,7 +60,7 @@ def fit(
         new_names=class_names,
         policy=heads,
     )
-    plan.take_head(verdict)
+    plan.take_head(decision)
     plan.take_tokens()
     plan.take_rest()
     plan.check(source)
@@ -69,7 +69,7 @@ def fit(
         source=source,
         layout=layout,
         notes=[*tensors.notes],
-        warnings=[verdict.warning] if verdict.warning else [],
+        warnings=[decision.warning] if decision.warning else [],
     )
     model.load_state_dict(plan.state, strict=True)
     for warning in report.warnings:
@@ -108,7 +108,7 @@ class _Plan:
 
     def leave(self, name: str, why: str) -> None:
         tensor = self.left.pop(name)
-        self.unused.append(Entry(self.left.called(name), "unused", old=tuple(tensor.shape), how=why))
+        self.unused.append(Entry(self.left.file_name(name), "unused", old=tuple(tensor.shape), how=why))
 
     def place(self, name: str, value: Tensor, state: str = "loaded", how: str = "") -> None:
         """Take the tensor `name` out of the file's, changed into `value`; its shape and kind must be the model's."""
@@ -123,25 +123,25 @@ class _Plan:
             self.put(name, value, state, how, old)
 
     def both_names(self, name: str) -> str:
-        called = self.left.called(name)
+        called = self.left.file_name(name)
         return printable(name) if called == name else f"{printable(name)} ({printable(called, 300)} in the file)"
 
     def mismatch(self, name: str, old: Tensor, hint: str = "") -> None:
         shapes = f"{format_shape(old.shape)} in the file and {format_shape(self.wanted[name].shape)} in the model"
         self.problems[name] = f"{self.both_names(name)} is {shapes}{hint}"
 
-    def take_head(self, verdict: Verdict) -> None:
+    def take_head(self, decision: HeadDecision) -> None:
         """Both heads, where there are two, go the same way."""
         in_file, in_model = head_names(self.left), head_names(self.wanted)
-        if verdict.keep and not verdict.problem:
+        if decision.keep and not decision.problem:
             for name in in_file:
-                if verdict.rows is not None and name in self.wanted and self.left[name].ndim:
-                    self.place(name, self.left[name][list(verdict.rows)], how=verdict.why)
+                if decision.rows is not None and name in self.wanted and self.left[name].ndim:
+                    self.place(name, self.left[name][list(decision.rows)], how=decision.why)
             return  # where there is nothing to permute, the head is like any other tensor
-        if verdict.problem:
+        if decision.problem:
             hint = "; give num_classes for a fresh head, or 0 for none"
             if not in_file:
-                self.problems[in_model[0]] = f"{verdict.why}, and the model needs {join_names(in_model)}{hint}"
+                self.problems[in_model[0]] = f"{decision.why}, and the model needs {join_names(in_model)}{hint}"
                 self.settled |= {*in_model}
             for name in in_file:
                 tensor = self.left.pop(name)
@@ -149,9 +149,9 @@ class _Plan:
                     self.mismatch(name, tensor, hint)
             return
         for name in in_file:
-            self.leave(name, verdict.why)
+            self.leave(name, decision.why)
         for name in in_model:
-            self.put(name, self.wanted[name], "new", verdict.why, None)
+            self.put(name, self.wanted[name], "new", decision.why, None)
 
     def take_tokens(self) -> None:
         """The position embedding, resampled; and the prefix tokens, where only one side embeds their position."""
@@ -253,7 +253,7 @@ class _Plan:
             return
         if 4 * (len(missing) + len(self.problems) + len(self.left)) > len(self.wanted):
             lines.append("are these another model's weights?")
-        raise VitrailError(f"{source or 'the weights'} do not fit the model: {'; '.join(lines)}")
+        raise WeightsError(f"{source or 'the weights'} do not fit the model: {'; '.join(lines)}")
 
     def in_order(self) -> list[Entry]:
         return [*(replace(self.entries[name]) for name in self.wanted), *self.unused]

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from vitrail.errors import VitrailError
+from vitrail.errors import WeightsError
 from vitrail.utils.text import join_names, one_line, printable
 
 _MOST_INFLATED = 200  # an archive that says it holds more than so many times its own size is a bomb
@@ -28,7 +28,7 @@ def read_file(path: str | Path) -> Mapping[Any, Any]:
     """The content of a checkpoint file: tensors by name, or containers with such in them (see `unwrap.py`).
 
     Raises:
-        VitrailError: no such file, cut short, damaged, of no known kind, or in need of code.
+        WeightsError: no such file, cut short, damaged, of no known kind, or in need of code.
     """
     path = Path(path)
     try:
@@ -36,42 +36,42 @@ def read_file(path: str | Path) -> Mapping[Any, Any]:
         with path.open("rb") as file:
             start = file.read(128)
     except OSError as error:
-        raise VitrailError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from None
+        raise WeightsError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from None
     if not size:
-        raise VitrailError(f"{path} is empty: download or copy it again")
+        raise WeightsError(f"{path} is empty: download or copy it again")
     if start.startswith(b"version https://git-lfs"):
-        raise VitrailError(f"{path} is a pointer of Git LFS and not the file itself: run 'git lfs pull' beside it")
+        raise WeightsError(f"{path} is a pointer of Git LFS and not the file itself: run 'git lfs pull' beside it")
     if start.startswith(b"PK"):
         return _read_zip(path, size)
     if start[8:9] == b"{":
         return _read_safetensors(path)
     if start[:1] == b"\x80" or b"ustar" in start or _is_tar(path):
         return _read_pickle(path)
-    raise VitrailError(f"{path} is no checkpoint: it is none of safetensors, .npz and what torch.save writes")
+    raise WeightsError(f"{path} is no checkpoint: it is none of safetensors, .npz and what torch.save writes")
 
 
 def read_shards(index: str | Path) -> dict[str, torch.Tensor]:
     """A checkpoint in several files, as its index (`*.index.json`) lists them; they lie beside it.
 
     Raises:
-        VitrailError: a file is missing, or its name leads out of the folder, or the index does not hold what it says.
+        WeightsError: a file is missing, or its name leads out of the folder, or the index does not hold what it says.
     """
     index = Path(index)
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not all(isinstance(x, str) for pair in table.items() for x in pair):
-        raise VitrailError(f"{index} is no index of a checkpoint: it has no weight_map from names to files")
+        raise WeightsError(f"{index} is no index of a checkpoint: it has no weight_map from names to files")
     tensors: dict[str, torch.Tensor] = {}
     for name in sorted(set(table.values())):
         shard = read_file(index.parent / plain_name(name, index))
         for key, tensor in shard.items():
             if key not in table:
-                raise VitrailError(
+                raise WeightsError(
                     f"{index.parent / name} holds {printable(str(key))}, of which {index.name} does not know"
                 )
             if isinstance(tensor, torch.Tensor) and table[key] == name:
                 tensors[key] = tensor
     if missing := [key for key in table if key not in tensors]:
-        raise VitrailError(f"{index} promises tensors that its files do not hold: {join_names(missing)}")
+        raise WeightsError(f"{index} promises tensors that its files do not hold: {join_names(missing)}")
     return tensors
 
 
@@ -79,10 +79,10 @@ def plain_name(name: str, where: Path) -> str:
     """`name`, if it names a file in the same folder.
 
     Raises:
-        VitrailError: it leads elsewhere.
+        WeightsError: it leads elsewhere.
     """
     if not name or name in (".", "..") or any(sign in name for sign in "/\\\0:"):
-        raise VitrailError(
+        raise WeightsError(
             f"{where} names the file {printable(name)!r}, which leads out of its folder: do not trust it"
         )
     return name
@@ -92,18 +92,18 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object.
 
     Raises:
-        VitrailError: it does not.
+        WeightsError: it does not.
     """
     try:
         if path.stat().st_size > _LARGEST_JSON:
-            raise VitrailError(f"{path} is far too long for a config: do not trust it")
+            raise WeightsError(f"{path} is far too long for a config: do not trust it")
         content = json.loads(path.read_bytes())
     except OSError as error:
-        raise VitrailError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from None
+        raise WeightsError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from None
     except (ValueError, RecursionError) as error:
-        raise VitrailError(f"{path} is no JSON: {one_line(error)}") from None
+        raise WeightsError(f"{path} is no JSON: {one_line(error)}") from None
     if not isinstance(content, dict):
-        raise VitrailError(f"{path} holds a {type(content).__name__} and no config")
+        raise WeightsError(f"{path} holds a {type(content).__name__} and no config")
     return content
 
 
@@ -120,7 +120,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         MemoryError,
         OverflowError,
     ) as error:
-        raise VitrailError(f"{path} is damaged, cut short or no safetensors file: {one_line(error)}") from None
+        raise WeightsError(f"{path} is damaged, cut short or no safetensors file: {one_line(error)}") from None
 
 
 def _read_zip(path: Path, size: int) -> Mapping[Any, Any]:
@@ -129,19 +129,19 @@ def _read_zip(path: Path, size: int) -> Mapping[Any, Any]:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise VitrailError(f"{path} is damaged or cut short: {one_line(error)}") from None
+        raise WeightsError(f"{path} is damaged or cut short: {one_line(error)}") from None
     if sum(entry.file_size for entry in entries) > _MOST_INFLATED * size:
-        raise VitrailError(f"{path} would unpack to more than {_MOST_INFLATED} times its size: do not trust it")
+        raise WeightsError(f"{path} would unpack to more than {_MOST_INFLATED} times its size: do not trust it")
     names = [entry.filename for entry in entries]
     if any(name.endswith("/data.pkl") or name == "data.pkl" for name in names):
         if any("/code/" in name or name.endswith("constants.pkl") for name in names):
-            raise VitrailError(
+            raise WeightsError(
                 f"{path} is a TorchScript program and not a checkpoint: save its state_dict() where it is trusted"
             )
         return _read_pickle(path)
     if names and all(name.endswith(".npy") for name in names):
         return _read_npz(path)
-    raise VitrailError(f"{path} is a zip archive, but neither .npz nor what torch.save writes")
+    raise WeightsError(f"{path} is a zip archive, but neither .npz nor what torch.save writes")
 
 
 def _read_npz(path: Path) -> dict[str, torch.Tensor]:
@@ -151,11 +151,11 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
             for name in archive.files:
                 array = archive[name]
                 if array.dtype.kind not in "biuf":
-                    raise VitrailError(f"{path} holds {printable(name)} of dtype {array.dtype}: only numbers are read")
+                    raise WeightsError(f"{path} holds {printable(name)} of dtype {array.dtype}: only numbers are read")
                 tensors[name] = torch.from_numpy(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="))))
     except (zipfile.BadZipFile, OSError, ValueError, TypeError, KeyError, EOFError, MemoryError) as error:
         hint = "; it holds Python objects, which are never read" if "allow_pickle" in str(error) else ""
-        raise VitrailError(
+        raise WeightsError(
             f"{path} is damaged, cut short or no .npz of numbers{hint}: {one_line(error, 120)}"
         ) from None
     return tensors
@@ -169,12 +169,12 @@ def _read_pickle(path: Path) -> Mapping[Any, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
             content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        raise VitrailError(_needs_code(path, error)) from None
+        raise WeightsError(_needs_code(path, error)) from None
     except Exception as error:  # torch raises every kind on a damaged file
-        raise VitrailError(f"{path} is damaged or cut short: {one_line(error, 120)}") from None
+        raise WeightsError(f"{path} is damaged or cut short: {one_line(error, 120)}") from None
     if not isinstance(content, Mapping):
         what = type(content).__name__
-        raise VitrailError(f"{path} holds a {what} and no state dict: save model.state_dict() where it is trusted")
+        raise WeightsError(f"{path} holds a {what} and no state dict: save model.state_dict() where it is trusted")
     return content
 
 

@@ -26,11 +26,11 @@ class Tensors(dict[str, Tensor]):
             self.notes += tensors.notes
             self.outside |= tensors.outside
 
-    def called(self, name: str) -> str:
+    def file_name(self, name: str) -> str:
         """What the file calls the tensor `name`."""
         return self.origin.get(name, name)
 
-    def heir(self) -> "Tensors":
+    def empty_copy(self) -> "Tensors":
         """No tensors yet, and this one's notes and unused tensors."""
         empty = Tensors()
         empty.unused |= self.unused

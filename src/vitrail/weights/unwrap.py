@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vitrail.errors import VitrailError
+from vitrail.errors import WeightsError
 from vitrail.utils.text import join_names
 from vitrail.weights.tensors import Tensors
 
@@ -43,7 +43,7 @@ def unwrap(content: Mapping[Any, Any]) -> Tensors:
     """The state dict within `content`, without the wrappers' prefixes; `notes` tell what was chosen and left aside.
 
     Raises:
-        VitrailError: there is no state dict.
+        WeightsError: there is no state dict.
     """
     tensors, notes = _open(content, [])
     tensors.notes += notes
@@ -62,7 +62,7 @@ def _open(content: Mapping[Any, Any], path: list[str]) -> tuple[Tensors, list[st
         return Tensors(tensors), notes
     if not inside or len(path) > 4:
         keys = join_names((str(key) for key in content), 6) or "it is empty"
-        raise VitrailError(f"the checkpoint holds no state dict ({keys})")
+        raise WeightsError(f"the checkpoint holds no state dict ({keys})")
     found, notes = _open(content[inside[0]], [*path, inside[0]])
     if len(inside) > 1:
         notes.append(f"the checkpoint's {' and '.join(repr(key) for key in inside[1:])} left aside")
@@ -91,13 +91,13 @@ def _strip(tensors: Tensors) -> Tensors:
     while prefix := next(
         (p for p in _PREFIXES if 2 * sum(name.startswith(p) for name in tensors) > len(tensors)), None
     ):
-        out = tensors.heir()
+        out = tensors.empty_copy()
         for name, tensor in tensors.items():
             bare = name.removeprefix(prefix)
             if bare in out:
-                raise VitrailError(f"the checkpoint holds {bare} twice, with and without {prefix!r}: remove one")
+                raise WeightsError(f"the checkpoint holds {bare} twice, with and without {prefix!r}: remove one")
             out[bare] = tensor
-            if (called := tensors.called(name)) != bare:
+            if (called := tensors.file_name(name)) != bare:
                 out.origin[bare] = called
             if bare == name or name in tensors.outside:
                 out.outside.add(bare)

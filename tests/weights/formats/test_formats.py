@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from vitrail.errors import VitrailError
-from vitrail.weights.formats.detect import FORMATS, detect, to_ours
-from vitrail.weights.load import fit
+from vitrail.weights.formats.detect import FORMATS, convert_names, detect
+from vitrail.weights.load import load_weights
 from vitrail.weights.tensors import Tensors
 from vitrail.weights.unwrap import unwrap
 from weights.checkpoints import NAMES, all_cases, images, worst
@@ -21,10 +21,10 @@ def test_every_case_has_a_name_and_every_layout_a_case() -> None:
 @torch.inference_mode()
 def test_logits_are_the_references(name: str) -> None:
     case = all_cases()[name]
-    tensors, layout = to_ours(unwrap(case.content))
+    tensors, layout = convert_names(unwrap(case.content))
     assert layout.name == case.layout
     model = case.model()
-    report = fit(model, tensors)
+    report = load_weights(model, tensors)
     expected: Tensor = case.reference(images())
     assert worst(model(images()), expected) <= 1e-5
     in_model = {entry.name for entry in report.entries if entry.state != "unused"}
@@ -38,7 +38,7 @@ def test_functions_leave_their_input_as_it_is() -> None:
     for name in ("google npz", "transformers swin", "authors' swin", "torchvision convnext"):
         content = Tensors(unwrap(all_cases()[name].content))
         before = {key: value.clone() for key, value in content.items()}
-        to_ours(content)
+        convert_names(content)
         assert list(before) == list(content)
         assert all(torch.equal(before[key], content[key]) for key in before)
 
@@ -49,8 +49,8 @@ def test_transformers_new_names() -> None:
 
     for name, model in transformers_models().items():
         case = all_cases()[f"transformers {name}"]
-        theirs, _ = to_ours(Tensors(case.content))
-        ours, layout = to_ours(Tensors(model.state_dict()))
+        theirs, _ = convert_names(Tensors(case.content))
+        ours, layout = convert_names(Tensors(model.state_dict()))
         assert layout.name == case.layout
         assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
@@ -59,7 +59,7 @@ def test_a_dinov2_classifier_reads_what_our_head_does_not() -> None:
     content = Tensors(all_cases()["transformers dinov2"].content)
     content = Tensors({f"dinov2.{key}": value for key, value in content.items()})
     content["classifier.weight"], content["classifier.bias"] = torch.randn(5, 48), torch.randn(5)
-    tensors, _ = to_ours(content)
+    tensors, _ = convert_names(content)
     assert "head.weight" not in tensors
     assert "side by side" in tensors.unused["classifier.weight"]
 
@@ -67,12 +67,12 @@ def test_a_dinov2_classifier_reads_what_our_head_does_not() -> None:
 def test_pre_logits_take_the_head_with_them() -> None:
     content = Tensors(all_cases()["google npz"].content)
     content["pre_logits/kernel"], content["pre_logits/bias"] = torch.randn(24, 24), torch.randn(24)
-    tensors, _ = to_ours(content)
+    tensors, _ = convert_names(content)
     assert set(tensors.unused) == {"pre_logits/kernel", "pre_logits/bias", "head/kernel", "head/bias"}
     model = all_cases()["google npz"].model()
     with pytest.raises(VitrailError, match="no head, and the model needs head"):
-        fit(model, tensors)
-    report = fit(model, tensors, num_classes=5)
+        load_weights(model, tensors)
+    report = load_weights(model, tensors, num_classes=5)
     assert [entry.name for entry in report.of("new")] == ["head.weight", "head.bias"]
 
 
@@ -80,7 +80,7 @@ def test_a_hybrid_is_refused() -> None:
     content = Tensors(all_cases()["google npz"].content)
     content["conv_root/kernel"] = torch.randn(7, 7, 3, 8)
     with pytest.raises(VitrailError, match="hybrid"):
-        to_ours(content)
+        convert_names(content)
 
 
 def test_big_vision_numbers_its_layers_anew() -> None:
@@ -94,7 +94,7 @@ def test_big_vision_numbers_its_layers_anew() -> None:
         for key, value in case.content.items()
     }
     model = case.model()
-    fit(model, to_ours(Tensors(content))[0])
+    load_weights(model, convert_names(Tensors(content))[0])
     with torch.inference_mode():
         assert worst(model(images()), case.reference(images())) <= 1e-5
 
@@ -111,4 +111,4 @@ def test_queries_keys_and_values_must_be_alike() -> None:
     name = "vit.encoder.layer.1.attention.attention.key.weight"
     content[name] = content[name][:, :-1]
     with pytest.raises(VitrailError, match=r"layer\.1\.attention\.attention\.key\.weight is 24x23"):
-        to_ours(content)
+        convert_names(content)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from vitrail.errors import VitrailError
+from vitrail.errors import WeightsError
 from vitrail.utils.text import join_names
 from vitrail.weights.formats import google as google
 from vitrail.weights.formats import timm as timm
@@ -55,20 +55,20 @@ def detect(names: Iterable[str]) -> Format:
     """The layout that knows the most of these names; of equals the first in `FORMATS`.
 
     Raises:
-        VitrailError: none knows at least half of them.
+        WeightsError: none knows at least half of them.
     """
     names = list(names)
     known = [layout.knows(names) for layout in FORMATS]
     best = max(known)
     if not names or 2 * best < len(names):
-        raise VitrailError(
+        raise WeightsError(
             f"the tensors' names are of no layout that is read here ({join_names(names, 4) or 'there are none'}): "
             f"known are {', '.join(layout.name for layout in FORMATS)}"
         )
     return FORMATS[known.index(best)]
 
 
-def to_ours(tensors: Tensors) -> tuple[Tensors, Format]:
+def convert_names(tensors: Tensors) -> tuple[Tensors, Format]:
     """The tensors under our names, and the layout that they came in.
 
     A name outside the wrapper around the others (Lightning keeps losses and metrics there) that the layout does not
@@ -77,6 +77,6 @@ def to_ours(tensors: Tensors) -> tuple[Tensors, Format]:
     layout = detect(tensors)
     out = layout.convert(tensors)
     for name in [name for name in out if name in out.outside]:
-        out.unused[out.called(name)] = "it stands outside the model in the checkpoint"
+        out.unused[out.file_name(name)] = "it stands outside the model in the checkpoint"
         del out[name]
     return out, layout

@@ -4,7 +4,7 @@ import re
 
 from torch import Tensor
 
-from vitrail.errors import VitrailError
+from vitrail.errors import WeightsError
 from vitrail.utils.text import join_names
 from vitrail.weights.formats.keymap import Rules, join, rename, without_pre_logits
 from vitrail.weights.tensors import Tensors
@@ -38,10 +38,10 @@ def google_vit(tensors: Tensors) -> Tensors:
     """ViT as google-research/vision_transformer and big_vision publish it: kernels stand inputs first.
 
     Raises:
-        VitrailError: a hybrid of ResNet and ViT.
+        WeightsError: a hybrid of ResNet and ViT.
     """
     if hybrid := [name for name in tensors if re.match(rf"{_NPZ}(conv_root|block\d+)/", name)]:
-        raise VitrailError(f"this is a hybrid, a ResNet in front of a ViT ({join_names(hybrid, 2)}): take a plain ViT")
+        raise WeightsError(f"this is a hybrid, a ResNet in front of a ViT ({join_names(hybrid, 2)}): take a plain ViT")
     out = rename(tensors, GOOGLE_VIT)
     for name, tensor in out.items():
         out[name] = _turn_jax(name, tensor)

@@ -5,7 +5,7 @@ import re
 import torch
 from torch import Tensor
 
-from vitrail.errors import VitrailError
+from vitrail.errors import WeightsError
 from vitrail.utils.text import format_shape, printable
 from vitrail.weights.tensors import Tensors
 
@@ -20,16 +20,16 @@ def rename(tensors: Tensors, rules: Rules, why_unused: str = "this model has no 
     """Apply the first rule that fits each name.
 
     Raises:
-        VitrailError: two tensors come to the same name.
+        WeightsError: two tensors come to the same name.
     """
     compiled = [(re.compile(pattern), new) for pattern, new in rules.items()]
-    out = tensors.heir()
+    out = tensors.empty_copy()
     for name, tensor in tensors.items():
         match, new = next(((m, new) for p, new in compiled if (m := p.fullmatch(name))), (None, name))
         if new is None:
-            out.unused[tensors.called(name)] = why_unused
+            out.unused[tensors.file_name(name)] = why_unused
             continue
-        put(out, match.expand(new) if match else name, tensor, tensors.called(name))
+        put(out, match.expand(new) if match else name, tensor, tensors.file_name(name))
         if match is None and name in tensors.outside:
             out.outside.add(name)
     return out
@@ -38,8 +38,8 @@ def rename(tensors: Tensors, rules: Rules, why_unused: str = "this model has no 
 def put(out: Tensors, name: str, tensor: Tensor, origin: str) -> None:
     """Add a tensor under its new name; two under one name are an error, not a choice."""
     if name in out:
-        raise VitrailError(
-            f"the file holds {name} twice, as {printable(out.called(name))} and as {printable(origin)}: remove one"
+        raise WeightsError(
+            f"the file holds {name} twice, as {printable(out.file_name(name))} and as {printable(origin)}: remove one"
         )
     out[name] = tensor
     if origin != name:
@@ -51,7 +51,7 @@ def join(tensors: Tensors, part: str) -> Tensors:
 
     A group that is not whole is left as it is.
     """
-    out = tensors.heir()
+    out = tensors.empty_copy()
     groups: dict[str, dict[str, str]] = {}
     for name in tensors:
         if match := re.fullmatch(rf"(.+)\.([{part}])\.(weight|bias)", name):
@@ -60,15 +60,17 @@ def join(tensors: Tensors, part: str) -> Tensors:
     taken = {name for parts in whole.values() for name in parts}
     for name, tensor in tensors.items():
         if name not in taken:
-            put(out, name, tensor, tensors.called(name))
+            put(out, name, tensor, tensors.file_name(name))
     for new, parts in whole.items():
-        shapes = {tensors[name].shape for name in parts}
-        if len(shapes) > 1 or not tensors[parts[0]].ndim:
-            told = "; ".join(
-                f"{printable(tensors.called(name))} is {format_shape(tensors[name].shape)}" for name in parts
-            )
-            raise VitrailError(f"{told}: they should be alike")
-        put(out, new, torch.cat([tensors[name] for name in parts]), " + ".join(tensors.called(name) for name in parts))
+        if len({tensors[name].shape for name in parts}) > 1 or not tensors[parts[0]].ndim:
+            shapes = (f"{printable(tensors.file_name(name))} is {format_shape(tensors[name].shape)}" for name in parts)
+            raise WeightsError(f"cannot join tensors of different shapes: {'; '.join(shapes)}")
+        put(
+            out,
+            new,
+            torch.cat([tensors[name] for name in parts]),
+            " + ".join(tensors.file_name(name) for name in parts),
+        )
     out.outside = tensors.outside
     return out
 
@@ -77,7 +79,7 @@ def drop_head(tensors: Tensors, why: str) -> None:
     """Move the classifier's tensors to the unused ones."""
     for name in ("head.weight", "head.bias"):
         if tensors.pop(name, None) is not None:
-            tensors.unused[tensors.called(name)] = why
+            tensors.unused[tensors.file_name(name)] = why
 
 
 def without_pre_logits(tensors: Tensors) -> Tensors:
@@ -87,16 +89,16 @@ def without_pre_logits(tensors: Tensors) -> Tensors:
         drop_head(tensors, "it reads a 'pre_logits' layer that this model does not have")
     for name in layer:
         del tensors[name]
-        tensors.unused[tensors.called(name)] = "this model has no pre_logits layer"
+        tensors.unused[tensors.file_name(name)] = "this model has no pre_logits layer"
     return tensors
 
 
 def shift_merging(tensors: Tensors) -> Tensors:
     """Swin: where patches are merged at the end of a stage, put that at the beginning of the next one, as in timm."""
-    out = tensors.heir()
+    out = tensors.empty_copy()
     out.outside = tensors.outside
     for name, tensor in tensors.items():
         match = re.fullmatch(r"layers\.(\d+)(\.downsample\..+)", name)
         new = f"layers.{int(match[1]) + 1}{match[2]}" if match else name
-        put(out, new, tensor, tensors.called(name))
+        put(out, new, tensor, tensors.file_name(name))
     return out
