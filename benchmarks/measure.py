@@ -92,6 +92,8 @@ def hardware() -> dict[str, Any]:
     """What the figures were measured on."""
     import torch
 
+    from vitrail.utils.torch_compat import cpu_bf16
+
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -104,7 +106,7 @@ def hardware() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "amx": torch.cpu._is_amx_tile_supported(),
+        "bf16": cpu_bf16(),
     }
 
 

@@ -25,6 +25,7 @@ from vitrail.training.engine.batch_augmenter import View
 from vitrail.training.engine.schedule import Schedule
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.objectives.classification import Classify
+from vitrail.utils.torch_compat import cpu_bf16
 
 CPU = {"vit_tiny_patch16_224": (16,), "swin_tiny_patch4_window7_224": (8,), "vit_micro_patch8_32": (64,)}
 GPU = {"vit_tiny_patch16_224": (256,), "swin_tiny_patch4_window7_224": (128,), "vit_micro_patch8_32": (1024,)}
@@ -102,7 +103,7 @@ def main() -> None:
     arguments = parser.parse_args()
     on_gpu = arguments.device == "cuda"
     settings = [(("bf16", "bf16"), False), (("bf16", "bf16"), True)] if on_gpu else [(("off", "off"), False)]
-    if not on_gpu and torch.cpu._is_amx_tile_supported():
+    if not on_gpu and cpu_bf16() is not None:
         settings += [(("bf16", "bf16"), False), (("auto", "off"), False)]
     results, rates = [], {}
     for name in arguments.models:

@@ -32,9 +32,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _float32() -> Iterator[None]:
-    """Tests are of float32 on every machine, also where amp=auto would choose bfloat16."""
+    """Tests run in float32 on every machine, also where amp=auto would choose bfloat16."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        patch.setattr("vitrail.utils.device.cpu_bf16", lambda: None)
         yield
 
 

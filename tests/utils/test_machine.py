@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from training import tiny
-from training.runs import run
+from training.runs import assert_same, outcome, run
 from vitrail.errors import VitrailError
 from vitrail.models.catalog import Variant
 from vitrail.models.configs import SwinConfig
@@ -20,7 +20,8 @@ from vitrail.training.monitoring.progress import Reporter
 from vitrail.training.run import train
 from vitrail.training.session import Session
 from vitrail.training.setup import prepare
-from vitrail.utils.device import cpu_threads, uses_bf16
+from vitrail.utils import device as device_module
+from vitrail.utils.device import cpu_threads, describe_precision, uses_bf16
 
 
 @pytest.fixture(autouse=True)
@@ -83,14 +84,45 @@ def test_a_guest_without_checkpointing_is_told(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("amx", [True, False])
-def test_auto_takes_bfloat16_for_wide_models_on_a_cpu_that_has_amx(amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    with torch.device("meta"):
-        wide, narrow = create_model("vit_tiny_patch16_224"), create_model("vit_nano_patch2_8")
-    cpu, amps = torch.device("cpu"), ("auto", "bf16", "off")
-    assert [uses_bf16(wide, cpu, amp) for amp in amps] == [amx, True, False]
-    assert [uses_bf16(narrow, cpu, amp) for amp in amps] == [False, True, False]
+@pytest.mark.parametrize(
+    ("instructions", "models"),
+    [
+        ("AMX", ["swin_tiny_patch4_window7_224", "vit_tiny_patch16_224"]),
+        ("AVX512_BF16", ["swin_tiny_patch4_window7_224"]),
+        (None, []),
+    ],
+)
+def test_auto_uses_bfloat16_for_models_that_are_wide_enough_for_the_cpu(
+    instructions: str | None, models: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_module, "cpu_bf16", lambda: instructions)
+    cpu = torch.device("cpu")
+    for name in ("swin_tiny_patch4_window7_224", "vit_tiny_patch16_224", "vit_nano_patch2_8"):
+        with torch.device("meta"):
+            model = create_model(name)
+        assert [uses_bf16(model, cpu, amp) for amp in ("auto", "bf16", "off")] == [name in models, True, False]
+    assert describe_precision(cpu, True) == f"bfloat16 ({instructions or 'emulated'})"
+    assert describe_precision(cpu, False) == "float32"
+
+
+@pytest.mark.parametrize("instructions", ["AMX", None])
+def test_a_resumed_run_keeps_its_precision_on_another_processor(
+    instructions: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from training.test_resume import Killed, kill_at
+    from vitrail.training.engine.trainer import Trainer
+
+    monkeypatch.setattr(device_module, "_BF16_MIN_FEATURES", {"AMX": 1})
+    monkeypatch.setattr(device_module, "cpu_bf16", lambda: instructions)
+    run(tmp_path / "whole", epochs=2, amp="auto")
+    with monkeypatch.context() as patch:
+        kill_at(patch, Trainer, "step", 5)
+        with pytest.raises(Killed):
+            run(tmp_path / "run", epochs=2, amp="auto")
+    assert f'amp = "{"bf16" if instructions else "off"}"' in (tmp_path / "run" / "config.toml").read_text()
+    monkeypatch.setattr(device_module, "cpu_bf16", lambda: None if instructions else "AMX")
+    train(tiny.dataset(), resume=tmp_path / "run", progress=False)
+    assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
 
 
 def test_bfloat16_on_the_cpu_is_on_and_learns() -> None:
@@ -168,7 +200,7 @@ def test_a_failed_compilation_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
         return forward
 
     monkeypatch.setattr(torch, "compile", compiled)
-    with pytest.raises(VitrailError, match=r"does not work here \(.*no compiler.*\): set compile=false") as error:
+    with pytest.raises(VitrailError, match=r"torch.compile .*no compiler.*: set compile=false") as error:
         run(tmp_path / "run", epochs=1, compile=True)
     assert "\n" not in str(error.value)
 

@@ -75,10 +75,22 @@ def test_resize(mode: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatc
     assert torch.equal(fast, fallback)
 
 
-def test_amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
-    for has in (True, False):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"amx_tile": has}, raising=False)
-        assert torch_compat.cpu_has_amx() is has
-    monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert torch_compat.cpu_has_amx() is False
+@pytest.mark.parametrize(
+    ("amx", "avx512", "expected"),
+    [(True, True, "AMX"), (False, True, "AVX512_BF16"), (False, False, None)],
+)
+def test_bf16_instructions_of_the_cpu(
+    amx: bool, avx512: bool, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By PyTorch's own query, and without it by Linux's flags."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+    assert torch_compat.cpu_bf16() == expected
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    flags = "fpu sse" + " avx512_bf16" * avx512 + " amx_bf16" * amx
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n\nprocessor\t: 1\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(torch_compat, "_CPUINFO", tmp_path / "cpuinfo")
+    assert torch_compat.cpu_bf16() == expected
+    monkeypatch.setattr(torch_compat, "_CPUINFO", tmp_path / "missing")
+    assert torch_compat.cpu_bf16() is None

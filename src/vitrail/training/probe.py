@@ -27,7 +27,7 @@ from vitrail.training.engine.interrupt import Interrupt, Stopped
 from vitrail.training.monitoring.plan import class_words
 from vitrail.training.monitoring.progress import Reporter
 from vitrail.training.setup import Setup
-from vitrail.utils.device import precision, uses_bf16
+from vitrail.utils.device import describe_precision, precision, uses_bf16
 from vitrail.utils.text import format_duration
 from vitrail.weights.heads import HEADS
 
@@ -359,7 +359,7 @@ def _plan_lines(setup: Setup, folder: RunFolder, device: torch.device, own_model
         f"data    {dataset.name}: {counts} images, {class_words(dataset)} ({dataset.how_split})",
         *([f"skipped {len(dataset.skipped)} unusable files, named in the summary"] if dataset.skipped else []),
         f"model   {config.model.model}, frozen, sees {height}x{width} pixels; {start or random}",
-        f"device  {device}, {'bfloat16' if uses_bf16(setup.model, device, config.machine.amp) else 'float32'}",
+        f"device  {device}, {describe_precision(device, uses_bf16(setup.model, device, config.machine.amp))}",
         f"run     {folder.path}",
     ]
 

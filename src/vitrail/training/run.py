@@ -32,7 +32,7 @@ from vitrail.training.resources.batch_size import fit_batch_size, memory_advice
 from vitrail.training.resources.forecast import cost_lines
 from vitrail.training.session import Session
 from vitrail.training.setup import Setup, held_out, prepare, reopen
-from vitrail.utils.device import compiling, cpu_threads, pick_device
+from vitrail.utils.device import compiling, cpu_threads, pick_device, uses_bf16
 from vitrail.utils.distributed import DistributedContext, distributed_context
 from vitrail.utils.files import atomic_folder
 from vitrail.utils.memory import is_out_of_memory
@@ -165,13 +165,16 @@ def _run(ask: Ask, distributed: DistributedContext, reporter: Reporter) -> Class
     with distributed.main_process_first():
         setup = fresh_setup(ask) if before is None else _resumed(ask, before)
     setup.teacher = ask.teacher
-    # Each machine has a disk of its own, and all processes must see the same pixels.
-    setup.config = setup.config.updated({"cache": distributed.broadcast_object(setup.config.io.cache)})
+    machine = setup.config.machine
+    device = pick_device(machine.device, distributed.local_rank if distributed.world_size > 1 else None)
+    # Automatic choices that depend on the machine are the main process's, and are kept when the run is resumed.
+    amp = "bf16" if uses_bf16(setup.model, device, machine.amp) else "off"
+    pinned = distributed.broadcast_object({"cache": setup.config.io.cache, "amp": amp})
+    setup.config, setup.given = setup.config.updated(pinned), {**setup.given, **pinned}
     if distributed.world_size > 1 and (setup.config.model.probe or setup.auto_batch or ask.show_batch):
         raise VitrailError("a probe, batch_size=auto and --show-batch are for one process: leave out torchrun")
     if ask.verbose and setup.pretrained:
         reporter.say(setup.pretrained.report.table())
-    device = pick_device(setup.config.machine.device, distributed.local_rank if distributed.world_size > 1 else None)
     with cpu_threads(setup.config.machine.threads):
         session = None if setup.config.model.probe else make_session(setup, reporter, device, distributed)
         setup = session.setup if session else setup

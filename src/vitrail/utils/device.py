@@ -7,19 +7,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitrail.errors import VitrailError
-from vitrail.utils.torch_compat import cpu_has_amx
+from vitrail.errors import DeviceError
+from vitrail.utils.torch_compat import cpu_bf16
 
-_FAULT_LINES = 2  # of a compiler's error
-_WIDE = 96  # vit_micro_patch8_32 and up: the digits model, which is narrower, gained a tenth and lost 0.4 points
+_ERROR_LINES = 2  # of a compiler's error message that are shown
+# The smallest `num_features` for which amp=auto chooses bfloat16, by the CPU's instructions (docs/machine.md).
+_BF16_MIN_FEATURES = {
+    "AMX": 96,  # vit_micro_patch8_32; the narrower digits model became a tenth faster and lost 0.4 points
+    "AVX512_BF16": 768,  # swin_tiny, the one model measured: a step takes 0.52 of its time in float32
+}
 
 
 def pick_device(name: str, number: int | None = None) -> torch.device:
-    """The device of this name; "auto" is CUDA, else Apple's MPS, else the CPU. number: this process's on its machine,
-    where several train together: each takes the CUDA device of its number, else the CPU.
+    """The device of this name; "auto" is CUDA, else Apple's MPS, else the CPU.
+
+    number: the local rank in distributed training: the process uses the CUDA device of this number, else the CPU.
 
     Raises:
-        VitrailError: no such device here.
+        DeviceError: no such device is available.
     """
     if number is not None and name in ("auto", "cuda", "mps"):
         name = f"cuda:{number}" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu"
@@ -28,30 +33,38 @@ def pick_device(name: str, number: int | None = None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise VitrailError(f"there is no device {name!r}: use auto, cpu, cuda, cuda:1 or mps") from None
+        raise DeviceError(f"unknown device {name!r}: use auto, cpu, cuda, cuda:1 or mps") from None
     if device.type == "cpu":
         return device
-    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 0)
-    if (device.index or 0) >= there:
-        raise VitrailError(f"device {name!r} is not available here: use device=cpu or device=auto")
+    available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 0)
+    if (device.index or 0) >= available:
+        raise DeviceError(f"device {name!r} is not available: use device=cpu or device=auto")
     return device
 
 
 def uses_bf16(model: nn.Module, device: torch.device, amp: str) -> bool:
-    """Whether this model's matrix products run in bfloat16. "auto" says yes where the hardware is made for it: GPUs
-    that have it, and CPUs with Intel's AMX for a model at least _WIDE features wide (docs/machine.md has the figures).
+    """Whether the model's matrix products run in bfloat16: amp "bf16" always, "off" never, "auto" on GPUs that support
+    it and on CPUs with instructions for it, there for models with at least _BF16_MIN_FEATURES features.
     """
     if amp == "auto" and device.type == "cpu":
-        return getattr(model, "num_features", 0) >= _WIDE and cpu_has_amx()
+        instructions = cpu_bf16()
+        return instructions is not None and getattr(model, "num_features", 0) >= _BF16_MIN_FEATURES[instructions]
     if amp == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return amp == "bf16"
 
 
-def seed_torch(seed: int, device: torch.device) -> None:
-    """Seed what the CPU and this device draw.
+def describe_precision(device: torch.device, bf16: bool) -> str:
+    """For the plan of a run: the precision, and the CPU's instructions for it."""
+    if not bf16:
+        return "float32"
+    return f"bfloat16 ({cpu_bf16() or 'emulated'})" if device.type == "cpu" else "bfloat16"
 
-    `torch.manual_seed` also seeds, or makes a note to seed, every device that torch knows of; that takes too long here.
+
+def seed_torch(seed: int, device: torch.device) -> None:
+    """Seed the random number generators of the CPU and of this device.
+
+    `torch.manual_seed` also seeds every other device that torch knows of, which takes too long for every step.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -63,7 +76,7 @@ def seed_torch(seed: int, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def cpu_threads(number: int | None) -> Iterator[None]:
-    """Let torch use so many threads on the CPU for a while; None leaves its own number."""
+    """Set torch's number of CPU threads within the context; None leaves it unchanged."""
     before = torch.get_num_threads()
     if number is not None:
         torch.set_num_threads(number)
@@ -76,16 +89,16 @@ def cpu_threads(number: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
-    """Around steps of a model that may be compiled: a compiler that is missing or fails is told in one line."""
+    """Around steps of a model that may be compiled: turns an error of torch.compile into a DeviceError of one line."""
     try:
         yield
     except RuntimeError as error:
         if not any(kind.__module__.startswith(("torch._dynamo", "torch._inductor")) for kind in type(error).__mro__):
             raise
-        words = " ".join(line.strip() for line in str(error).splitlines()[:_FAULT_LINES] if line.strip())
-        raise VitrailError(f"torch.compile does not work here ({words}): set compile=false") from error
+        message = " ".join(line.strip() for line in str(error).splitlines()[:_ERROR_LINES] if line.strip())
+        raise DeviceError(f"torch.compile failed ({message}): set compile=false") from error
 
 
 def precision(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager[Any]:
-    """The context for a forward pass."""
+    """The autocast context for a forward pass."""
     return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()

@@ -3,6 +3,7 @@
 Shapes: B batch, H heads, N tokens, D width of one head, C channels, Y X height and width of an image.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ def _private(owner: Any, name: str) -> Any:
     return getattr(owner, name, None)
 
 
+_CPUINFO = Path("/proc/cpuinfo")
 _HAS_FOREACH = all(hasattr(torch, f"_foreach_{name}") for name in ("lerp_", "sub", "mul_", "add_"))
 _SOFTMAX_BACKWARD = _private(torch, "_softmax_backward_data")
 _FLASH = _private(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
@@ -47,13 +49,22 @@ def softmax_backward(grad: Tensor, output: Tensor) -> Tensor:
     return weighted - output * weighted.sum(-1, keepdim=True)
 
 
-def cpu_has_amx() -> bool:
-    """Whether the CPU has Intel's AMX tiles. False where PyTorch cannot tell."""
-    asked = _private(torch.cpu, "_is_amx_tile_supported")
-    if asked is not None:
-        return bool(asked())
-    capabilities = _private(torch.cpu, "get_capabilities")  # public, and newer than the oldest PyTorch supported
-    return capabilities is not None and bool(capabilities().get("amx_tile"))
+def cpu_bf16() -> str | None:
+    """The CPU's instructions for matrix products in bfloat16: "AMX", else "AVX512_BF16", else None."""
+    for name, query, flag in (
+        ("AMX", "_is_amx_tile_supported", "amx_bf16"),
+        ("AVX512_BF16", "_is_avx512_bf16_supported", "avx512_bf16"),
+    ):
+        asked = _private(torch.cpu, query)
+        if asked() if asked is not None else flag in _cpu_flags():
+            return name
+    return None
+
+
+def _cpu_flags() -> list[str]:
+    """Linux's names of the CPU's instructions; none on other systems."""
+    lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
+    return next((line.split() for line in lines if line.startswith("flags")), [])
 
 
 def has_flash_attention_cpu() -> bool:

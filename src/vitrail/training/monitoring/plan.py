@@ -13,6 +13,7 @@ from vitrail.training.config.schema import TrainConfig
 from vitrail.training.engine.optimizer import describe_groups
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.setup import Setup
+from vitrail.utils.device import describe_precision
 
 _VERY_UNEVEN = 5.0  # times the smallest class, from which on balancing is advised
 
@@ -38,7 +39,7 @@ def plan_lines(setup: Setup, trainer: Trainer, steps_per_epoch: int, out: str) -
         f"recipe {config.recipe}",
         f"augment {', '.join(config.augment.active) or 'nothing'}",
         *getattr(trainer.task, "lines", ()),
-        f"device  {trainer.device}{threads}, {'bfloat16' if trainer.bf16 else 'float32'}{_processes(trainer)}",
+        f"device  {trainer.device}{threads}, {describe_precision(trainer.device, trainer.bf16)}{_processes(trainer)}",
         *[f"group   {line}" for line in describe_groups(trainer.groups)],
         f"run     {out}",
     ]
