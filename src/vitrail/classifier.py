@@ -23,6 +23,7 @@ from vitrail.images.preprocess import Preprocess
 from vitrail.images.reader import Crop, Inputs, crops
 from vitrail.models.base import ImageModel
 from vitrail.models.catalog import VARIANTS
+from vitrail.models.timm_compat import window_mismatch
 from vitrail.pretrained.model_folder import Contents, is_model_folder, name_of, read_model_folder, write_model_folder
 
 if TYPE_CHECKING:
@@ -249,6 +250,9 @@ class Classifier:
     def save(self, folder: str | Path) -> Path:
         """Write a model folder, whole or not at all; see `vitrail.pretrained.model_folder`."""
         folder = Path(folder)
+        mismatch = window_mismatch(self.model.config, self.preprocess.size)
+        if mismatch:
+            warnings.warn(mismatch, stacklevel=2)
         write_model_folder(
             folder,
             Contents(

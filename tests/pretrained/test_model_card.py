@@ -1,6 +1,7 @@
 """The model card: valid for the hub's own reader, true to the model, silent about the machine, and its code runs."""
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from sklearn.datasets import load_sample_image
 from vitrail.classifier import Classifier, load
 from vitrail.images.preprocess import Preprocess
 from vitrail.models.build import build_model
-from vitrail.models.configs import ViTConfig
+from vitrail.models.configs import SwinConfig, ViTConfig
 from vitrail.pretrained.model_card import without_paths
 
 VIT = ViTConfig(img_size=(32, 32), patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=3)
@@ -150,6 +151,24 @@ def test_what_timm_has_not_is_not_said_to_be_timms(tmp_path: Path) -> None:
     assert read.data.library_name == "vitrail"
     assert read.data.tags == ["image-classification", "vitrail"]
     assert "import timm" not in read.text
+
+
+@pytest.mark.parametrize(("size", "differs"), [((40, 24), True), ((32, 32), False)])
+def test_a_swin_with_partial_windows_says_so_when_saved(size: tuple[int, int], differs: bool, tmp_path: Path) -> None:
+    config = SwinConfig(
+        img_size=size, patch_size=2, embed_dim=8, depths=(2, 2), num_heads=(1, 2), window_size=4, num_classes=3
+    )
+    model = build_model(config)
+    classifier = Classifier(model, Preprocess(size=size, mean=(0.5,) * 3, std=(0.3,) * 3), NAMES)
+    with (
+        pytest.warns(UserWarning, match="40x24 .* timm.* height 32 or 48 .* width 16 or 32")
+        if differs
+        else nullcontext()
+    ):
+        classifier.save(tmp_path / "m")
+    read = card(tmp_path / "m")
+    assert ("height 32 or 48 and width 16 or 32" in read.text) == differs
+    assert ("timm" in read.data.tags) != differs
 
 
 def test_many_classes_and_none(tmp_path: Path) -> None:

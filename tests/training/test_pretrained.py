@@ -103,3 +103,11 @@ def test_a_folder_that_grew_is_warned_of(tmp_path: Path) -> None:
         Image.new("RGB", (9, 9)).save(made.root / "class0" / f"more{number}.png")
     with pytest.warns(UserWarning, match="may have been trained on"):
         vitrail.load(tmp_path / "run").evaluate(made.root)
+
+
+@pytest.mark.parametrize(("size", "differs"), [((48, 32), True), ((28, 28), False)])
+def test_the_plan_says_where_a_swin_is_not_timms(size: tuple[int, int], differs: bool) -> None:
+    setup = prepare("digits", make_config({"model": "swin_tiny_patch4_window7_224", "img_size": size}))
+    found = [line for line in setup.reasons if "timm" in line]
+    assert len(found) == differs
+    assert all("48x32" in line and "height 28 or 56" in line for line in found)

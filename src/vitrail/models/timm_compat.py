@@ -4,6 +4,7 @@ The config dataclasses use timm's names, so most of this is which fields to leav
 """
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +57,7 @@ def timm_stand_in(config: ModelConfig, size: tuple[int, int] | None = None) -> s
                 return None
             return "deit_tiny_distilled_patch16_224" if config.dist_token else "vit_tiny_patch16_224"
         case SwinConfig():
-            same = config.norm_eps == SwinConfig.norm_eps and not _pads(config, size or config.img_size)
+            same = config.norm_eps == SwinConfig.norm_eps and window_mismatch(config, size) is None
             return "swin_tiny_patch4_window7_224" if same else None
         case ResNetConfig():
             if config.small_stem or len(config.layers) != 4:
@@ -67,14 +68,46 @@ def timm_stand_in(config: ModelConfig, size: tuple[int, int] | None = None) -> s
     return None
 
 
-def _pads(config: SwinConfig, size: tuple[int, int]) -> bool:
-    """Whether a Swin pads its feature maps to whole windows: timm's tokens then attend to the padding, ours do not."""
-    for stage in range(len(config.depths)):
-        stride = config.patch_size * 2**stage
-        for side, built in zip(size, config.img_size, strict=True):
-            if side % config.patch_size or -(-side // stride) % min(-(-built // stride), config.window_size):
-                return True
-    return False
+def window_mismatch(config: ModelConfig, size: tuple[int, int] | None = None) -> str | None:
+    """Why a Swin's logits at this image size differ from timm's, and the nearest sizes at which they are equal.
+
+    None where they are equal, and for every other architecture. size: height and width, if other than
+    `config.img_size`.
+    """
+    size = size or config.img_size
+    if not isinstance(config, SwinConfig) or all(
+        _has_whole_windows(config, side, built) for side, built in zip(size, config.img_size, strict=True)
+    ):
+        return None
+    rebuilt = size == config.img_size  # the windows then follow the size; else they stay those of config.img_size
+    height, width = (
+        " or ".join(str(near) for near in _nearest_sides(config, side, None if rebuilt else built))
+        for side, built in zip(size, config.img_size, strict=True)
+    )
+    return (
+        f"Swin at {size[0]}x{size[1]} px: some feature maps are not a whole number of windows of {config.window_size}, "
+        "and the logits differ from timm's, which shifts before it pads and lets tokens attend to padding and across "
+        f"the edge of the image; equal to timm at height {height} and width {width}"
+    )
+
+
+def _has_whole_windows(config: SwinConfig, side: int, built: int) -> bool:
+    """Whether every stage's feature map has a whole number of windows along a side of the image (in pixels), in a
+    model built for images with the side `built`."""
+    strides = [config.patch_size * 2**stage for stage in range(len(config.depths))]
+    return side % config.patch_size == 0 and all(
+        -(-side // stride) % min(-(-built // stride), config.window_size) == 0 for stride in strides
+    )
+
+
+def _nearest_sides(config: SwinConfig, side: int, built: int | None) -> list[int]:
+    """The largest side up to `side` and the smallest from `side` on with whole windows, in a model built for that
+    side (None) or for `built`."""
+    step = config.patch_size
+    below = range(side // step * step, 0, -step)
+    above = itertools.count(-(-side // step) * step, step)  # ends: a multiple of all strides and windows always fits
+    found = [next((s for s in sides if _has_whole_windows(config, s, built or s)), None) for sides in (below, above)]
+    return sorted({near for near in found if near is not None})
 
 
 def same_but_for_args(one: ModelConfig, other: ModelConfig) -> bool:

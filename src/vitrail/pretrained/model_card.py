@@ -29,10 +29,13 @@ _PUBLIC = re.compile(r"^(hf:|https?://)|\((hf:|https?://)")
 _PATH = re.compile(r"(/|~|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\|file:)")
 
 
-def model_card(record: Mapping[str, Any], params: int, *, in_timm: bool, repo: str | None = None) -> str:
+def model_card(
+    record: Mapping[str, Any], params: int, *, in_timm: bool, timm_note: str | None = None, repo: str | None = None
+) -> str:
     """The text of README.md.
 
     record: what stands in config.json. params: how many parameters the model has. in_timm: whether timm can build it.
+    timm_note: why its logits differ from timm's, if they do.
     repo: "org/name" on the hub, for the code that loads the model; None for a folder.
     """
     ours = record["vitrail"]
@@ -49,6 +52,7 @@ def model_card(record: Mapping[str, Any], params: int, *, in_timm: bool, repo: s
         _metrics(figures, data),
         "## How to load it",
         _how_to_load(record, in_timm, repo),
+        *([f"Not for timm: {timm_note}."] if timm_note else []),
         "## Licence and origin",
         _licence(ours["notes"]),
     ]

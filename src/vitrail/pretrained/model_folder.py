@@ -33,6 +33,7 @@ from vitrail.models.timm_compat import (
     pretrained_cfg,
     same_but_for_args,
     timm_stand_in,
+    window_mismatch,
 )
 from vitrail.utils.files import atomic_folder
 from vitrail.utils.text import format_shape, join_names, one_line
@@ -113,7 +114,8 @@ def to_card(contents: Contents, repo: str | None = None) -> str:
 
     config, params = contents.model.config, sum(parameter.numel() for parameter in contents.model.parameters())
     in_timm = timm_stand_in(config, contents.preprocess.size) is not None
-    return model_card(to_json(contents), params, in_timm=in_timm, repo=repo)
+    note = window_mismatch(config, contents.preprocess.size)
+    return model_card(to_json(contents), params, in_timm=in_timm, timm_note=note, repo=repo)
 
 
 def _timm_architecture(name: str, config: ModelConfig, size: tuple[int, int]) -> str:

@@ -14,7 +14,9 @@ from vitrail.data.dataset import Dataset
 from vitrail.errors import VitrailError
 from vitrail.evaluation.evaluate import default_workers
 from vitrail.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from vitrail.models.base import ImageModel
 from vitrail.models.catalog import VARIANTS, variant
+from vitrail.models.timm_compat import window_mismatch
 from vitrail.pretrained.create import create_model
 from vitrail.pretrained.load import Pretrained, load_pretrained
 from vitrail.pretrained.model_folder import name_of
@@ -109,7 +111,9 @@ def prepare(
     config, cache_line = settle_cache(config, dataset, preprocess)
     given["cache"] = config.io.cache
     weights = [str(found.report)] if found else []
-    reasons = [*choice.reasons, *weights, *advise_fit(dataset, preprocess, config), *cache_line]
+    mismatch = window_mismatch(model.config, preprocess.size) if isinstance(model, ImageModel) else None
+    notes = [mismatch] if mismatch else []
+    reasons = [*choice.reasons, *weights, *notes, *advise_fit(dataset, preprocess, config), *cache_line]
     return Setup(config, dataset, model, preprocess, reasons, found, facts, given, recipe=recipe, auto_batch=auto_batch)
 
 
