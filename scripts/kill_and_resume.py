@@ -174,7 +174,7 @@ def main() -> None:
                 sys.exit((folder / "said.txt").read_text())
             names, by = compare(folder / "whole", out)
             same, largest = same + (not names), max(largest, by)
-            step = found.record["place"]["steps"] if found else 0
+            step = found.record["state"]["steps"] if found else 0
             verdict = "the same" if not names else f"{len(names)} differ, by up to {by:.2g}: {', '.join(names[:3])}"
             print(f"{number:3}  {kind:10}  killed {where}, taken up at step {step}: {verdict}", flush=True)
     print(f"{same} of {asked.moments} bit-identical" + (f", largest difference {largest:.2g}" if largest else ""))

@@ -61,7 +61,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_space(tmp_pat
     assert "Traceback" not in done.stderr
     found = load_checkpoint(folder / "checkpoint")
     assert found is not None
-    assert found.record["place"]["steps"] == 5
+    assert found.record["state"]["steps"] == 5
     again = subprocess.run([*TRAIN, "--resume", str(folder)], capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert "going on at epoch" in again.stderr

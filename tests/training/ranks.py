@@ -83,7 +83,7 @@ def main(asked: dict[str, Any]) -> int:
     except Stopped as stopped:
         return 128 + stopped.signal
     except VitrailError as error:
-        if not getattr(error, "told", False):
+        if not getattr(error, "reported_elsewhere", False):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     finally:

@@ -89,7 +89,7 @@ def test_all_sessions_together_keep_to_the_budget(tmp_path: Path, monkeypatch: p
             train(tiny.dataset(), out=tmp_path / "run", progress=False, **keys)
     found = load_checkpoint(tmp_path / "run" / "checkpoint")
     assert found is not None
-    place = found.record["place"]
+    place = found.record["state"]
     assert (place["validation_seconds"], place["seconds"], place["steps"]) == (VALIDATION, 38.0, 30)
     report = train(tiny.dataset(), resume=tmp_path / "run", progress=False).report
     assert (report["seconds"], report["steps"]) == (BUDGET, 36)

@@ -13,7 +13,7 @@ import pytest
 
 from training import tiny
 from training.runs import KEYS, assert_same, outcome, run
-from vitrail.errors import VitrailError
+from vitrail.errors import RunError, VitrailError
 from vitrail.training.checkpoints.checkpoint import load_checkpoint
 from vitrail.training.engine.interrupt import Stopped
 from vitrail.training.engine.trainer import Trainer
@@ -108,7 +108,7 @@ def test_a_signal_saves_and_tells_how_to_go_on(
     assert signal.getsignal(number) == before
     found = load_checkpoint(folder / "checkpoint")
     assert found is not None
-    assert found.record["place"]["steps"] == 7
+    assert found.record["state"]["steps"] == 7
     train(tiny.dataset(), resume=folder, progress=False)
     assert_same(outcome(folder), whole)
 
@@ -125,7 +125,7 @@ def test_going_on_is_refused_where_it_would_be_another_run(tmp_path: Path, monke
         train(tiny.dataset(), resume=folder, epochs=5, progress=False)
     other = tiny.dataset()
     other.splits["train"] = tiny.images(53, 0)
-    with pytest.raises(VitrailError, match="images are not those"):
+    with pytest.raises(RunError, match=f"{folder}.*images"):
         train(other, resume=folder, progress=False)
     with pytest.raises(VitrailError, match=f"--resume {folder}"):
         run(folder)

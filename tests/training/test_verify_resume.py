@@ -28,8 +28,8 @@ def test_the_kill_comes_after_a_checkpoint_within_an_epoch_and_before_the_end() 
 
 def test_differences_are_named() -> None:
     one = {"model": {"a": torch.tensor([0.0, 1.0]), "b": torch.tensor(2)}, "ema": {"a": torch.tensor([float("nan")])}}
-    record = {"place": {"steps": 3, "seconds": 1.5, "wait_seconds": 1.0}, "history": [{"loss": 1, "seconds": 2}]}
-    same = {"place": {"steps": 3, "seconds": 9.0, "wait_seconds": 2.0}, "history": [{"loss": 1, "seconds": 3}]}
+    record = {"state": {"steps": 3, "seconds": 1.5, "wait_seconds": 1.0}, "history": [{"loss": 1, "seconds": 2}]}
+    same = {"state": {"steps": 3, "seconds": 9.0, "wait_seconds": 2.0}, "history": [{"loss": 1, "seconds": 3}]}
     assert differences(Checkpoint(one, record), Checkpoint(one, same)) == ([], 0.0)
     two = {"model": {"a": torch.tensor([-0.0, 1.25])}, "ema": {"a": torch.tensor([float("nan")])}}
     names, largest = differences(Checkpoint(one, record), Checkpoint(two, {**same, "history": [{"loss": 2}]}))

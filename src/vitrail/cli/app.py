@@ -89,7 +89,7 @@ def _run(words: list[str], debug: bool) -> int:
         text = _explain(error)
         if text is None or debug:
             traceback.print_exc()
-        if text != "" and not getattr(error, "told", False):
+        if text != "" and not getattr(error, "reported_elsewhere", False):
             print(f"error: {text or _words(error)}", file=sys.stderr)
         return 1 if text is None else 2
 

@@ -285,7 +285,7 @@ def _train(session: Session, folder: RunFolder, reporter: Reporter, resumed: boo
     say_result(reporter, summary, folder)
     if folder.writes:
         _report(setup, result, folder, reporter, session.trainer.groups)
-    session.distributed.all_gather_numbers(0)  # the others leave when all is written
+    session.distributed.barrier()  # the others leave when everything is written
     return classifier
 
 

@@ -179,7 +179,7 @@ def _checkpoint(folder: Path) -> Checkpoint:
 
 
 def _place(folder: Path) -> TrainState:
-    return TrainState(**_checkpoint(folder).record["place"])
+    return TrainState(**_checkpoint(folder).record["state"])
 
 
 def _steps_per_epoch(folder: Path) -> int:

@@ -1,7 +1,7 @@
 """The processes that train together: one, or as many as torchrun started.
 
-A world of one asks nobody and costs nothing. What the processes tell one another (counts, clocks, words) travels
-between CPUs by gloo, also beside NCCL, so that asking does not wait for the device.
+A single process makes no collective call. Python objects and numbers are exchanged between CPUs by gloo, also beside
+NCCL, so that they do not wait for the device.
 Shapes: R processes.
 """
 
@@ -18,22 +18,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vitrail.errors import VitrailError
+from vitrail.errors import DistributedError
 
 T = TypeVar("T")
 
-# As long as the first process may take to fetch data while the others wait. A dead process is not waited for: its
-# connections break at once.
-_PATIENCE = timedelta(days=1)
-_LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "connection refused", "gloo")
-_LOST_TEXT = "another process of this run is gone (killed, or its machine)"
-_joined = count()
+# Rank 0 may take this long to download data while the others wait. A process that died is noticed at once: its
+# connections break.
+_TIMEOUT = timedelta(days=1)
+_contexts = count()
 
 
-class EndedByOtherProcess(VitrailError):
-    """What another process has told already: this one leaves without a word of its own."""
+class PeerFailedError(DistributedError):
+    """Another process failed and reports it; this one ends silently."""
 
-    told = True
+    reported_elsewhere = True
 
 
 class DistributedContext:
@@ -43,7 +41,7 @@ class DistributedContext:
         self.rank = rank
         self.world_size = world_size
         self.local_rank = local_rank
-        self.advice = ""  # what to do when a process is lost, once there is something to go on with
+        self.advice = ""  # added to the error when a process is lost
 
     @property
     def is_main(self) -> bool:
@@ -59,7 +57,7 @@ class DistributedContext:
         return found
 
     def broadcast_object(self, value: T) -> T:
-        """The first process's value, for all."""
+        """Rank 0's value, in all processes."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -67,7 +65,7 @@ class DistributedContext:
         return box[0]
 
     def all_gather_numbers(self, *values: float) -> list[list[float]]:
-        """Every process's numbers, by rank: R lists. Much cheaper than `gather`."""
+        """Every process's numbers, by rank: R lists. Much cheaper than `all_gather_object`."""
         if self.world_size == 1:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.float64)
@@ -76,28 +74,26 @@ class DistributedContext:
         return [row.tolist() for row in found]
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """The sum of all processes' tensors, in place of each."""
+        """Sum a tensor over all processes, in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
 
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        """The first process's tensor, for all; others pass one of its shape and type, which is filled."""
-        if self.world_size > 1:
-            dist.broadcast(tensor, src=0)
-        return tensor
+    def barrier(self) -> None:
+        """Wait until all processes are here. On the CPU: dist.barrier would wait for the device with NCCL."""
+        self.all_gather_numbers(0)
 
-    def run_on_main(self, work: Callable[[], T]) -> T:
-        """What `work` gives in the first process; where it fails, all end."""
-        return self.broadcast_object(work() if self.is_main else None)  # type: ignore[return-value]
+    def run_on_main(self, function: Callable[[], T]) -> T:
+        """The result of `function`, which rank 0 alone calls, in all processes; if it raises, all end."""
+        return self.broadcast_object(function() if self.is_main else None)  # type: ignore[return-value]
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """The first process goes through the block before all others do, so that they find what it has fetched."""
+        """Rank 0 runs the block before the others do, so that they find what it has downloaded."""
         if not self.is_main:
-            self.all_gather_numbers(0)
+            self.barrier()
         yield
         if self.is_main:
-            self.all_gather_numbers(0)
+            self.barrier()
 
 
 SINGLE_PROCESS = DistributedContext()
@@ -105,56 +101,57 @@ SINGLE_PROCESS = DistributedContext()
 
 @contextmanager
 def distributed_context() -> Iterator[DistributedContext]:
-    """The world that torchrun's environment tells of (RANK, WORLD_SIZE, LOCAL_RANK); without it, a world of one.
+    """The processes of torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK); without it, a single one.
 
-    Where a process fails, all end: it tells what happened, and the others raise EndedByOtherProcess. Where one
-    is killed, one of those that are left tells so.
+    If a process fails, all end: the first one to fail raises its error and the others PeerFailedError. If one is
+    killed, one of those that are left raises DistributedError.
     """
     if (size := int(os.environ.get("WORLD_SIZE", "1"))) == 1:
         yield SINGLE_PROCESS
         return
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise VitrailError(
-            f"WORLD_SIZE is {size} and {missing[0]} is not set: start with torchrun, or unset WORLD_SIZE"
+        raise DistributedError(
+            f"WORLD_SIZE is {size}, but {missing[0]} is not set: start with torchrun, or unset WORLD_SIZE"
         )
     distributed = DistributedContext(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
     store: Any = None
-    if not dist.is_initialized():  # else the caller has done so
+    if not dist.is_initialized():  # else by the caller
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(distributed.local_rank % torch.cuda.device_count())
-        common, _, _ = next(rendezvous("env://", timeout=_PATIENCE))
-        # A name of its own each time: a second `train` in the same processes must not meet the first one's words.
-        store = PrefixStore(f"vitrail-{next(_joined)}", common)
-        dist.init_process_group(backend, store=store, rank=distributed.rank, world_size=size, timeout=_PATIENCE)
+        common, _, _ = next(rendezvous("env://", timeout=_TIMEOUT))
+        # A new prefix each time: a second `train` in the same processes must not read the first one's keys.
+        store = PrefixStore(f"vitrail-{next(_contexts)}", common)
+        dist.init_process_group(backend, store=store, rank=distributed.rank, world_size=size, timeout=_TIMEOUT)
     try:
         yield distributed
     except Exception as error:
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would cut off the last words
-        last = _account(error, store, distributed)
-        if last is error:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would cut off the error message
+        raised = _error_to_raise(error, store, distributed)
+        if raised is error:
             raise
-        raise last from error
+        raise raised from error
     finally:
         if store is not None:
-            # A thread of gloo's may still hold the last tensors, and aborts if Python ends before it lets go of them.
+            # A thread of gloo's may still use the last tensors, and aborts if Python exits before it is done.
             time.sleep(0.2)
             dist.destroy_process_group()
 
 
-def _account(error: Exception, store: Any, distributed: DistributedContext) -> Exception:
-    """The error to raise here: this one where it is the first, else EndedByOtherProcess with the first one's words."""
-    lost = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _LOST)
-    words = f"{_LOST_TEXT}{distributed.advice}" if lost else str(error) or type(error).__name__
-    mine = f"{distributed.rank} {words}"
+def _error_to_raise(error: Exception, store: Any, distributed: DistributedContext) -> Exception:
+    """This error if this process is the first one to fail, else PeerFailedError with the first one's message."""
+    # When a peer is gone, NCCL raises a DistError and gloo (torch 2.13) a bare RuntimeError, from our collectives or
+    # from those in DDP's and FSDP's passes. A user's mistake is a VitrailError and out of memory a subclass.
+    if isinstance(error, dist.DistError) or type(error) is RuntimeError:
+        reason = str(error).partition("\n")[0]
+        error = DistributedError(f"a process of this run was lost or failed: {reason}{distributed.advice}")
+    mine = f"{distributed.rank} {str(error) or type(error).__name__}"
     try:
-        told = store.compare_set("told", "", mine).decode() if store is not None else mine
-    except RuntimeError:  # the store is gone with the process that held it
-        told = mine
-    if told != mine:
-        return EndedByOtherProcess(told.partition(" ")[2])
-    return VitrailError(words) if lost else error
+        first = store.compare_set("first_error", "", mine).decode() if store is not None else mine
+    except RuntimeError:  # the store is gone with its process
+        first = mine
+    return error if first == mine else PeerFailedError(first.partition(" ")[2])

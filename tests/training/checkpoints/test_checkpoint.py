@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from training import tiny
-from vitrail.errors import VitrailError
+from vitrail.errors import RunError
 from vitrail.training.checkpoints.checkpoint import Checkpoint, find_checkpoints, load_checkpoint, save_checkpoint
 
 
 def checkpoint(value: float) -> Checkpoint:
     whole = torch.full((4, 3), value)
     tensors = {"model": {"a": whole, "tied": whole, "turned": whole.T, "part": whole[1:3], "n": torch.tensor(7)}}
-    return Checkpoint({**tensors, "empty": {}}, {"place": {"steps": 3}, "rate": 0.1})
+    return Checkpoint({**tensors, "empty": {}}, {"state": {"steps": 3}, "rate": 0.1})
 
 
 def test_back_as_saved(tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_back_as_saved(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 3, saved)
     found = load_checkpoint(tmp_path)
     assert found is not None
-    assert found.record["place"] == {"steps": 3}
+    assert found.record["state"] == {"steps": 3}
     assert found.record["rate"] == 0.1
     assert found.tensors["empty"] == {}
     assert tiny.same(found.tensors["model"], saved.tensors["model"])
@@ -51,9 +51,12 @@ def test_the_newest_whole_one_counts(tmp_path: Path) -> None:
     assert found.tensors["model"]["a"][0, 0] == 5
 
 
-def test_unreadable_is_said(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
     place = save_checkpoint(tmp_path, 1, checkpoint(1))
     state = json.loads((place / "state.json").read_text())
     (place / "state.json").write_text(json.dumps({**state, "format": 99}))
-    with pytest.raises(VitrailError, match="step-00000001 cannot be read: its format is 99"):
+    with pytest.raises(RunError, match=r"step-00000001.*format is 99"):
+        load_checkpoint(tmp_path)
+    (place / "state.json").write_text(json.dumps({**state, "format": 1}))
+    with pytest.raises(RunError, match=r"vitrail 0\.1\.0"):
         load_checkpoint(tmp_path)

@@ -29,14 +29,14 @@ def _variant(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def saved_at(cost: float, seconds: float, steps: int, **keys: Any) -> list[int]:
     """After which of so many steps, each of so many seconds, a checkpoint is due that takes `cost`."""
-    due, state, found = CheckpointPolicy(make_config({"data": "-", "model": "-", **keys})), TrainState(), []
+    policy, state, found = CheckpointPolicy(make_config({"data": "-", "model": "-", **keys})), TrainState(), []
     for _ in range(steps):
         state.steps, state.seconds = state.steps + 1, state.seconds + seconds
-        if due.now(state):
+        if policy.due(state):
             found.append(state.steps)
             state.seconds += cost
-            due.cost = cost
-            due.start(state)
+            policy.cost = cost
+            policy.record(state)
     return found
 
 
@@ -57,13 +57,13 @@ def test_by_itself_every_200_steps_for_2_percent_of_the_time_at_most() -> None:
 
 
 def test_never_amid_steps_that_are_left_out() -> None:
-    due, state = (
+    policy, state = (
         CheckpointPolicy(make_config({"data": "-", "model": "-", "checkpoint_every": 1})),
-        TrainState(steps=3, in_a_row=1),
+        TrainState(steps=3, consecutive_bad_steps=1),
     )
-    assert not due.now(state)
-    state.in_a_row = 0
-    assert due.now(state)
+    assert not policy.due(state)
+    state.consecutive_bad_steps = 0
+    assert policy.due(state)
 
 
 def test_two_of_the_same_step_stand_until_the_newer_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
-from vitrail.errors import VitrailError
+from vitrail.errors import ConfigError, ModelError
 from vitrail.models.build import build_model
 from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig
 from vitrail.training.config.schema import TrainConfig, make_config
@@ -56,7 +56,7 @@ def test_frozen_parameters_are_left_out() -> None:
     names = by_name(model, parameter_groups(model, config()))
     assert names
     assert not [name for name in names if name.startswith("blocks")]
-    with pytest.raises(VitrailError, match="frozen"):
+    with pytest.raises(ModelError, match="frozen"):
         parameter_groups(model.requires_grad_(False), config())
 
 
@@ -95,7 +95,7 @@ def test_head_and_backbone_rates() -> None:
 
 
 def test_layer_decay_needs_layers() -> None:
-    with pytest.raises(VitrailError, match="layer_decay=1"):
+    with pytest.raises(ConfigError, match="layer_decay=1"):
         parameter_groups(nn.Linear(2, 2), config(layer_decay=0.9))
     parameter_groups(nn.Linear(2, 2), config())
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from training import tiny
 from vitrail.models.build import build_model
+from vitrail.training.engine.interrupt import Interrupt
 from vitrail.training.engine.optimizer import set_rates
 from vitrail.utils.counter_rng import fold
 
@@ -59,7 +60,7 @@ def test_it_learns() -> None:
     one = tiny.session(epochs=12, ema=0.5)
     losses = tiny.learn(one, 12)
     assert losses[-1] < 0.5 * losses[0]
-    assert one._validate(one.validation)["val_top1"] == 100.0
+    assert one._validate(one.validation, Interrupt())["val_top1"] == 100.0
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:

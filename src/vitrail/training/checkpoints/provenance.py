@@ -1,5 +1,6 @@
-"""Who asked for a run, when, and where: a line in sessions.jsonl each time that it is begun or taken up again."""
+"""How a run was started: the command, environment and data, stored with the run."""
 
+import hashlib
 import os
 import platform
 from collections.abc import Mapping
@@ -7,19 +8,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vitrail._version import __version__
+from vitrail.data.dataset import Dataset
 
 
 def session_record(command: str, step: int, device: torch.device) -> dict[str, Any]:
-    """began: UTC. step: steps that were done before. command: as it was typed, or the call in Python."""
+    """A line of sessions.jsonl. began: UTC. step: steps done before. command: as typed, or the call in Python."""
     began = datetime.now(UTC).isoformat(timespec="seconds")
     return {"began": began, "step": step, "command": command, "environment": environment(device)}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What figures depend on beside the config."""
+    """Versions and hardware, on which results depend beside the config."""
     found = {
         "vitrail": __version__,
         "torch": torch.__version__,
@@ -33,19 +36,34 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def python_call(arguments: Mapping[str, Any]) -> str:
     """The call of `vitrail.train` with these arguments, without those that are None."""
-    words = [
+    parts = [
         _value(value) if name == "data" else f"{name}={_value(value)}"
         for name, value in arguments.items()
         if value is not None
     ]
-    return f"vitrail.train({', '.join(words)})"
+    return f"vitrail.train({', '.join(parts)})"
 
 
 def _value(value: object) -> str:
-    """As Python writes it; for an object that has no such writing, its kind."""
+    """Its repr; for other objects, the type."""
     if isinstance(value, Path):
         return repr(str(value))
     if isinstance(value, str | int | float | tuple | list | dict):
         return repr(value)
     name = getattr(value, "name", None)
     return f"<{type(value).__name__} {name}>" if isinstance(name, str) else f"<{type(value).__name__}>"
+
+
+def dataset_fingerprint(dataset: Dataset) -> str:
+    """A hash that changes when the training or validation images, their order or their labels do.
+
+    Images are identified by the last two parts of their paths, so that a folder may move.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name in ("train", "val"):
+        split = dataset.splits.get(name)
+        if split is not None:
+            digest.update(np.ascontiguousarray(split.labels).tobytes())
+            names = ("/".join(split.name(i).split(os.sep)[-2:]) for i in range(len(split)))
+            digest.update("\n".join(names).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""From a batch of images to what the model sees of it.
+"""From a batch of uint8 images to the augmented, normalised input of the model.
 
 Shapes: B batch, C channels, H W height and width, K classes.
 """
@@ -19,13 +19,12 @@ from vitrail.utils.distributed import SINGLE_PROCESS, DistributedContext
 
 @dataclass(frozen=True)
 class View:
-    """A batch as the model sees it, and what it is a view of.
+    """A batch as the model sees it.
 
-    images: float B C H W, normalised. targets: int64 B (class numbers) or float B K (shares that sum to 1, where
-    images are mixed).
-    keys: int64 B; with `epoch` they determine the view, and `indices` are the samples' places in the training split.
-    class_weights: float K, where the loss is balanced: how much a share of each class counts. Over the batch that this
-    is, or is a part of, a target counts 1 in the mean; so parts add up to the loss of the whole.
+    images: float B C H W, normalised. targets: int64 B (class numbers) or float B K (probabilities, for mixed images).
+    keys: int64 B; with `epoch` they determine the view, and `indices` are the samples' rows in the training split.
+    class_weights: float K, for balance=loss: scaled so that the mean weight of the full batch's targets is 1, and the
+    losses of its parts add up to the loss of the batch.
     """
 
     images: Tensor
@@ -43,14 +42,14 @@ class View:
         return rows_of(self.keys)
 
     def part(self, rows: slice) -> "View":
-        """The view of some of the images."""
+        """The view of some of the images, sharing memory."""
         return View(self.images[rows], self.targets[rows], self.keys[rows], self.epoch, self.class_weights)
 
 
 class BatchAugmenter:
     """Moves batches to a device, augments and normalises them there; a pure function of batch and epoch.
 
-    class_weights: K, what the loss of each class counts; None: all the same.
+    class_weights: K, of each class in the loss; None: all equal.
     """
 
     def __init__(
@@ -88,7 +87,7 @@ class BatchAugmenter:
         return View(images, targets, batch.keys, epoch, self._weights(targets))
 
     def _weights(self, targets: Tensor) -> Tensor | None:
-        """The class weights, such that the targets of this batch, in all processes, count 1 in the mean."""
+        """The class weights, scaled so that the mean weight of this batch's targets, over all processes, is 1."""
         weights = self.class_weights
         if weights is None:
             return None

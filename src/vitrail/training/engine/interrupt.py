@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM wait until the step is done, so that what is then saved is whole."""
+"""Ctrl-C and SIGTERM take effect after the current step, so that a checkpoint is saved first."""
 
 import signal
 import threading
@@ -7,7 +7,7 @@ from typing import Any, Self
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was stopped by a signal, saved, and can go on. Its text says how; `signal` is the signal's number."""
+    """A run was stopped by a signal, and saved. The text says how to resume it; `signal` is the signal's number."""
 
     def __init__(self, text: str, number: int) -> None:
         super().__init__(text)
@@ -15,20 +15,20 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupt:
-    """While it is entered, the first Ctrl-C or SIGTERM only sets `number`; the second one acts as ever.
+    """While it is entered, the first Ctrl-C or SIGTERM only sets `number`; a second one acts as usual.
 
-    Outside the main thread, where Python lets nobody handle signals, it does nothing. patient: further signals do
-    nothing either, as under torchrun, which repeats them to processes that have them already, and kills after 30 s.
+    Outside the main thread, where Python allows no signal handlers, it does nothing. ignore_repeats: further signals
+    are ignored: torchrun repeats them to processes that have received them already, and kills after 30 s.
     """
 
-    def __init__(self, patient: bool = False) -> None:
+    def __init__(self, ignore_repeats: bool = False) -> None:
         self.number: int | None = None
-        self.patient = patient
-        self._before: dict[int, Any] = {}
+        self.ignore_repeats = ignore_repeats
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+            self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(
@@ -37,11 +37,11 @@ class Interrupt:
         self._restore()
 
     def _restore(self) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._before = {}
+        self._previous = {}
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        if not self.patient:
+        if not self.ignore_repeats:
             self._restore()

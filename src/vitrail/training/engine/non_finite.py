@@ -1,9 +1,9 @@
-"""Steps whose loss or gradient is not finite: they are left out, counted, and after a few in a row not put up with.
+"""Steps whose loss or gradient is not finite: they are skipped and counted, and several in succession cause a rollback.
 
-A single one is harmless: it changes nothing, and the next batch is learnt from as if it had not been. `TOLERATED` in a
-row mean that the weights themselves have gone astray: the run returns to its last checkpoint and goes on from there at
-`LOWER` times the rate. Its randomness is counted, so it meets the same batches and the same views again; the rate is
-what differs. After `RETURNS` of these it ends, and says what happened.
+A single bad step changes nothing, and training goes on with the next batch. `MAX_CONSECUTIVE_BAD_STEPS` in succession
+mean that the weights themselves have diverged: the run goes back to its last checkpoint and continues at
+`ROLLBACK_LR_SCALE` times the learning rate. Batches and augmentation are the same again; only the rate differs. After
+`MAX_ROLLBACKS` of these the run ends with an error.
 """
 
 from dataclasses import dataclass
@@ -12,25 +12,25 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-TOLERATED = 3  # bad steps in a row
-RETURNS = 3
-LOWER = 0.5
-_READ_EVERY = 16  # steps; reading waits for the device
+MAX_CONSECUTIVE_BAD_STEPS = 3
+MAX_ROLLBACKS = 3
+ROLLBACK_LR_SCALE = 0.5
+_FLUSH_EVERY = 16  # steps; reading waits for the device
 
 
-class Counts(Protocol):
-    """What the guard counts in: a run's place."""
+class Counters(Protocol):
+    """The fields of TrainState that the guard updates."""
 
     steps: int
     images: int
     epoch_images: int
     skipped: int
-    in_a_row: int
+    consecutive_bad_steps: int
 
 
 @dataclass(frozen=True)
-class Bad:
-    """A step that was left out. step: from 1. lr: the largest of its learning rates."""
+class BadStep:
+    """A skipped step. step: from 1. lr: the largest of its learning rates."""
 
     step: int
     lr: float
@@ -38,8 +38,8 @@ class Bad:
 
 
 @dataclass(frozen=True)
-class _Note:
-    state: Counts
+class _PendingStep:
+    state: Counters
     step: int
     lr: float
     images: int
@@ -48,62 +48,66 @@ class _Note:
 
 
 class NonFiniteGuard:
-    """Notes of each step whether it was finite, and reads the notes now and then, or at once where that costs nothing.
+    """Records for each step whether it was finite; reads the records every few steps, or at once if `synchronous`.
 
-    row: the bad steps in a row that were met last. rows: those that led to a return, in this session.
+    bad_steps: the latest consecutive ones. rolled_back: those that caused each rollback, in this session.
     """
 
-    def __init__(self, reads_at_once: bool) -> None:
-        self.reads_at_once = reads_at_once
-        self.row: list[Bad] = []
-        self.rows: list[list[Bad]] = []
-        self._notes: list[_Note] = []
+    def __init__(self, synchronous: bool) -> None:
+        self.synchronous = synchronous
+        self.bad_steps: list[BadStep] = []
+        self.rolled_back: list[list[BadStep]] = []
+        self._pending: list[_PendingStep] = []
 
-    def note(self, state: Counts, lr: float, finite: Tensor, loss: Tensor, images: int) -> None:
-        """Of the step that is being done: whether it is finite, its mean loss, and its images, which count as learnt
-        from until it is read that they are not."""
-        self._notes.append(_Note(state, state.steps + 1, lr, images, finite, loss))
+    def record(self, state: Counters, lr: float, finite: Tensor, loss: Tensor, images: int) -> None:
+        """Record a step: whether it is finite, its mean loss, and its images, which are subtracted again if it turns
+        out not to be."""
+        self._pending.append(_PendingStep(state, state.steps + 1, lr, images, finite, loss))
 
-    def read_if_due(self) -> None:
-        """Read where it costs nothing, or is time."""
-        if self.reads_at_once or len(self._notes) >= _READ_EVERY:
-            self.read()
+    def flush_if_due(self) -> None:
+        """Read the records if that costs nothing, or there are many."""
+        if self.synchronous or len(self._pending) >= _FLUSH_EVERY:
+            self.flush()
 
-    def read(self) -> None:
-        """Count what has been noted. Waits for the device."""
-        notes, self._notes = self._notes, []
-        if not notes:
+    def flush(self) -> None:
+        """Read the records and update the counters. Waits for the device."""
+        pending, self._pending = self._pending, []
+        if not pending:
             return
-        finite = [bool(notes[0].finite)] if len(notes) == 1 else torch.stack([note.finite for note in notes]).tolist()
-        for note, good in zip(notes, finite, strict=True):
-            state = note.state
+        if len(pending) == 1:
+            finite = [bool(pending[0].finite)]
+        else:
+            finite = torch.stack([step.finite for step in pending]).tolist()
+        for step, good in zip(pending, finite, strict=True):
+            state = step.state
             if good:
-                state.in_a_row = 0
-                self.row = []
+                state.consecutive_bad_steps = 0
+                self.bad_steps = []
                 continue
             state.skipped += 1
-            state.in_a_row += 1
-            state.images -= note.images
-            state.epoch_images -= note.images
-            self.row.append(Bad(note.step, note.lr, float(note.loss)))
+            state.consecutive_bad_steps += 1
+            state.images -= step.images
+            state.epoch_images -= step.images
+            self.bad_steps.append(BadStep(step.step, step.lr, float(step.loss)))
 
-    def returned(self) -> tuple[int, int]:
-        """The run has gone back for the last row, of which this is the first and the last step."""
-        row, self.row = self.row, []
-        self.rows.append(row)
-        return row[0].step, row[-1].step
+    def record_rollback(self) -> tuple[int, int]:
+        """Note that the run was rolled back. Returns the first and the last of the bad steps that caused it."""
+        steps, self.bad_steps = self.bad_steps, []
+        self.rolled_back.append(steps)
+        return steps[0].step, steps[-1].step
 
-    def account(self, back_to: int, returns: int, bf16: bool) -> str:
-        """Why a run ends, in one line: which steps, losses and rates, and what to try."""
-        first, last = self.row[0], self.row[-1]
-        losses = sorted({f"{bad.loss:.4g}" for bad in self.row})
+    def failure_message(self, checkpoint_step: int, rollbacks: int, bf16: bool) -> str:
+        """Why a run ends, in one line: steps, losses and learning rates, and what to try."""
+        first, last = self.bad_steps[0], self.bad_steps[-1]
+        losses = sorted({f"{step.loss:.4g}" for step in self.bad_steps})
         kind = "loss" if any(loss in ("nan", "inf", "-inf") for loss in losses) else "gradient"
-        rates = [f"{row[-1].lr:.3g}" for row in [*self.rows, self.row] if row]
-        same = len(self.rows) > 1 and all(row and row[0].step == first.step for row in self.rows)
-        advice = f"begin anew, and use a lower lr, more warmup_epochs or clip_grad=1{', or amp=off' if bf16 else ''}"
+        rates = [f"{steps[-1].lr:.3g}" for steps in [*self.rolled_back, self.bad_steps] if steps]
+        same = len(self.rolled_back) > 1 and all(steps and steps[0].step == first.step for steps in self.rolled_back)
+        advice = f"start a new run with a lower lr, more warmup_epochs or clip_grad=1{', or amp=off' if bf16 else ''}"
         if same:
-            advice += "; as it is the same step each time, look at the images and the model too"
+            advice += "; as the same steps fail each time, check the images and the model too"
         return (
             f"the {kind} is not finite in steps {first.step} to {last.step} (loss {', '.join(losses)}), also after "
-            f"{returns} returns to step {back_to} at half the rate (lr {', '.join(rates)}): {advice}"
+            f"{rollbacks} rollbacks to step {checkpoint_step} at half the learning rate (lr {', '.join(rates)}): "
+            f"{advice}"
         )

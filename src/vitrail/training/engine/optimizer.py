@@ -1,4 +1,4 @@
-"""AdamW and its parameter groups: who learns how fast, and who decays.
+"""AdamW and its parameter groups: learning rate and weight decay of each parameter.
 
 Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2017 (https://arxiv.org/abs/1711.05101). Layer-wise
 decay of the learning rate is that of BEiT (https://arxiv.org/abs/2106.08254), after ELECTRA.
@@ -12,21 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from vitrail.errors import VitrailError
+from vitrail.errors import ConfigError, ModelError
 from vitrail.training.config.schema import TrainConfig
-from vitrail.training.engine.parallel import whole
+from vitrail.training.engine.parallel import full_tensor
 
-_HEADS = ("head", "head_dist", "heads", "fc", "classifier")  # first part of a parameter's name, here and in guests
+_HEADS = ("head", "head_dist", "heads", "fc", "classifier")  # first part of a parameter's name
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Groups for AdamW: every parameter that learns stands in exactly one.
+    """Groups for AdamW: every trainable parameter is in exactly one.
 
     Each group has params, a name, its peak learning rate `peak_lr` (`lr` starts as that) and its weight_decay. Vectors
-    and scalars (biases, norms, scales) never decay, nor does what the model names in `no_weight_decay`.
+    and scalars (biases, norms, scales) have no weight decay, nor does what the model names in `no_weight_decay`.
 
     Raises:
-        VitrailError: layer_decay is asked of a model that does not say in which layer its parameters are.
+        ConfigError: layer_decay is set and the model does not say in which layer its parameters are.
+        ModelError: all parameters are frozen.
     """
     settings = config.optimizer
     keep = no_decay_names(model)
@@ -53,27 +54,29 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
         }
         groups.setdefault(key, empty)["params"].append(parameter)
     if not groups:
-        raise VitrailError("this model has no parameters to train: all of them are frozen")
+        raise ModelError("the model has no trainable parameters: all of them are frozen")
     return list(groups.values())
 
 
 def no_decay_names(model: nn.Module) -> set[str]:
-    """What the model itself asks to spare, as names or patterns; nothing where it does not say."""
+    """Names or patterns of the parameters that the model excludes from weight decay; empty if it has no such method."""
     own: Any = model
     return set(own.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
 
 
 def layer_ids(model: nn.Module) -> dict[str, int]:
-    """Depth of every parameter by name: 0 at the input, the largest at the head. Our models say so, timm's too."""
+    """Depth of every parameter by name: 0 at the input, the largest at the head. For our models and timm's."""
     own: Any = model
     if hasattr(model, "layer_ids"):
         return dict(own.layer_ids())
-    if hasattr(model, "group_matcher"):  # a guest from timm
+    if hasattr(model, "group_matcher"):  # a timm model
         from timm.models._manipulate import group_with_matcher
 
         return dict(group_with_matcher(model.named_parameters(), own.group_matcher(coarse=False), reverse=True))
     kind = type(model).__name__
-    raise VitrailError(f"layer_decay needs a model that names its layers, and {kind} does not: set layer_decay=1")
+    raise ConfigError(
+        f"layer_decay needs a model with layer_ids or group_matcher, which {kind} lacks: set layer_decay=1"
+    )
 
 
 def describe_groups(groups: list[dict[str, Any]]) -> list[str]:
@@ -87,23 +90,17 @@ def describe_groups(groups: list[dict[str, Any]]) -> list[str]:
 
 
 def make_optimizer(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.AdamW:
-    """AdamW over these groups, fused into one kernel where torch has that for the device."""
+    """AdamW over these groups, fused into one kernel if torch has one for the device."""
     device = groups[0]["params"][0].device.type
     return torch.optim.AdamW(groups, betas=betas, fused=device in ("cpu", "cuda", "mps", "xpu"))
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Sequence[nn.Parameter], largest: float | None) -> Tensor:
-    """Scale all gradients so that their common norm is at most `largest`; None: leave them. Returns the norm as it was.
-
-    As `nn.utils.clip_grad_norm_`, with a norm over all processes where the gradients are sharded.
-    """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients:
-        return torch.zeros(())
-    norm = whole(get_total_norm(gradients))
-    if largest is not None:
-        clip_grads_with_norm_(parameters, largest, norm)
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale all gradients so that their global norm is at most `max_norm`, if given. Returns the norm before."""
+    norm = full_tensor(get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    if max_norm is not None:
+        clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 

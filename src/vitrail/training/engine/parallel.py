@@ -1,8 +1,7 @@
-"""A model on several processes: whole in each (DDP), or its weights and optimiser state split over them (FSDP2).
+"""A model on several processes: a copy in each (DDP), or parameters and optimizer state sharded over them (FSDP2).
 
 Li et al., "PyTorch Distributed", 2020 (https://arxiv.org/abs/2006.15704); Zhao et al., "PyTorch FSDP", 2023
-(https://arxiv.org/abs/2304.11277). A checkpoint holds whole tensors either way, so that it knows no number of
-processes.
+(https://arxiv.org/abs/2304.11277).
 """
 
 import contextlib
@@ -14,63 +13,66 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vitrail.errors import VitrailError
+from vitrail.errors import DistributedError
 from vitrail.training.config.schema import TrainConfig
 from vitrail.utils.distributed import DistributedContext
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_HAVE_STATISTICS = (*_NORMS, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
-def check_shareable(config: TrainConfig, distributed: DistributedContext) -> None:
-    """Raise VitrailError for what several processes cannot do."""
+def check_distributed_config(config: TrainConfig, distributed: DistributedContext) -> None:
+    """Raise DistributedError for settings that several processes do not support."""
     if distributed.world_size == 1:
         return
     if config.machine.compile:
-        raise VitrailError("compile=true is for one process: leave it out")
+        raise DistributedError("compile=true works in one process only: leave it out")
     if (config.augment.mixup or config.augment.cutmix) and config.schedule.batch_size // distributed.world_size % 2:
-        raise VitrailError(
-            f"mixup and CutMix pair images, and batch_size={config.schedule.batch_size} is not divisible by "
-            f"{2 * distributed.world_size} (2 x processes): use a batch_size that is"
+        raise DistributedError(
+            f"mixup and CutMix pair images, and batch_size={config.schedule.batch_size} over {distributed.world_size} "
+            f"processes leaves an odd number in each: use a multiple of {2 * distributed.world_size}"
         )
 
 
-def spread(
+def wrap_model(
     model: nn.Module,
     distributed: DistributedContext,
     device: torch.device,
     shard: bool,
-    attempt: Callable[[nn.Module], None],
+    trial_step: Callable[[nn.Module], None],
 ) -> nn.Module:
-    """What is called instead of the model, which is on `device`, so that gradients come out as the mean over processes.
+    """The module to call in place of `model`, which is on `device`: its gradients are the mean over the processes.
 
-    With `shard` the model itself is split, its blocks one by one. `attempt` takes the model forward and backward once.
+    With `shard` that is the model itself, sharded in place. trial_step: one forward and backward pass of a module.
     """
     if distributed.world_size == 1:
         return model
     if shard:
-        split(model, distributed, device)
+        shard_model(model, distributed, device)
         return model
-    attempt(model)
-    unused = any(p.requires_grad and p.grad is None for p in model.parameters())  # a guest may have some
+    trial_step(model)
+    unused = any(p.requires_grad and p.grad is None for p in model.parameters())  # in some external models
     model.zero_grad(set_to_none=True)
-    # Batch norms are this library's: see Statistics. The key that leaves them alone has changed its name.
+    # Batch norm buffers are ours to average: see BatchNormBuffers. DDP's option for them was renamed in newer torch.
     known = inspect.signature(DistributedDataParallel.__init__).parameters
-    leave: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {buffers: False}
     forward = DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         find_unused_parameters=unused,
-        **leave,
+        **options,
     )
-    # After its first pass it forms its sums in another order, and a run that is taken up again must find that one.
-    attempt(forward)
+    # DDP regroups its buckets after the first backward pass, which changes the order of sums. A resumed run must sum in
+    # the same order as an uninterrupted one, so the first pass is done here.
+    trial_step(forward)
     forward.zero_grad(set_to_none=True)
     return forward
 
 
-def split(model: nn.Module, distributed: DistributedContext, device: torch.device) -> None:
-    """Split a model's parameters over the processes, in place: block by block, and what stands outside of blocks."""
+def shard_model(model: nn.Module, distributed: DistributedContext, device: torch.device) -> None:
+    """Shard a model's parameters over the processes, in place: each block, then the parameters outside blocks."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -80,7 +82,7 @@ def split(model: nn.Module, distributed: DistributedContext, device: torch.devic
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The parts that a network repeats, the inner ones first: two or more of a kind in a row that have parts."""
+    """The repeated blocks of a network, inner ones first: modules of one type, two or more in a list or Sequential."""
     found = []
     for module in model.modules():
         if isinstance(module, nn.ModuleList | nn.Sequential) and len({type(part) for part in module}) == 1:
@@ -89,86 +91,69 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _is_block(module: nn.Module) -> bool:
-    holds = isinstance(module, nn.ModuleList | nn.Sequential)
-    return not holds and any(True for _ in module.children()) and any(True for _ in module.parameters())
+    is_container = isinstance(module, nn.ModuleList | nn.Sequential)
+    return not is_container and any(True for _ in module.children()) and any(True for _ in module.parameters())
 
 
-def synchronised(model: nn.Module, distributed: DistributedContext, device: torch.device) -> bool:
-    """Let batch norms see the images of all processes, where the device can (CUDA); whether there were any."""
+def convert_sync_batchnorm(model: nn.Module, distributed: DistributedContext, device: torch.device) -> None:
+    """Replace batch norms by SyncBatchNorm in several processes on CUDA, the only device that it supports."""
     if distributed.world_size == 1 or device.type != "cuda":
-        return False
-    found = False
+        return
     for name, child in list(model.named_children()):
-        if type(child) in _NORMS:  # exactly: a guest's own kind may do more than a batch norm
+        if type(child) in _NORMS:  # exactly these: a subclass in an external model may do more than a batch norm
             setattr(model, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
-            found = True
         else:
-            found |= synchronised(child, distributed, device)
-    return found
+            convert_sync_batchnorm(child, distributed, device)
 
 
 @contextlib.contextmanager
-def apart(forward: nn.Module, wanted: bool) -> Iterator[None]:
-    """No exchange of gradients inside, where this is wanted and the model is whole in each process."""
-    if wanted and isinstance(forward, DistributedDataParallel):
+def no_sync(forward: nn.Module, enabled: bool) -> Iterator[None]:
+    """DDP's no_sync, if `enabled` and the module is DDP: gradients are accumulated without being exchanged."""
+    if enabled and isinstance(forward, DistributedDataParallel):
         with forward.no_sync():
             yield
     else:
         yield
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, as a plain one that shares its memory."""
-    own: Any = tensor
-    return own.to_local() if hasattr(tensor, "to_local") else tensor
+def to_local(tensor: Tensor) -> Tensor:
+    """This process's shard of a DTensor, sharing its memory; a plain tensor as it is."""
+    dtensor: Any = tensor
+    return dtensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor with all its parts; every process must ask. A plain one comes back as it is."""
-    own: Any = tensor
-    return own.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A DTensor gathered from all processes, which must all call this; a plain tensor as it is."""
+    dtensor: Any = tensor
+    return dtensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which each process has, split as `like` is."""
-    own: Any = like
-    if not hasattr(like, "device_mesh"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    there = tensor.to(own.to_local().device)
-    return distribute_tensor(there, own.device_mesh, own.placements, src_data_rank=None)
-
-
-_HAVE_STATISTICS = (*_NORMS, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-
-
-class Statistics:
-    """The running statistics of a model's batch norms, which a step changes beside the weights."""
+class BatchNormBuffers:
+    """The running statistics of a model's batch norms, which a training step changes along with the weights."""
 
     def __init__(self, model: nn.Module, distributed: DistributedContext) -> None:
         norms = [m for m in model.modules() if isinstance(m, _HAVE_STATISTICS) and m.track_running_stats]
-        tensors = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
+        statistics = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
         counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
-        self._kinds = [kind for kind in (tensors, counters) if kind]
+        self._groups = [group for group in (statistics, counters) if group]  # each of one dtype
         self._distributed = distributed
-        self._shared = distributed.world_size > 1 and not any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+        self._per_process = distributed.world_size > 1 and not any(isinstance(n, nn.SyncBatchNorm) for n in norms)
 
-    def read(self) -> list[Tensor]:
-        """A copy."""
-        return [torch.cat([tensor.detach().reshape(-1) for tensor in kind]) for kind in self._kinds]
+    def snapshot(self) -> list[Tensor]:
+        """A copy, for `restore`."""
+        return [torch.cat([tensor.detach().reshape(-1) for tensor in group]) for group in self._groups]
 
-    def write(self, flat: list[Tensor]) -> None:
-        """Set them to what `read` gave."""
-        for kind, values in zip(self._kinds, flat, strict=True):
-            parts = values.split([tensor.numel() for tensor in kind])
-            for tensor, part in zip(kind, parts, strict=True):
-                tensor.copy_(part.reshape(tensor.shape))
+    def restore(self, snapshot: list[Tensor]) -> None:
+        """Set the buffers to a snapshot."""
+        for group, flat in zip(self._groups, snapshot, strict=True):
+            values = flat.split([tensor.numel() for tensor in group])
+            for tensor, value in zip(group, values, strict=True):
+                tensor.copy_(value.reshape(tensor.shape))
 
     def average(self) -> None:
-        """Their mean over the processes, where each has seen its own images only."""
-        if self._shared and self._kinds:
-            flat = self.read()
+        """Set the statistics to their mean over the processes, if each computed them from its own images only."""
+        if self._per_process and self._groups:
+            flat = self.snapshot()
             self._distributed.all_reduce(flat[0])
             flat[0] /= self._distributed.world_size
-            self.write(flat)
+            self.restore(flat)

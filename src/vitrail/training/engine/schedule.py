@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the place in the run: linear warm-up, then half a cosine.
+"""The learning rate as a pure function of the progress of a run: linear warm-up, then half a cosine.
 
 Loshchilov and Hutter, "SGDR", 2016 (https://arxiv.org/abs/1608.03983), without restarts.
 """
@@ -6,8 +6,8 @@ Loshchilov and Hutter, "SGDR", 2016 (https://arxiv.org/abs/1608.03983), without 
 import math
 from dataclasses import dataclass
 
-_LONGEST_WARMUP = 0.1  # of a budget
-_LARGEST_RESERVE = 0.3  # likewise
+_MAX_WARMUP = 0.1  # of a budget
+_MAX_RESERVE = 0.3  # likewise
 
 
 def cosine(progress: float, floor: float = 0.0) -> float:
@@ -17,10 +17,10 @@ def cosine(progress: float, floor: float = 0.0) -> float:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long a run is, and what the peak learning rates are multiplied by at each point of it.
+    """The length of a run, and the factor of the peak learning rates at each step.
 
-    steps: optimiser steps in all; None: as many as the budget holds. warmup: steps of linear warm-up. floor: the last
-    factor, 0 to 1. budget: seconds; the run ends when its steps or its seconds are used up, whichever comes first.
+    steps: optimizer steps in all; None: as many as fit into the budget. warmup: steps of linear warm-up. floor: the
+    last factor, 0 to 1. budget: seconds; the run ends when its steps or its seconds are used up, whichever comes first.
     """
 
     steps: int | None
@@ -33,25 +33,25 @@ class Schedule:
             raise ValueError("a schedule without steps needs a budget")
 
     def progress(self, step: int, seconds: float) -> float:
-        """The share of the run, 0 to 1, that is over after `step` steps and `seconds`."""
+        """The fraction of the run, 0 to 1, that is done after `step` steps and `seconds`."""
         by_steps = 0.0 if self.steps is None else step / max(self.steps, 1)
         by_time = 0.0 if self.budget is None else seconds / self.budget
         return min(max(by_steps, by_time), 1.0)
 
     def finished(self, step: int, seconds: float) -> bool:
-        """Whether no step is left, or no time."""
+        """Whether no steps or no time is left."""
         no_steps = self.steps is not None and step >= self.steps
         return no_steps or (self.budget is not None and seconds >= self.budget)
 
     def reserve(self, seconds: float) -> float:
-        """What a budget keeps for a last validation of so many seconds: these, but not much of a small budget."""
-        return seconds if self.budget is None else min(seconds, _LARGEST_RESERVE * self.budget)
+        """Seconds of the budget to reserve for a last validation that takes `seconds`: at most a part of the budget."""
+        return seconds if self.budget is None else min(seconds, _MAX_RESERVE * self.budget)
 
     def factor(self, step: int, seconds: float = 0.0) -> float:
         """The factor of the step that comes after `step` steps and `seconds`.
 
-        By steps, it rises over the warm-up and falls from its end on. With a budget, nobody knows how many steps there
-        will be: the cosine follows the progress from the start, and the warm-up takes a tenth of the budget at most.
+        By steps, it rises over the warm-up and falls from its end on. With a budget the number of steps is unknown: the
+        cosine follows the progress from the start, and the warm-up takes a tenth of the budget at most.
         """
         rise = (step + 1) / (self.warmup + 1)
         if self.budget is None:
@@ -62,4 +62,4 @@ class Schedule:
                 else cosine((step - self.warmup) / max(self.steps - self.warmup, 1), self.floor)
             )
         progress = self.progress(step, seconds)
-        return min(1.0, max(rise, progress / _LONGEST_WARMUP)) * cosine(progress, self.floor)
+        return min(1.0, max(rise, progress / _MAX_WARMUP)) * cosine(progress, self.floor)

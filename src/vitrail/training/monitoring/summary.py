@@ -8,7 +8,7 @@ from vitrail.training.checkpoints.provenance import environment
 from vitrail.training.checkpoints.run_folder import RunFolder
 from vitrail.training.monitoring.progress import Reporter
 from vitrail.training.monitoring.report import wilson
-from vitrail.training.session import Session, rate
+from vitrail.training.session import Session
 from vitrail.utils.text import format_duration
 
 _FEW = 100  # images below which a figure is given with its interval
@@ -37,7 +37,7 @@ def summarise(session: Session, result: Evaluation) -> dict[str, Any]:
         "rollbacks": state.rollbacks,
         "train_images": state.images,
         "seconds": round(state.seconds, 3),
-        "images_per_second": round(rate(state), 1),
+        "images_per_second": round(state.images_per_second, 1),
         "waiting_for_data": round(state.wait_seconds / state.step_seconds, 4) if state.step_seconds else 0.0,
         "params": sum(p.numel() for p in session.trainer.model.parameters()),
         "model": config.model.model,

@@ -26,7 +26,7 @@ def untouched(trainer: Trainer) -> Iterator[None]:
     tensors = _tensors(trainer)
     kept = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
     place, rates = copy.copy(trainer.state), [group["lr"] for group in trainer.optimizer.param_groups]
-    guard, trainer.guard = trainer.guard, NonFiniteGuard(trainer.guard.reads_at_once)
+    guard, trainer.guard = trainer.guard, NonFiniteGuard(trainer.guard.synchronous)
     devices = [trainer.device] if trainer.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         try:
