@@ -64,7 +64,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_space(tmp_pat
     assert found.record["state"]["steps"] == 5
     again = subprocess.run([*TRAIN, "--resume", str(folder)], capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
-    assert "going on at epoch" in again.stderr
+    assert "resumed at epoch" in again.stderr
     assert (folder / "summary.json").exists()
 
 

@@ -173,12 +173,12 @@ def test_each_way_raises_the_recall_of_a_rare_class(tmp_path: Path) -> None:
 def test_the_plan_says_how_uneven_the_classes_are() -> None:
     data = lopsided()
     (line,) = balance_lines(data, "none")
-    assert line.startswith("classes largest to smallest class 8:1 (one 16, three 2); --balance sample")
+    assert line.startswith("classes imbalance 8:1 (one 16, three 2); consider --balance sample")
     (line,) = balance_lines(data, "sample")
-    assert line.endswith("; each comes equally often, a rare image up to 6 times in an epoch")
+    assert line.endswith("repeated up to 6 times per epoch")
     (line,) = balance_lines(data, "loss")
     weights = class_weights(data.split("train").labels, 3)
-    assert line.endswith(f"; an image counts {weights[0]:.3g} to {weights[2]:.3g} in the loss")
+    assert line.endswith(f"; class weights {weights[0]:.3g} to {weights[2]:.3g} in the loss")
     assert balance_lines(tiny.dataset(), "none") == []
 
 

@@ -6,11 +6,11 @@ import typer
 
 
 def report(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a finished run.", show_default=False)],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a finished run.", show_default=False)],
 ) -> None:
-    """Make a run's report.html anew, from the files in its folder.
+    """Write the report.html of a finished run again, from the files in its folder.
 
-    Every finished run has one; this is for runs of an earlier vitrail, or where it could not be written.
+    Training writes it at its end; use this for runs of an earlier version, or if it could not be written.
 
     Example: `vitrail report runs/photos`
     """

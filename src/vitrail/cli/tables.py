@@ -1,4 +1,4 @@
-"""Tables and lines for people, on stdout; whole where stdout is no terminal, so that nothing is lost to a pipe."""
+"""Tables and text for the terminal; not truncated if stdout is not a terminal."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -8,41 +8,41 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-_WIDE = 10_000  # columns of a pipe or a file
+_PIPE_WIDTH = 10_000  # columns if stdout is not a terminal
 
 
 def stdout() -> Console:
-    """Where results are printed."""
+    """The console for results."""
     terminal = sys.stdout.isatty()
-    return Console(file=sys.stdout, width=None if terminal else _WIDE, highlight=False, markup=False)
+    return Console(file=sys.stdout, width=None if terminal else _PIPE_WIDTH, highlight=False, markup=False)
 
 
 def stderr() -> Console:
-    """Where everything else is printed; without line breaks of our own making."""
+    """The console for messages; long lines are not wrapped."""
     return Console(file=sys.stderr, highlight=False, markup=False, soft_wrap=True)
 
 
 def table(headers: Sequence[tuple[str, str]], rows: Iterable[Sequence[str | Text]], width: int | None = None) -> Table:
-    """A table without rules: a header and its alignment ("<" or ">") for each column, then the rows.
+    """A table without borders. headers: title and alignment ("<" or ">") of each column.
 
-    With a `width`, the last column is cut to what the others leave of it.
+    width: truncate the last column so that the table fits.
     """
     cells = [[cell if isinstance(cell, Text) else Text(cell) for cell in row] for row in rows]
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    result = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     used = 0
-    for place, (title, side) in enumerate(headers):
-        last = place == len(headers) - 1
+    for column, (title, align) in enumerate(headers):
+        last = column == len(headers) - 1
         for row in cells if last and width is not None else ():
-            row[place].truncate(max((width or 0) - used, 1), overflow="ellipsis")
-        used += max(cell_len(text) for text in (title, *(row[place].plain for row in cells))) + 2
-        made.add_column(title, justify="left" if side == "<" else "right", no_wrap=True)
+            row[column].truncate(max((width or 0) - used, 1), overflow="ellipsis")
+        used += max(cell_len(text) for text in (title, *(row[column].plain for row in cells))) + 2
+        result.add_column(title, justify="left" if align == "<" else "right", no_wrap=True)
     for row in cells:
-        made.add_row(*row)
-    return made
+        result.add_row(*row)
+    return result
 
 
 def end_of(path: str, width: int) -> str:
-    """The path, or as much of its end as fits into `width` columns: the end tells one image from another."""
+    """The path, with its beginning truncated to `width` columns."""
     if cell_len(path) <= width:
         return path
     while cell_len(path) > width - 1:
@@ -51,10 +51,10 @@ def end_of(path: str, width: int) -> str:
 
 
 def cut(text: str, width: int) -> str:
-    """The text, or as much of its beginning as fits into `width` columns."""
+    """The text truncated to `width` columns."""
     return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """A percentage, 0 to 100, in a fixed number of digits; a dash for none."""
+    """A percentage (0 to 100) with a fixed number of digits; a dash for None."""
     return "–" if share is None else f"{share:.{digits}f} %"

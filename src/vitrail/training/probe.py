@@ -358,9 +358,9 @@ def _plan_lines(setup: Setup, folder: RunFolder, device: torch.device, own_model
         *(reason for reason in setup.reasons if reason.startswith("model")),
         f"data    {dataset.name}: {counts} images, {class_words(dataset)} ({dataset.how_split})",
         *([f"skipped {len(dataset.skipped)} unusable files, named in the summary"] if dataset.skipped else []),
-        f"model   {config.model.model}, frozen, sees {height}x{width} pixels; {start or random}",
+        f"model   {config.model.model}, frozen, input {height}x{width}; {start or random}",
         f"device  {device}, {describe_precision(device, uses_bf16(setup.model, device, config.machine.amp))}",
-        f"run     {folder.path}",
+        f"output  {folder.path}",
     ]
 
 

@@ -259,7 +259,7 @@ def _train(session: Session, folder: RunFolder, reporter: Reporter, resumed: boo
     for line in plan_lines(setup, session.trainer, session.loader.steps_per_epoch, str(folder.path)):
         reporter.say(line)
     if resumed:
-        reporter.say(f"going on at epoch {session.trainer.state.epoch + 1}, step {session.trainer.state.steps}")
+        reporter.say(f"resumed at epoch {session.trainer.state.epoch + 1}, step {session.trainer.state.steps}")
     try:
         if not resumed and session.distributed.world_size == 1:
             with compiling():
@@ -301,7 +301,7 @@ def _probe(setup: Setup, folder: RunFolder, reporter: Reporter, device: torch.de
         raise VitrailError("a batch of images does not fit into memory: use a smaller eval_batch_size") from error
     summary["environment"] = environment(device)
     classifier = _finish(setup, setup.model, summary, folder)
-    for line in [*result_lines(summary), f"model in {folder.model}"]:
+    for line in [*result_lines(summary), f"model   {folder.model}"]:
         reporter.say(line)
     _report(setup, result, folder, reporter)
     return classifier
@@ -320,9 +320,9 @@ def _report(
         write_report(folder)
     except Exception as error:
         words = one_line(error)
-        reporter.say(f"warning: the run is saved, but its report could not be written: {words}")
+        reporter.say(f"warning: the run is saved, but could not write its report: {words}")
         return
-    reporter.say(f"report in {folder.report}")
+    reporter.say(f"report  {folder.report}")
 
 
 def _show_batch(session: Session | None, setup: Setup, path: str | Path, reporter: Reporter) -> Classifier:

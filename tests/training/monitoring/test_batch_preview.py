@@ -12,11 +12,11 @@ from training import tiny
 from training.runs import KEYS, run
 from vitrail.cli import main
 from vitrail.data.dataset import ArraySplit, Dataset, Sizes
-from vitrail.errors import VitrailError
+from vitrail.errors import ConfigError, VitrailError
 from vitrail.images.preprocess import Preprocess
 from vitrail.training.engine.batch_augmenter import View
 from vitrail.training.engine.trainer import Trainer
-from vitrail.training.monitoring.batch_preview import _COLUMNS, _GAP, _LINE, draw, pixels, scale_of, words
+from vitrail.training.monitoring.batch_preview import _COLUMNS, _GAP, _LINE, draw, label_text, pixels, zoom_factor
 from vitrail.training.run import train
 
 
@@ -76,12 +76,12 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         main(["train", "digits", "--show-batch", "b.png", "--model", "vit_nano_patch2_8", "batch_size=20", "--json"])
     out, err = capsys.readouterr()
     assert (left.value.code, out) == (0, "")
-    assert "20 of the first batch's 20 images are in b.png; nothing was trained" in " ".join(err.split())
+    assert "wrote 20 of the 20 images of the first batch to b.png" in " ".join(err.split())
     assert [path.name for path in tmp_path.iterdir()] == ["b.png"]
 
 
 def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(VitrailError, match=r"end it in \.png"):
+    with pytest.raises(ConfigError, match=r"batch\.txt.*\.png"):
         run(tmp_path / "run", show_batch=tmp_path / "batch.txt")
     with pytest.raises(VitrailError, match="a probe has no batches"):
         train(tiny.dataset(), probe=True, model=tiny.VARIANT.name, show_batch=tmp_path / "b.png", progress=False)
@@ -98,15 +98,15 @@ def test_colour_images_and_large_ones(tmp_path: Path) -> None:
         assert np.array_equal(pixels(view.images, want), bytes_.numpy().transpose(0, 2, 3, 1))
         sheet, found = draw(view, want, ["a"])
         assert found == shown
-        assert round(side * scale_of(side, side)) == cell
+        assert round(side * zoom_factor(side, side)) == cell
         assert sheet.width == _GAP + 8 * (cell + _GAP)
 
 
 def test_labels_say_the_shares() -> None:
     names = ["cat", "dog", "bird"]
-    assert words(torch.tensor(1), names) == ["dog"]
-    assert words(torch.tensor([0.3, 0.7, 0.0]), names) == ["dog 0.70", "cat 0.30"]
-    assert words(torch.tensor([0.0, 1.0, 0.0]), names) == ["dog"]
+    assert label_text(torch.tensor(1), names) == ["dog"]
+    assert label_text(torch.tensor([0.3, 0.7, 0.0]), names) == ["dog 0.70", "cat 0.30"]
+    assert label_text(torch.tensor([0.0, 1.0, 0.0]), names) == ["dog"]
 
 
 def test_names_of_any_kind_are_drawn() -> None:

@@ -75,7 +75,7 @@ def assert_figures(page: Element, folder: Path) -> dict[str, Any]:
 def test_the_report_tells_what_the_run_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     train(tiny.dataset(), out=folder, model=tiny.VARIANT.name, epochs=3, batch_size=10, device="cpu", head_lr=2e-3)
-    assert f"report in {folder}/report.html" in capsys.readouterr().err.replace("\n", "")
+    assert f"report  {folder}/report.html" in capsys.readouterr().err.replace("\n", "")
     page = report_of(folder)
     summary = assert_figures(page, folder)
     assert (folder / "report.html").stat().st_size < 200_000
@@ -175,7 +175,7 @@ def test_a_report_that_fails_loses_nothing(
         patch.setattr(run_module, "write_report", fail)
         classifier = train(tiny.dataset(), out=folder, **tiny.PLAIN)
     err = capsys.readouterr().err.replace("\n", " ")
-    assert "warning: the run is saved, but its report could not be written: no such luck" in " ".join(err.split())
+    assert "warning: the run is saved, but could not write its report: no such luck" in " ".join(err.split())
     assert not (folder / "report.html").exists()
     assert classifier.report == json.loads((folder / "summary.json").read_text())
     with pytest.raises(SystemExit) as left:

@@ -12,12 +12,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from training import tiny
 from training.runs import KEYS, assert_same, outcome, run
-from vitrail.errors import VitrailError
+from vitrail.errors import DeviceError, VitrailError
 from vitrail.training.config.schema import make_config, read_config
 from vitrail.training.engine.interrupt import Stopped
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.monitoring import trackers
-from vitrail.training.monitoring.trackers import check_trackers, figures
+from vitrail.training.monitoring.trackers import check_trackers, scalars
 from vitrail.training.run import train
 
 
@@ -169,7 +169,7 @@ def test_a_tracker_that_fails_is_told_of_once(
     train(tiny.dataset(), out=tmp_path / "run", **{**KEYS, "track": "wandb,tensorboard"})
     err = " ".join(capsys.readouterr().err.split())
     assert err.count("warning") == 1
-    assert "warning: wandb failed, and the run goes on without it: the network is gone" in err
+    assert "warning: wandb failed, training continues without it: the network is gone" in err
     assert [step for _, step in calls()["log"]] == [5]
     assert [step for step, _ in events(tmp_path / "run")["train/loss"]] == [5, 10, 12]  # the other one goes on
     assert_same(outcome(tmp_path / "alone"), outcome(tmp_path / "run"))
@@ -183,13 +183,13 @@ def test_a_tracker_that_cannot_begin_costs_no_run(
 
     monkeypatch.setitem(trackers._KINDS, "tensorboard", refuse)
     train(tiny.dataset(), out=tmp_path / "run", **{**KEYS, "track": "tensorboard"})
-    assert "tensorboard failed, and the run goes on without it: no key" in " ".join(capsys.readouterr().err.split())
+    assert "tensorboard failed, training continues without it: no key" in " ".join(capsys.readouterr().err.split())
     assert (tmp_path / "run" / "summary.json").exists()
 
 
 def test_one_that_is_not_installed_is_refused_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    with pytest.raises(VitrailError, match=r"track=trackio needs .* pip install 'vitrail\[trackio\]'"):
+    with pytest.raises(DeviceError, match=r"track=trackio .* pip install 'vitrail\[trackio\]'"):
         run(tmp_path / "run", track="trackio")
     assert not (tmp_path / "run").exists()
     check_trackers("none")
@@ -216,7 +216,7 @@ def test_a_misspelt_name_is_an_error() -> None:
 
 def test_figures_have_names_that_group() -> None:
     record = {"epoch": 2, "steps": 10, "lr": 0.1, "train_loss": 1.5, "train_images": 50, "val_top1": 90.0}
-    found = figures({**record, "seconds": 3.0, "images_per_second": 70.0}, {"head": 0.1, "backbone layer 0": 0.01})
+    found = scalars({**record, "seconds": 3.0, "images_per_second": 70.0}, {"head": 0.1, "backbone layer 0": 0.01})
     assert found == {
         "epoch": 2,
         "train/loss": 1.5,

@@ -1,4 +1,4 @@
-"""What the model sees: the first training batch after crop, augmentation and mixing, drawn with its labels.
+"""--show-batch: an image of the first training batch after cropping, augmentation and mixing, with its labels.
 
 Shapes: B images, C channels, H W height and width, K classes.
 """
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from vitrail.errors import VitrailError
+from vitrail.errors import ConfigError
 from vitrail.images.preprocess import Preprocess
 from vitrail.training.config.schema import TrainConfig
 from vitrail.training.engine.batch_augmenter import View
@@ -24,36 +24,43 @@ if TYPE_CHECKING:
     from vitrail.training.session import Session
 
 _COLUMNS = 8
-_MOST = 64  # images that are drawn, if they are small
-_MOST_LARGE = 32  # and if they are not
-_CELL = 112  # pixels a side that a small image is enlarged to, or to the whole multiple of its size below that
-_LARGEST = 256  # pixels a side above which an image is reduced
+_MAX_IMAGES = 64
+_MAX_LARGE_IMAGES = 32  # images above _CELL pixels
+_CELL = 112  # small images are enlarged by an integer factor, up to this side in pixels
+_MAX_SIDE = 256  # larger images are reduced to this side
 _GAP = 10
 _FONT = 12
 _LINE = 16  # pixels from one line of text to the next
-_PAPER, _INK, _FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
-_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf")  # for names beyond Latin letters
+_WHITE, _BLACK, _GREY = (255, 255, 255), (20, 20, 20), (110, 110, 110)
+_FONTS = (
+    "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf",
+    "Arial Unicode.ttf",
+    "arial.ttf",
+)  # for names with characters beyond Latin
 
 
 def draw_first_batch(session: "Session", path: str | Path) -> str:
-    """Draw the first batch that this session would learn from. Returns a line that says what is in the picture."""
+    """Draw the first training batch of a session to an image file. Returns a line that describes it."""
     path = Path(path).expanduser()
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise VitrailError(f"{path} is no name for a picture: end it in .png")
+        raise ConfigError(f"--show-batch {path}: the file name must end in .png, .jpg or .webp")
     loader, setup = session.loader, session.setup
     batches = loader.epoch(0)
     batch = next(batches)
-    batches.close()  # type: ignore[attr-defined]  # a generator: lets go of the images made ahead
+    batches.close()  # type: ignore[attr-defined]  # a generator: drops the batches read ahead
     loader.close()
     view = session.trainer.view(batch, 0)
     height, width = setup.preprocess.size
     head = f"first batch of {setup.dataset.name}, {height}x{width} pixels, seed {session.config.seed}"
-    picture, shown = draw(view, setup.preprocess, setup.dataset.class_names, [head, done_to(session.config)])
+    picture, shown = draw(
+        view, setup.preprocess, setup.dataset.class_names, [head, describe_augmentation(session.config)]
+    )
     _save(picture, path)
-    return f"{shown} of the first batch's {len(view)} images are in {path}; nothing was trained"
+    return f"wrote {shown} of the {len(view)} images of the first batch to {path}; no training was done"
 
 
-def done_to(config: TrainConfig) -> str:
+def describe_augmentation(config: TrainConfig) -> str:
     """The augmentation, with its strengths: "crop_scale 0.08 to 1, flip 0.5, mixup 0.8"."""
     values = {name: getattr(config.augment, name) for name in config.augment.active}
     return ", ".join(f"{name} {_value(value)}" for name, value in values.items()) or "no augmentation"
@@ -75,15 +82,15 @@ def _save(picture: "Image.Image", path: Path) -> None:
 
 
 def pixels(images: Tensor, preprocess: Preprocess) -> npt.NDArray[np.uint8]:
-    """Normalised float B C H W back to uint8 B H W C; what erasing or mixing brought outside 0..255 is clipped."""
+    """Normalised float B C H W back to uint8 B H W C, clipped to 0..255."""
     values = images.detach().float().cpu().numpy().transpose(0, 2, 3, 1)
     mean, std = (np.asarray(part, dtype=np.float32) for part in (preprocess.mean, preprocess.std))
     levels: npt.NDArray[np.float32] = 255 * (values * std + mean)
     return np.rint(levels).clip(0, 255).astype(np.uint8)
 
 
-def words(target: Tensor, class_names: Sequence[str]) -> list[str]:
-    """The label, or "cat 0.7" and "dog 0.3" where two are mixed. target: a class number, or K shares."""
+def label_text(target: Tensor, class_names: Sequence[str]) -> list[str]:
+    """The label, or "cat 0.70" and "dog 0.30" for mixed labels. target: a class index, or K probabilities."""
     if not target.ndim:
         return [printable(class_names[int(target)])]
     shares = target.detach().float().cpu().numpy()
@@ -93,24 +100,24 @@ def words(target: Tensor, class_names: Sequence[str]) -> list[str]:
     return [f"{printable(class_names[k])} {shares[k]:.2f}" for k in order]
 
 
-def scale_of(height: int, width: int) -> float:
-    """What sides are multiplied by: a whole number for small images, 1, or less for large ones."""
+def zoom_factor(height: int, width: int) -> float:
+    """The factor by which an image is resized: an integer for small images, at most 1 for large ones."""
     longest = max(height, width)
-    return max(1, _CELL // longest) if longest <= _LARGEST else _LARGEST / longest
+    return max(1, _CELL // longest) if longest <= _MAX_SIDE else _MAX_SIDE / longest
 
 
 def draw(
     view: View, preprocess: Preprocess, class_names: Sequence[str], heads: Sequence[str] = ()
 ) -> "tuple[Image.Image, int]":
-    """A grid of the view's first images with their labels below them, and how many there are of them."""
+    """A grid of the first images with their labels below them, and the number of images drawn."""
     from PIL import Image, ImageDraw
 
     height, width = preprocess.size
-    scale = scale_of(height, width)
+    scale = zoom_factor(height, width)
     wide, high = round(width * scale), round(height * scale)
-    shown = min(len(view), _MOST if max(wide, high) <= _CELL else _MOST_LARGE)
+    shown = min(len(view), _MAX_IMAGES if max(wide, high) <= _CELL else _MAX_LARGE_IMAGES)
     images = pixels(view.images[:shown], preprocess)
-    labels = [words(target, class_names) for target in view.targets[:shown]]
+    labels = [label_text(target, class_names) for target in view.targets[:shown]]
     font = _font("".join([*class_names, *heads]))
     lines = [_fit(label, font, wide) for label in labels]
     below = _LINE * max(len(part) for part in lines) + 2
@@ -119,10 +126,10 @@ def draw(
     heads = [part for text in heads for part in _wrap(text, font, columns * (wide + _GAP) - _GAP)]
     top = _GAP + _LINE * len(heads) + (_GAP if heads else 0)
     size = (_GAP + columns * (wide + _GAP), top + rows * (high + below + _GAP))
-    sheet = Image.new("RGB", size, _PAPER)
+    sheet = Image.new("RGB", size, _WHITE)
     pen = ImageDraw.Draw(sheet)
     for number, text in enumerate(heads):
-        pen.text((_GAP, _GAP + number * _LINE), text, _INK if number == 0 else _FAINT, font)
+        pen.text((_GAP, _GAP + number * _LINE), text, _BLACK if number == 0 else _GREY, font)
     resample = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
     for number, (image, part) in enumerate(zip(images, lines, strict=True)):
         x = _GAP + number % columns * (wide + _GAP)
@@ -130,12 +137,12 @@ def draw(
         picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
         sheet.paste(picture.resize((wide, high), resample), (x, y))
         for row, text in enumerate(part):
-            pen.text((x, y + high + 3 + row * _LINE), text, _INK, font)
+            pen.text((x, y + high + 3 + row * _LINE), text, _BLACK, font)
     return sheet, shown
 
 
 def _font(text: str) -> Any:
-    """Pillow's own font; for letters that it may not have, one of the system's."""
+    """Pillow's default font, or a system font for characters that it may lack."""
     from PIL import ImageFont
 
     if any(ord(letter) > 0x17F for letter in text):
@@ -148,13 +155,13 @@ def _font(text: str) -> Any:
 
 
 def _fit(label: Sequence[str], font: "ImageFont.FreeTypeFont", width: int) -> list[str]:
-    """The parts of a label in one line if there is room, else in a line each, cut to the width."""
+    """The parts of a label in one line if they fit, else one line each, truncated to the width."""
     line = " / ".join(label)
-    return [line] if font.getlength(line) <= width else [_cut(part, font, width) for part in label]
+    return [line] if font.getlength(line) <= width else [_truncate(part, font, width) for part in label]
 
 
-def _cut(text: str, font: "ImageFont.FreeTypeFont", width: int) -> str:
-    """The text, or as much of it as fits; a share at its end stays."""
+def _truncate(text: str, font: "ImageFont.FreeTypeFont", width: int) -> str:
+    """The text truncated to the width; a number at its end is kept."""
     if font.getlength(text) <= width:
         return text
     name, space, share = text.rpartition(" ")

@@ -1,6 +1,6 @@
-"""How far a run is, for people: a bar in a terminal, now and then a line elsewhere. Always on stderr.
+"""Training progress on stderr: a progress bar in a terminal, plain lines elsewhere.
 
-Drawing costs time and reading the loss waits for the device, so both happen a few times a second at most.
+Reading the loss synchronises with the device, so it happens at most a few times per second.
 """
 
 import sys
@@ -15,13 +15,13 @@ from rich.text import Text
 from vitrail.training.engine.trainer import Trainer
 from vitrail.utils.text import format_duration
 
-_BAR_SECONDS = 0.25  # between two drawings of the bar
-_LINE_SECONDS = 10.0  # between two lines where there is no terminal
-_EPOCH_SECONDS = 2.0  # there, between two lines on finished epochs
+_BAR_SECONDS = 0.25  # between two updates of the bar
+_LINE_SECONDS = 10.0  # between two lines without a terminal
+_EPOCH_SECONDS = 2.0  # between two epoch lines without a terminal
 
 
 class Reporter:
-    """Tells of a run's steps and epochs. `enabled=False` tells nothing."""
+    """Prints steps, epochs and messages of a run; nothing if `enabled` is False."""
 
     def __init__(self, enabled: bool = True) -> None:
         self.console = Console(file=sys.stderr, quiet=not enabled)
@@ -41,12 +41,12 @@ class Reporter:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=10),
-                _Share(),
+                _Status(),
                 console=self.console,
                 auto_refresh=False,
                 transient=True,
             )
-            self._bar.add_task("training", total=1.0, share="")
+            self._bar.add_task("training", total=1.0, status="")
             self._bar.start()
         return self
 
@@ -58,22 +58,22 @@ class Reporter:
             self._bar = None
 
     def step(self, trainer: Trainer) -> None:
-        """To be called after every step; mostly it only looks at the clock."""
+        """Call after every step; updates the display only every few hundred milliseconds."""
         now = time.perf_counter()
         if not self._enabled or now - self._last < self._every:
             return
         self._last = now
-        words = describe(trainer)
+        status = describe(trainer)
         if self._bar:
             state = trainer.state
             done = trainer.schedule.progress(state.steps, state.spent)
             task = self._bar.task_ids[0]
-            self._bar.update(task, description=f"epoch {state.epoch + 1}", completed=done, share=words, refresh=True)
+            self._bar.update(task, description=f"epoch {state.epoch + 1}", completed=done, status=status, refresh=True)
         else:
-            self.say(f"epoch {trainer.state.epoch + 1}  {words}")
+            self.say(f"epoch {trainer.state.epoch + 1}  {status}")
 
     def epoch(self, line: str, last: bool) -> None:
-        """A line for a finished epoch; without a terminal, not for every one of many short ones."""
+        """Print the line of a finished epoch; without a terminal, at most one every two seconds, and the last one."""
         now = time.perf_counter()
         if self._bar or last or now - self._last_epoch >= _EPOCH_SECONDS:
             self._last = self._last_epoch = now
@@ -81,7 +81,7 @@ class Reporter:
 
 
 def describe(trainer: Trainer) -> str:
-    """Share done, loss, rate, time left and share of time spent waiting for data, in one line."""
+    """Progress, loss, throughput, remaining time and share of the time spent waiting for data, in one line."""
     state = trainer.state
     done = trainer.schedule.progress(state.steps, state.spent)
     left = state.seconds * (1 - done) / done if done else 0.0
@@ -93,8 +93,8 @@ def describe(trainer: Trainer) -> str:
     )
 
 
-class _Share(ProgressColumn):
-    """The words that `describe` gives."""
+class _Status(ProgressColumn):
+    """The line of `describe`."""
 
     def render(self, task: Task) -> Text:
-        return Text(task.fields["share"])
+        return Text(task.fields["status"])

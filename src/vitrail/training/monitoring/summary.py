@@ -1,4 +1,4 @@
-"""What came of a run: its summary, and the last lines that it prints."""
+"""summary.json of a finished run, and the last lines that it prints."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,12 +11,12 @@ from vitrail.training.monitoring.report import wilson
 from vitrail.training.session import Session
 from vitrail.utils.text import format_duration
 
-_FEW = 100  # images below which a figure is given with its interval
+_SMALL = 100  # images below which the confidence interval is printed
 
 
 def summarise(session: Session, result: Evaluation) -> dict[str, Any]:
-    """The run's figures. top1, balanced_top1 and top5 are in percent, of `split`. val_top1 is that of the epoch that
-    validation chose."""
+    """The content of summary.json. top1, balanced_top1 and top5 are percentages on `split`; val_top1 is the validation
+    top-1 of the best epoch."""
     state, config, best = session.trainer.state, session.config, session.best
     dataset = session.setup.dataset
     found = {item["path"]: item["reason"] for item in dataset.skipped} | session.skipped
@@ -53,30 +53,30 @@ def summarise(session: Session, result: Evaluation) -> dict[str, Any]:
 
 
 def _interval(summary: Mapping[str, Any]) -> str:
-    """Wilson's 95 % interval, where the images are so few that it is wide."""
+    """The 95 % confidence interval (Wilson), for few images."""
     count = summary["images"]
-    if not 0 < count < _FEW:
+    if not 0 < count < _SMALL:
         return ""
     low, high = wilson(summary["top1"] / 100, count)
-    return f" (so few that the truth may lie anywhere from {low:.0f} to {high:.0f} %)"
+    return f" (95 % CI {low:.0f} to {high:.0f} %)"
 
 
 def _by_class(summary: Mapping[str, Any]) -> str:
-    """The mean over the classes, where they differ much in images."""
-    return f", {summary['balanced_top1']:.2f} % in the mean of the classes" if uneven(summary["per_class"]) else ""
+    """Balanced top-1, for imbalanced classes."""
+    return f", balanced top-1 {summary['balanced_top1']:.2f} %" if uneven(summary["per_class"]) else ""
 
 
 def say_result(reporter: Reporter, summary: Mapping[str, Any], folder: RunFolder) -> None:
     for item in summary["skipped"]:
         reporter.say(f"skipped {item['path']}: {item['reason']}")
-    epoch = f", weights of epoch {summary['best_epoch']}" if summary["best_epoch"] else ""
-    chosen = " (this split also chose the epoch)" if summary["split"] == "val" and summary["best_epoch"] else ""
+    epoch = f", best epoch {summary['best_epoch']}" if summary["best_epoch"] else ""
+    chosen = " (also used to select the epoch)" if summary["split"] == "val" and summary["best_epoch"] else ""
     reporter.say(
-        f"{summary['split']} top-1 {summary['top1']:.2f} % of {summary['images']:,} images"
+        f"{summary['split']} top-1 {summary['top1']:.2f} % on {summary['images']:,} images"
         f"{_interval(summary)}{_by_class(summary)}{chosen}{epoch}; "
         f"trained in {format_duration(summary['seconds'])} at {summary['images_per_second']:,.0f} images/s"
     )
     if summary["skipped_steps"]:
-        back = f", and the run went back {summary['rollbacks']} times" if summary["rollbacks"] else ""
-        reporter.say(f"{summary['skipped_steps']} steps were not finite and changed nothing{back}")
-    reporter.say(f"model in {folder.model}")
+        rollbacks = f"; {summary['rollbacks']} rollbacks to an earlier checkpoint" if summary["rollbacks"] else ""
+        reporter.say(f"{summary['skipped_steps']} steps skipped: loss or gradient not finite{rollbacks}")
+    reporter.say(f"model   {folder.model}")

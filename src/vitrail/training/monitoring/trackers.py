@@ -1,7 +1,7 @@
-"""Figures sent elsewhere while a run goes on: TensorBoard, Weights & Biases, Trackio.
+"""Experiment trackers: TensorBoard, Weights & Biases, Trackio.
 
-A tracker only listens. One that fails is told of once, and the run goes on without it. Every figure is sent once, at
-its number of steps, also of a run that is stopped and taken up again: trackers.json keeps how far each was told.
+A tracker that fails is reported once and then left out; training continues. Each value is logged once, at its step:
+trackers.json stores the last step logged by each tracker, for resumed runs.
 """
 
 import json
@@ -14,28 +14,28 @@ from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from vitrail.errors import VitrailError
+from vitrail.errors import DeviceError
 from vitrail.training.checkpoints.run_folder import RunFolder
 from vitrail.utils.files import atomic_write_text
 from vitrail.utils.text import one_line
 
 _FINAL = ("top1", "top5", "loss", "ece", "best_epoch", "epochs", "seconds", "images_per_second", "params")
-_PROJECT = "vitrail"  # where Weights & Biases and Trackio file a run, unless the environment says otherwise
+_PROJECT = "vitrail"  # default project of Weights & Biases and Trackio
 
 
 class Tracker(Protocol):
-    """What can be told of a run. Names are such as train/loss and lr/head."""
+    """Logs scalars by name, such as train/loss and lr/head."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Figures after `step` optimiser steps. On return they are on the disk, or with a process of their own."""
+        """Log the values after `step` optimizer steps; on return they are written or handed to another process."""
         ...
 
     def finish(self, values: Mapping[str, float], step: int) -> None:
-        """The figures of the finished run."""
+        """Log the final metrics."""
         ...
 
     def close(self) -> None:
-        """No more will come in this session."""
+        """Close the tracker at the end of a session."""
         ...
 
 
@@ -64,7 +64,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases, whose own environment variables count (WANDB_PROJECT, WANDB_MODE=offline, ...)."""
+    """A Weights & Biases run; reads its environment variables (WANDB_PROJECT, WANDB_MODE=offline, ...)."""
 
     def __init__(self, folder: RunFolder, config: Mapping[str, Any], state: dict[str, Any]) -> None:
         wandb = import_module("wandb")
@@ -89,7 +89,7 @@ class WandB:
 
 
 class Trackio:
-    """A run of Trackio, on this machine or in the Space that TRACKIO_SPACE_ID names."""
+    """A Trackio run, local or in the Space TRACKIO_SPACE_ID."""
 
     def __init__(self, folder: RunFolder, config: Mapping[str, Any], state: dict[str, Any]) -> None:
         trackio = import_module("trackio")
@@ -119,19 +119,19 @@ _KINDS: dict[str, Callable[[RunFolder, Mapping[str, Any], dict[str, Any]], Track
 
 
 def tracker_names(track: str) -> list[str]:
-    """The names in the config's `track`, which may be "none"."""
+    """The tracker names in the config key `track`, a comma-separated list or "none"."""
     return [] if track == "none" else track.split(",")
 
 
 def check_trackers(track: str) -> None:
-    """Raise VitrailError for a tracker that is not installed."""
+    """Raise DeviceError for a tracker that is not installed."""
     for name in tracker_names(track):
         if find_spec(name) is None:
-            raise VitrailError(f"track={name} needs a package that is not here: pip install 'vitrail[{name}]'")
+            raise DeviceError(f"track={name} needs a package that is not installed: pip install 'vitrail[{name}]'")
 
 
 class Trackers:
-    """All trackers of a run, from when it is entered. `say` is told once of each that fails."""
+    """The trackers of a run, as a context manager. `say` prints a warning for each that fails."""
 
     def __init__(self, track: str, folder: RunFolder, config: Mapping[str, Any], say: Callable[[str], None]) -> None:
         self._names = tracker_names(track)
@@ -145,8 +145,8 @@ class Trackers:
         if self._names and self._folder.trackers.exists():
             self._state = json.loads(self._folder.trackers.read_text(encoding="utf-8"))
         for name in self._names:
-            self._guarded(name, partial(self._start, name))
-        self._keep()
+            self._try(name, partial(self._start, name))
+        self._save_state()
         return self
 
     def _start(self, name: str) -> None:
@@ -156,19 +156,19 @@ class Trackers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for name, tracker in list(self._open.items()):
-            self._guarded(name, tracker.close)
+            self._try(name, tracker.close)
         self._open = {}
 
     def epoch(self, record: Mapping[str, Any], rates: Mapping[str, float]) -> None:
-        """A line of metrics.jsonl, and the learning rates by group as of its last step."""
-        self._tell(figures(record, rates), record["steps"], lambda tracker: tracker.log)
+        """Log a line of metrics.jsonl, and the learning rates by group at its last step."""
+        self._log(scalars(record, rates), record["steps"], lambda tracker: tracker.log)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """The run's summary."""
+        """Log the final metrics of the summary."""
         values = {name: summary[name] for name in _FINAL if isinstance(summary.get(name), int | float)}
-        self._tell(values, summary["steps"], lambda tracker: tracker.finish, key="finished")
+        self._log(values, summary["steps"], lambda tracker: tracker.finish, key="finished")
 
-    def _tell(
+    def _log(
         self,
         values: Mapping[str, float],
         step: int,
@@ -177,28 +177,27 @@ class Trackers:
     ) -> None:
         for name, tracker in list(self._open.items()):
             state = self._state[name]
-            if step > state.get(key, -1) and self._guarded(name, partial(how(tracker), values, step)):
+            if step > state.get(key, -1) and self._try(name, partial(how(tracker), values, step)):
                 state[key] = step
-        self._keep()
+        self._save_state()
 
-    def _guarded(self, name: str, call: Callable[[], None]) -> bool:
-        """Whether the call went well."""
+    def _try(self, name: str, call: Callable[[], None]) -> bool:
+        """Call, and return whether it succeeded; a tracker that fails is closed."""
         try:
             call()
-        except Exception as error:  # whatever it is, the run is worth more
+        except Exception as error:  # no failure of a tracker may end the run
             self._open.pop(name, None)
-            words = one_line(error)
-            self._say(f"warning: {name} failed, and the run goes on without it: {words}")
+            self._say(f"warning: {name} failed, training continues without it: {one_line(error)}")
             return False
         return True
 
-    def _keep(self) -> None:
+    def _save_state(self) -> None:
         if self._names:
             atomic_write_text(self._folder.trackers, json.dumps(self._state) + "\n")
 
 
-def figures(record: Mapping[str, Any], rates: Mapping[str, float]) -> dict[str, float]:
-    """An epoch's figures by the names that trackers group: train/..., val/..., lr/<group>, epoch."""
+def scalars(record: Mapping[str, Any], rates: Mapping[str, float]) -> dict[str, float]:
+    """The values of an epoch by tracker name: train/..., val/..., lr/<group>, epoch."""
     found: dict[str, float] = {"epoch": record["epoch"], "train/images_per_second": record["images_per_second"]}
     for key, value in record.items():
         part, _, name = key.partition("_")
