@@ -102,7 +102,7 @@ def test_a_download_that_is_cut_goes_on(hub: Hub, monkeypatch: pytest.MonkeyPatc
 def test_what_does_not_match_its_checksum_is_removed(hub: Hub) -> None:
     hub.add("org/model", files())
     hub.lie = True
-    assert "came damaged" in refusal("hf:org/model")
+    assert "damaged in the download" in refusal("hf:org/model")
     hub.lie = False
     assert load_source("hf:org/model").num_classes == 5
 
@@ -119,7 +119,7 @@ def test_several_files(hub: Hub) -> None:
     assert set(load_source("hf:org/model").tensors) == set(tensors)
     table["weight_map"]["norm.weight"] = "../../../../etc/passwd"
     hub.add("org/evil", {**made, "model.safetensors.index.json": json.dumps(table).encode()})
-    assert "leads out of its folder" in refusal("hf:org/evil")
+    assert "outside its folder" in refusal("hf:org/evil")
     assert not [request for request in hub.requests if "passwd" in request]
 
 
@@ -144,7 +144,7 @@ def test_refusals(hub: Hub) -> None:
 
 @pytest.mark.parametrize("name", ["", "model", "a/b/c", "../../etc", "org/../x", "org/model@", "org/mod el"])
 def test_names_of_nonsense(name: str) -> None:
-    assert "names no repository" in refusal(f"hf:{name}")
+    assert "is not a repository name" in refusal(f"hf:{name}")
 
 
 def test_offline_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,5 +198,5 @@ def test_a_checksum_in_the_catalog_is_asked_of_the_hub_and_held_to(
     assert load_source("default", "vit_tiny_patch16_224").record is not None
     other = {key: value + 1 for key, value in load(content).items()}
     hub.add(f"timm/{name}", {"model.safetensors": save(other)}, commit="d" * 40)
-    with pytest.raises(VitrailError, match=f"is not what the catalog knows: .* should with {digest[:12]}"):
+    with pytest.raises(VitrailError, match=f"does not match the catalog: .* instead of {digest[:12]}"):
         load_source("default", "vit_tiny_patch16_224")

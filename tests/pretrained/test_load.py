@@ -40,7 +40,7 @@ def test_a_deit_of_transformers_with_one_head(tmp_path: Path) -> None:
 def test_another_patch_size_and_image_size(tmp_path: Path) -> None:
     old = create_model("vit_tiny_patch16_224", num_classes=3, patch_size=8, **SMALL)
     save_file(old.state_dict(), tmp_path / "model.safetensors")
-    with pytest.raises(VitrailError, match="do not fit the model"):  # not the catalog's row as it is
+    with pytest.raises(VitrailError, match="do not match the model"):  # not the catalog's row as it is
         create_model("vit_tiny_patch16_224", weights=tmp_path / "model.safetensors")
     new = create_model(
         "vit_tiny_patch16_224", weights=tmp_path / "model.safetensors", patch_size=4, **{**SMALL, "img_size": (32, 48)}

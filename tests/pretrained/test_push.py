@@ -128,11 +128,11 @@ def test_refusals(hub: tuple[Hub, Uploads], tmp_path: Path, monkeypatch: pytest.
     server, _ = hub
     folder = save(tmp_path / "m")
     push(plan_upload(folder, "org/public"))
-    assert "org/public is there already and public" in refusal(folder, "org/public", private=True)
+    assert "org/public already exists and is public" in refusal(folder, "org/public", private=True)
     assert "has no revision 'v9'" in refusal(folder, "org/public", revision="v9", create_pr=True)
-    assert "shows no hf:org/none" in refusal(folder, "org/none", create_pr=True)
+    assert "the hub has no hf:org/none" in refusal(folder, "org/none", create_pr=True)
     monkeypatch.setenv("HF_TOKEN", "reads")
-    assert "forbids writing to hf:org/m: the token needs write permission" in refusal(folder)
+    assert "forbids writing to hf:org/m: use a token with write permission" in refusal(folder)
     monkeypatch.setenv("HF_TOKEN", "old")
     assert "does not accept the token: `hf auth login`" in refusal(folder)
     monkeypatch.delenv("HF_TOKEN")
@@ -157,7 +157,7 @@ def test_a_file_that_arrives_damaged_is_no_success(hub: tuple[Hub, Uploads], tmp
 
 @pytest.mark.parametrize("repo", ["m", "a/b/c", "../m", "org/..", "org/m od", "", "org/", "hf:org/m", "org/a--b"])
 def test_names_of_nonsense(repo: str, tmp_path: Path) -> None:
-    with pytest.raises(VitrailError, match="names no repository"):
+    with pytest.raises(VitrailError, match="is not a repository name"):
         plan_upload(save(tmp_path / "m"), repo)
 
 
@@ -194,4 +194,4 @@ def test_the_command(hub: tuple[Hub, Uploads], tmp_path: Path, capsys: pytest.Ca
     assert {name: len(content) for name, content in arrived(server).items()} == plan_upload(folder, "org/m").sizes()
     status, out, err = run("m")
     assert (status, out) == (2, "")
-    assert err == "error: 'm' names no repository: write org/name, or your own name for org\n"
+    assert err == "error: 'm' is not a repository name: write org/name, or your own name for org\n"

@@ -177,24 +177,27 @@ def test_transformers_processors(tmp_path: Path, processor: Any, expected: Prepr
         ({"model_type": "dinov2", "use_swiglu_ffn": True}, "SwiGLU"),
         ({"model_type": "swin", "use_absolute_embeddings": True}, "absolute position"),
         ({"model_type": "bert"}, "describes a 'bert'"),
-        ({"model_type": "vit", "hidden_size": "wide"}, "makes no sense"),
-        ({"model_type": "vit", "hidden_size": 0}, "makes no sense"),
-        ({"model_type": "swin", "depths": 7}, "makes no sense"),
+        ({"model_type": "vit", "hidden_size": "wide"}, "is invalid"),
+        ({"model_type": "vit", "hidden_size": 0}, "is invalid"),
+        ({"model_type": "swin", "depths": 7}, "is invalid"),
         (
             {"architecture": "vit_tiny_patch16_224", "model_args": {"act_layer": "relu"}},
             "act_layer=relu",
         ),
-        ({"architecture": "vit_tiny_patch16_224", "model_args": [1]}, "makes no sense"),
-        ({"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"input_size": 3}}, "makes no sense"),
-        ({"architecture": "vit_tiny_patch16_224", "num_classes": -3}, "makes no sense"),
+        ({"architecture": "vit_tiny_patch16_224", "model_args": [1]}, "is invalid"),
+        ({"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"input_size": 3}}, "is invalid"),
+        ({"architecture": "vit_tiny_patch16_224", "num_classes": -3}, "is invalid"),
         ({"vitrail": {"family": "vit"}}, ""),
-        ({"model_type": "vit", "hidden_size": 24, "num_hidden_layers": 10**9}, "another network than the weights"),
-        ({"model_type": "vit", "hidden_size": 10**9}, "another network than the weights"),
-        ({"model_type": "vit", "hidden_size": 24, "intermediate_size": 96, "image_size": 10**6}, "another network"),
+        ({"model_type": "vit", "hidden_size": 24, "num_hidden_layers": 10**9}, "a different model from the weights"),
+        ({"model_type": "vit", "hidden_size": 10**9}, "a different model from the weights"),
+        ({"model_type": "vit", "hidden_size": 24, "intermediate_size": 96, "image_size": 10**6}, "a different model"),
         ({"model_type": "vit", "hidden_size": 24, "num_hidden_layers": "2"}, "depth cannot be '2'"),
         ({"model_type": "vit", "hidden_size": 24, "num_hidden_layers": [2]}, "depth cannot be [2]"),
-        ({"architecture": "resnet18", "model_args": {"layers": [10**9, 2, 2, 2]}}, "another network than the weights"),
-        ({"architecture": "swin_tiny_patch4_window7_224", "model_args": {"window_size": 10**6}}, "another network"),
+        (
+            {"architecture": "resnet18", "model_args": {"layers": [10**9, 2, 2, 2]}},
+            "a different model from the weights",
+        ),
+        ({"architecture": "swin_tiny_patch4_window7_224", "model_args": {"window_size": 10**6}}, "a different model"),
     ],
 )
 def test_a_config_of_nonsense(tmp_path: Path, config: Any, words: str) -> None:
@@ -217,9 +220,9 @@ def test_a_licence_is_read_from_the_card(tmp_path: Path) -> None:
 def test_unknown_words() -> None:
     assert "did you mean 'augreg_in21k_ft_in1k'" in refusal("augreg_in21k_ft_in1", "vit_tiny_patch16_224")
     assert "give a file, a folder, hf:org/repo or a URL" in refusal("nothing")
-    assert "nothing is published for vit_nano" in refusal("default", "vit_nano_patch2_8")
-    assert "there is no" in refusal("folder/none.pth")
-    assert "there is no" in refusal("none.safetensors")
+    assert "no published weights for vit_nano" in refusal("default", "vit_nano_patch2_8")
+    assert "folder/none.pth does not exist" in refusal("folder/none.pth")
+    assert "none.safetensors does not exist" in refusal("none.safetensors")
     assert "torchvision:vit_b_17 is not known (did you mean 'vit_b_16'" in refusal("torchvision:vit_b_17")
     assert "has no weights 'V9': there are torchvision_v1, torchvision_v2" in refusal("torchvision:resnet50.V9")
 

@@ -1,4 +1,4 @@
-"""Training checkpoints: the state dict is found, and what was left aside is told."""
+"""Training checkpoints: the state dict is found, and what was ignored is told."""
 
 from argparse import Namespace
 from typing import Any
@@ -67,9 +67,9 @@ def test_the_right_weights_are_found(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("model_ema", ["the state dict is the checkpoint's 'model_ema'", "'model' left aside"]),
-        ("dino", ["checkpoint's 'teacher'", "'student' left aside"]),
-        ("dinov2", ["tensors of the checkpoint's 'student' left aside"]),
+        ("model_ema", ["the state dict is the checkpoint's 'model_ema'", "'model' ignored"]),
+        ("dino", ["checkpoint's 'teacher'", "'student' ignored"]),
+        ("dinov2", ["tensors of the checkpoint's 'student' ignored"]),
         ("average", ["n_averaged"]),
         ("Lightning", ["criterion.weight", "acc.total", "outside the model"]),
     ],

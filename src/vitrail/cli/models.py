@@ -13,7 +13,7 @@ def models(
     pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern such as 'swin*'.")] = "*",
     json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
 ) -> None:
-    """List the models that there are: size, cost, input, published accuracy and licence.
+    """List the available models: size, cost, input, published accuracy and licence.
 
     Example: `vitrail models 'swin*'`
     """
@@ -23,7 +23,7 @@ def models(
     variants = [VARIANTS[name] for name in list_models(pattern)]
     if not variants:
         raise ModelError(
-            f"no model is called {pattern!r}{did_you_mean(pattern, _beginnings(VARIANTS))}; `vitrail models` lists all"
+            f"no model matches {pattern!r}{did_you_mean(pattern, _beginnings(VARIANTS))}; `vitrail models` lists all"
         )
     if json:
         from json import dumps

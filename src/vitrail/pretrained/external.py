@@ -1,4 +1,4 @@
-"""Models of timm and torchvision that are none of our catalog, where these libraries are installed."""
+"""External models: models of timm and torchvision outside the catalog, if the library is installed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,7 +82,7 @@ def _published(what: str, make: Callable[[], nn.Module]) -> Any:
     try:
         return make()
     except Exception as error:  # a download's, and whose error that is differs from library to library
-        raise WeightsError(f"the weights of {what} cannot be had: {one_line(error)}") from error
+        raise WeightsError(f"the weights of {what} could not be loaded: {one_line(error)}") from error
 
 
 _OPENERS: dict[str, Callable[[Any, str], ExternalModel]] = {"timm": _timm, "torchvision": _torchvision}

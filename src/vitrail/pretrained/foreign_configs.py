@@ -59,12 +59,12 @@ def read_config(config: Config, processor: Config | None, where: str) -> Archite
         if isinstance(config.get("architecture"), str):
             return _timm(config, where)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        raise ModelError(f"{where} makes no sense: {one_line(error)}") from None
+        raise ModelError(f"{where} is invalid: {one_line(error)}") from None
     return Architecture()
 
 
 def check(config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> None:
-    """That a stranger's config has values of the right kinds, and that a network of this size can have these tensors.
+    """Check that an untrusted config has valid values and a size that these tensors can belong to.
 
     Otherwise three lines of JSON could ask for a network of any size.
 
@@ -89,7 +89,7 @@ def check(config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> Non
         case _:
             raise TypeError(f"no architecture goes with a {type(config).__name__}")
     if blocks > len(tensors) or not set(widths) <= sizes or max([*small, config.in_chans]) > largest:
-        raise ModelError(f"{where} describes another network than the weights beside it")
+        raise ModelError(f"{where} describes a different model from the weights next to it")
 
 
 def from_record(record: WeightsRecord) -> Architecture:

@@ -26,7 +26,7 @@ def hub_weights(name: str, sha256: str | None = None) -> tuple[Path, str]:
             does not match, or no weights in it.
     """
     if not _NAME.fullmatch(name) or ".." in name:
-        raise WeightsError(f"hf:{printable(name)} names no repository: write hf:org/repo or hf:org/repo@revision")
+        raise WeightsError(f"hf:{printable(name)} is not a repository name: write hf:org/repo or hf:org/repo@revision")
     repo, _, revision = name.partition("@")
     commit, files = _files(repo, revision or "main")
     weights = choose_weights(files, f"hf:{name}")
@@ -96,7 +96,7 @@ def _check_pinned(path: Path, sha256: str, what: str) -> None:
     found = _digest(path)
     if not found.startswith(sha256):
         raise WeightsError(
-            f"{what} is not what the catalog knows: its sha256 begins with {found[:12]} and should with {sha256[:12]}"
+            f"{what} does not match the catalog: its sha256 begins with {found[:12]} instead of {sha256[:12]}"
         )
 
 
@@ -106,7 +106,9 @@ def _check(path: Path, what: str) -> None:
     if re.fullmatch(r"[0-9a-f]{64}", blob.name) and _digest(blob) != blob.name:
         path.unlink()
         blob.unlink(missing_ok=True)
-        raise WeightsError(f"{what} came damaged (its sha256 is not {blob.name[:12]}...) and was removed: try again")
+        raise WeightsError(
+            f"{what} was damaged in the download (its sha256 is not {blob.name[:12]}...) and was removed: try again"
+        )
 
 
 def _cached(repo: str, revision: str) -> Path | None:

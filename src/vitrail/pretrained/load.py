@@ -98,7 +98,7 @@ def _agreed(found: ModelConfig | None, name: str | None, source: str) -> ModelCo
     """The config that the file states, once it is certain that it is the model asked for."""
     if name is None:
         if found is None:
-            raise ModelError(f"{source} does not say which model its weights are for: name it, with --model")
+            raise ModelError(f"{source} does not say which model its weights are for: pass --model")
         return found
     row = variant(name).config
     if found is None:

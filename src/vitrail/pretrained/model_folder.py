@@ -159,9 +159,9 @@ def read_model_folder(folder: Path) -> Contents:
     try:
         preprocess = Preprocess.from_dict(_section(record, "preprocess", source))
     except (TypeError, ValueError) as error:
-        raise WeightsError(f"{source} has a preprocessing of nonsense: {one_line(error)}") from None
+        raise WeightsError(f"{source} has an invalid preprocessing: {one_line(error)}") from None
     if preprocess.channels != config.in_chans:
-        raise WeightsError(f"{source} prepares {preprocess.channels} channels for a model of {config.in_chans}")
+        raise WeightsError(f"{source} preprocesses {preprocess.channels} channels for a model with {config.in_chans}")
     return Contents(
         model=_load(folder / WEIGHTS, config),
         preprocess=preprocess,
@@ -177,7 +177,7 @@ def _read_json(source: Path) -> dict[str, Any]:
     except OSError as error:
         raise WeightsError(f"cannot read {source}: {(error.strerror or str(error)).lower()}") from None
     except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{source} is no JSON: {one_line(error)}") from None
+        raise WeightsError(f"{source} is not valid JSON: {one_line(error)}") from None
     if not isinstance(record, dict):
         raise WeightsError(f"{source} is no model's config: it holds a {type(record).__name__}")
     return record
@@ -207,7 +207,7 @@ def _load(source: Path, config: ModelConfig) -> ImageModel:
             _check_fit(expected, shapes, source)
             tensors = {name: file.get_tensor(name).to(expected[name].dtype) for name in shapes}
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{source} is damaged or no safetensors file: {one_line(error)}") from None
+        raise WeightsError(f"{source} is damaged or not a safetensors file: {one_line(error)}") from None
     if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in tensors):
         model = build_model(config)  # it computes tables of its own, which need memory
         model.load_state_dict(tensors)
@@ -220,12 +220,12 @@ def _skeleton(config: ModelConfig, num_tensors: int, source: Path) -> ImageModel
     """The model on the meta device: names and shapes without memory."""
     blocks = [getattr(config, name, 0) for name in ("depth", "depths", "layers")]
     if max(sum(b) if isinstance(b, tuple) else b for b in blocks) > num_tensors:
-        raise WeightsError(f"{source} holds {num_tensors} tensors, too few for the depth that its config asks for")
+        raise WeightsError(f"{source} holds {num_tensors} tensors, too few for the depth in its config")
     try:
         with torch.device("meta"), _NoDraws():
             return build_model(config)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-        raise WeightsError(f"{source.with_name(CONFIG)} describes no model: {one_line(error)}") from None
+        raise WeightsError(f"{source.with_name(CONFIG)} does not describe a valid model: {one_line(error)}") from None
 
 
 class _NoDraws(TorchFunctionMode):
@@ -253,4 +253,4 @@ def _check_fit(expected: Mapping[str, torch.Tensor], found: Mapping[str, tuple[i
     }
     words = [f"{what}: {join_names(names, 3)}" for what, names in faults.items() if names]
     if words:
-        raise WeightsError(f"{source} does not fit its config.json: {'; '.join(words)}")
+        raise WeightsError(f"{source} does not match its config.json: {'; '.join(words)}")

@@ -38,15 +38,15 @@ class UploadPlan:
 
 
 def plan_upload(model: str | Path, repo: str) -> UploadPlan:
-    """Read and check a model folder or a run folder, and make ready what `push` would send. Needs no connection.
+    """Read and check a model folder or run folder and collect the files that `push` uploads. Works offline.
 
-    A card that nobody has changed comes to name the repository in its code; a person's own is sent as it is.
+    An unedited card is rewritten to name the repository; an edited one is sent unchanged.
 
     Raises:
         VitrailError: no such folder, a damaged one, or no name for a repository.
     """
     if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
-        raise VitrailError(f"{printable(repo)!r} names no repository: write org/name, or your own name for org")
+        raise VitrailError(f"{printable(repo)!r} is not a repository name: write org/name, or your own name for org")
     folder = _folder(Path(model).expanduser())
     contents = read_model_folder(folder)
     files: dict[str, bytes | Path] = {CARD: folder / CARD, CONFIG: folder / CONFIG, WEIGHTS: folder / WEIGHTS}
@@ -76,8 +76,7 @@ def push(
     message: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Send it, making the repository and the branch `revision` where there are none; gives the address of the commit,
-    or of the pull request.
+    """Upload; create the repository and the branch `revision` if needed. Returns the URL of the commit or pull request.
 
     Raises:
         VitrailError: no token, no connection, no permission, or whatever else the hub refuses; in one line.
@@ -121,7 +120,9 @@ def _refuse_public(api: "HfApi", repo: str) -> None:
     except RepositoryNotFoundError:
         return
     if not info.private:
-        raise VitrailError(f"hf:{repo} is there already and public: make it private in its settings, or choose another")
+        raise VitrailError(
+            f"hf:{repo} already exists and is public: make it private in its settings, or choose another"
+        )
 
 
 def _explain(repo: str, revision: str | None, error: BaseException) -> str:
@@ -134,12 +135,12 @@ def _explain(repo: str, revision: str | None, error: BaseException) -> str:
         return f"cannot reach the hub for hf:{repo} ({one_line(error)}): connect and try again"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"hf:{repo} has no revision {printable(revision or 'main')!r}: leave it out, or make the branch first"
+        return f"hf:{repo} has no revision {printable(revision or 'main')!r}: leave it out, or create the branch first"
     if status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
-        return "the hub does not accept the token: `hf auth login` with a new one, or mend HF_TOKEN"
+        return "the hub does not accept the token: `hf auth login` with a new one, or correct HF_TOKEN"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"the hub shows no hf:{repo} to this token: check the name, or `hf auth login` with one that may see it"
+        return f"the hub has no hf:{repo}, or this token has no access: check the name, or `hf auth login` with another"
     if status == 403:
         org = repo.partition("/")[0]
-        return f"the hub forbids writing to hf:{repo}: the token needs write permission, and its owner a place in {org}"
+        return f"the hub forbids writing to hf:{repo}: use a token with write permission and an account in {org}"
     return f"the hub refuses hf:{repo}: {one_line(getattr(error, 'server_message', None) or error)}"

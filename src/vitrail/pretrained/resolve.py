@@ -1,6 +1,6 @@
-"""Every place that weights are taken from, told apart by looking at the word that names it.
+"""Sources of weights, recognised from the string that names them.
 
-A word is, in this order: a tag of the model's published weights ("default" is the first); hf:org/repo[@revision];
+In this order: a tag of the model's published weights ("default" is the first); hf:org/repo[@revision];
 timm:name[.tag]; torchvision:name[.WEIGHTS]; an https URL with #sha256=...; a file or a folder.
 """
 
@@ -127,9 +127,9 @@ def is_of_catalog(source: str) -> bool:
 def _unknown(word: str, model: str | None) -> str:
     tags = [record.tag for record in PUBLISHED.get(model or "", ())]
     if word == "default" or (model and not tags):
-        return f"nothing is published for {model or 'a model without a name'}: give a file, a folder or hf:org/repo"
+        return f"no published weights for {model or 'a model without a name'}: give a file, a folder or hf:org/repo"
     known = f"{model} has the tags {', '.join(tags)}" if tags else "give a file, a folder, hf:org/repo or a URL"
-    return f"no weights are called {printable(word)!r}{did_you_mean(word, tags or PUBLISHED)}; {known}"
+    return f"unknown weights {printable(word)!r}{did_you_mean(word, tags or PUBLISHED)}; {known}"
 
 
 def _by_tag(tag: str, model: str | None) -> WeightsRecord | None:
@@ -210,7 +210,7 @@ def _local(path: Path) -> Loaded:
     if path.is_dir():
         return _read(find_weights(path), str(path))
     if not path.exists():
-        raise WeightsError(f"there is no {path}: check the path")
+        raise WeightsError(f"{path} does not exist: check the path")
     if path.name in USUAL:
         return _read(path, str(path))
     return _convert(path, str(path))

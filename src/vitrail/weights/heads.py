@@ -1,4 +1,4 @@
-"""Whether the classifier of a file can serve a model's classes."""
+"""Whether the classification head of a file can be kept for a model's classes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,8 +48,8 @@ def decide_head(
 ) -> HeadDecision:
     """Decide on a head for `new` classes, with one for `old` classes in the file.
 
-    asked: the number of classes that a person asked for, None if nobody did. "keep" insists on the file's head, "new"
-    on a fresh one, "auto" keeps what certainly fits.
+    asked: the requested number of classes, or None. "keep" requires the file's head, "new"
+    a new one, "auto" keeps it if classes match.
 
     Raises:
         WeightsError: "keep" cannot be had.
@@ -57,14 +57,14 @@ def decide_head(
     if not new:
         return HeadDecision(keep=False, why="the model has no head")
     if policy == "new":
-        return HeadDecision(keep=False, why="a fresh head was asked for")
+        return HeadDecision(keep=False, why="a new head was requested")
     if not old:
         if policy == "keep":
-            raise WeightsError("the head cannot be kept: the file has none")
+            raise WeightsError("cannot keep the head: the file has none")
         return HeadDecision(keep=asked is None, why="the file has no head", problem=asked is None)
     if old != new:
         if policy == "keep":
-            raise WeightsError(f"the head cannot be kept: it knows {old} classes and the model {new}")
+            raise WeightsError(f"cannot keep the head: it has {old} classes and the model {new}")
         why = f"{new} classes in place of {old}"
         return HeadDecision(keep=asked is None, why=why, problem=asked is None)
     return _by_names(old_names, new_names, policy)
@@ -77,7 +77,7 @@ def _by_names(old: Sequence[str] | None, new: Sequence[str] | None, policy: Head
     if old is not None and len(set(new)) == len(new) and sorted(old) == sorted(new):
         place = {name: row for row, name in enumerate(old)}
         return HeadDecision(
-            keep=True, rows=tuple(place[name] for name in new), why="rows put in the order of the class names"
+            keep=True, rows=tuple(place[name] for name in new), why="rows reordered to match the class names"
         )
     if old is None:
         why = f"the file does not name its {len(new)} classes"
@@ -85,5 +85,5 @@ def _by_names(old: Sequence[str] | None, new: Sequence[str] | None, policy: Head
         first = next(index for index, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1])
         why = f"class {first} is {old[first]!r} in the file and {new[first]!r} here"
     if policy == "keep":
-        raise WeightsError(f"the head cannot be kept: {why}")
-    return HeadDecision(keep=False, why="other classes", warning=f"as many classes, yet a fresh head: {why}")
+        raise WeightsError(f"cannot keep the head: {why}")
+    return HeadDecision(keep=False, why="other classes", warning=f"same number of classes, but a new head: {why}")

@@ -1,6 +1,6 @@
-"""Putting a file's tensors into a model, with an account of every single one.
+"""Loading a file's tensors into a model, with a report on each.
 
-What is resized, adapted or left out is said; whatever else does not match is an error, and then nothing is loaded.
+Resized, adapted and unused tensors are reported; any other mismatch is an error, and then nothing is loaded.
 """
 
 import math
@@ -39,7 +39,7 @@ def load_weights(
     """Load `tensors`, under our names, into `model`, and report on each.
 
     Args:
-        num_classes: what a person asked for; None if nobody did, and then the file's head must fit.
+        num_classes: as requested; None if not, and then the file's head must match.
         class_names: of the model's classes, where they are known.
         file_class_names: of the classes that the file's head knows, where they are known.
         heads: "keep" the file's head or fail, "new" for a fresh one, "auto" to keep what certainly fits.
@@ -139,7 +139,7 @@ class _Plan:
                     self.place(name, self.left[name][list(decision.rows)], how=decision.why)
             return  # where there is nothing to permute, the head is like any other tensor
         if decision.problem:
-            hint = "; give num_classes for a fresh head, or 0 for none"
+            hint = "; give num_classes for a new head, or 0 for none"
             if not in_file:
                 self.problems[in_model[0]] = f"{decision.why}, and the model needs {join_names(in_model)}{hint}"
                 self.settled |= {*in_model}
@@ -173,10 +173,10 @@ class _Plan:
             value = torch.cat([table[:, :have], grid], dim=1)
         elif prefix == 0 and self.add_positions(table[:, :have]):
             value = grid
-            how.append(f"the position of {' and '.join(self.added)} is added to the token")
+            how.append(f"the position embedding of {' and '.join(self.added)} is added to the token")
         elif have == 0:
             value = torch.cat([torch.zeros_like(table[:, :1]).expand(-1, prefix, -1), grid], dim=1)
-            how.append("the tokens before the patches hold their position themselves, so theirs here is 0")
+            how.append("the prefix tokens include their position, so it is 0 here")
         else:
             return
         self.place("pos_embed", value, "resized" if how else "loaded", "; ".join(how))
@@ -189,7 +189,9 @@ class _Plan:
             return False
         self.added = tokens[: rows.shape[1]]
         for index, name in enumerate(self.added):
-            self.place(name, self.left[name] + rows[:, index : index + 1], "adapted", "its position is added to it")
+            self.place(
+                name, self.left[name] + rows[:, index : index + 1], "adapted", "its position embedding is added to it"
+            )
         return True
 
     def take_rest(self) -> None:
@@ -201,7 +203,7 @@ class _Plan:
             if name not in self.left:
                 if name.endswith(_COUNTER) and not any(other.endswith(_COUNTER) for other in self.file_names):
                     self.put(
-                        name, wanted, "new", "old files do not hold this counter, and inference does not read it", None
+                        name, wanted, "new", "old files do not have this counter, and inference does not use it", None
                     )
                 continue
             tensor = self.left[name]
@@ -248,12 +250,12 @@ class _Plan:
         if missing:
             lines.append(f"missing from the file: {join_names(missing)}")
         if self.left:
-            lines.append(f"the model has no place for {join_names(self.both_names(name) for name in self.left)}")
+            lines.append(f"unexpected in the file: {join_names(self.both_names(name) for name in self.left)}")
         if not lines:
             return
         if 4 * (len(missing) + len(self.problems) + len(self.left)) > len(self.wanted):
-            lines.append("are these another model's weights?")
-        raise WeightsError(f"{source or 'the weights'} do not fit the model: {'; '.join(lines)}")
+            lines.append("are these weights of a different model?")
+        raise WeightsError(f"{source or 'the weights'} do not match the model: {'; '.join(lines)}")
 
     def in_order(self) -> list[Entry]:
         return [*(replace(self.entries[name]) for name in self.wanted), *self.unused]

@@ -1,7 +1,7 @@
-"""Reading a checkpoint file that a stranger may have made. No code in it ever runs.
+"""Reading an untrusted checkpoint file. No code in it ever runs.
 
-What a file is, is told by its first bytes and not by its name: safetensors, NumPy's .npz, or what `torch.save` wrote.
-The last is a pickle, and only tensors and plain containers are taken from it.
+The format is detected from the first bytes, not from the name: safetensors, NumPy's .npz, or what `torch.save` wrote.
+The last is a pickle, of which only tensors and plain containers are read.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def read_file(path: str | Path) -> Mapping[Any, Any]:
         return _read_safetensors(path)
     if start[:1] == b"\x80" or b"ustar" in start or _is_tar(path):
         return _read_pickle(path)
-    raise WeightsError(f"{path} is no checkpoint: it is none of safetensors, .npz and what torch.save writes")
+    raise WeightsError(f"{path} is not a checkpoint: expected safetensors, .npz or a torch.save file")
 
 
 def read_shards(index: str | Path) -> dict[str, torch.Tensor]:
@@ -59,19 +59,19 @@ def read_shards(index: str | Path) -> dict[str, torch.Tensor]:
     index = Path(index)
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not all(isinstance(x, str) for pair in table.items() for x in pair):
-        raise WeightsError(f"{index} is no index of a checkpoint: it has no weight_map from names to files")
+        raise WeightsError(f"{index} is not a checkpoint index: it has no weight_map from tensor names to files")
     tensors: dict[str, torch.Tensor] = {}
     for name in sorted(set(table.values())):
         shard = read_file(index.parent / plain_name(name, index))
         for key, tensor in shard.items():
             if key not in table:
                 raise WeightsError(
-                    f"{index.parent / name} holds {printable(str(key))}, of which {index.name} does not know"
+                    f"{index.parent / name} holds {printable(str(key))}, which {index.name} does not list"
                 )
             if isinstance(tensor, torch.Tensor) and table[key] == name:
                 tensors[key] = tensor
     if missing := [key for key in table if key not in tensors]:
-        raise WeightsError(f"{index} promises tensors that its files do not hold: {join_names(missing)}")
+        raise WeightsError(f"{index} lists tensors that its files do not contain: {join_names(missing)}")
     return tensors
 
 
@@ -82,9 +82,7 @@ def plain_name(name: str, where: Path) -> str:
         WeightsError: it leads elsewhere.
     """
     if not name or name in (".", "..") or any(sign in name for sign in "/\\\0:"):
-        raise WeightsError(
-            f"{where} names the file {printable(name)!r}, which leads out of its folder: do not trust it"
-        )
+        raise WeightsError(f"{where} names the file {printable(name)!r}, which is outside its folder: do not trust it")
     return name
 
 
@@ -96,14 +94,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         if path.stat().st_size > _LARGEST_JSON:
-            raise WeightsError(f"{path} is far too long for a config: do not trust it")
+            raise WeightsError(f"{path} is too large for a config file")
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from None
     except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} is no JSON: {one_line(error)}") from None
+        raise WeightsError(f"{path} is not valid JSON: {one_line(error)}") from None
     if not isinstance(content, dict):
-        raise WeightsError(f"{path} holds a {type(content).__name__} and no config")
+        raise WeightsError(f"{path} holds a {type(content).__name__} not a JSON object")
     return content
 
 
@@ -120,7 +118,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         MemoryError,
         OverflowError,
     ) as error:
-        raise WeightsError(f"{path} is damaged, cut short or no safetensors file: {one_line(error)}") from None
+        raise WeightsError(f"{path} is damaged, truncated or not a safetensors file: {one_line(error)}") from None
 
 
 def _read_zip(path: Path, size: int) -> Mapping[Any, Any]:
@@ -129,14 +127,14 @@ def _read_zip(path: Path, size: int) -> Mapping[Any, Any]:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise WeightsError(f"{path} is damaged or cut short: {one_line(error)}") from None
+        raise WeightsError(f"{path} is damaged or truncated: {one_line(error)}") from None
     if sum(entry.file_size for entry in entries) > _MOST_INFLATED * size:
         raise WeightsError(f"{path} would unpack to more than {_MOST_INFLATED} times its size: do not trust it")
     names = [entry.filename for entry in entries]
     if any(name.endswith("/data.pkl") or name == "data.pkl" for name in names):
         if any("/code/" in name or name.endswith("constants.pkl") for name in names):
             raise WeightsError(
-                f"{path} is a TorchScript program and not a checkpoint: save its state_dict() where it is trusted"
+                f"{path} is a TorchScript program and not a checkpoint: save its state_dict() on a trusted machine"
             )
         return _read_pickle(path)
     if names and all(name.endswith(".npy") for name in names):
@@ -156,7 +154,7 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
     except (zipfile.BadZipFile, OSError, ValueError, TypeError, KeyError, EOFError, MemoryError) as error:
         hint = "; it holds Python objects, which are never read" if "allow_pickle" in str(error) else ""
         raise WeightsError(
-            f"{path} is damaged, cut short or no .npz of numbers{hint}: {one_line(error, 120)}"
+            f"{path} is damaged, truncated or not a .npz file of numbers{hint}: {one_line(error, 120)}"
         ) from None
     return tensors
 
@@ -171,10 +169,10 @@ def _read_pickle(path: Path) -> Mapping[Any, Any]:
     except pickle.UnpicklingError as error:
         raise WeightsError(_needs_code(path, error)) from None
     except Exception as error:  # torch raises every kind on a damaged file
-        raise WeightsError(f"{path} is damaged or cut short: {one_line(error, 120)}") from None
+        raise WeightsError(f"{path} is damaged or truncated: {one_line(error, 120)}") from None
     if not isinstance(content, Mapping):
         what = type(content).__name__
-        raise WeightsError(f"{path} holds a {what} and no state dict: save model.state_dict() where it is trusted")
+        raise WeightsError(f"{path} holds a {what} and no state dict: save model.state_dict() on a trusted machine")
     return content
 
 
@@ -186,7 +184,7 @@ def _needs_code(path: Path, error: Exception) -> str:
         except Exception:  # then the names stay unknown
             found = []
     if not found and "Unsupported" not in str(error) and "GLOBAL" not in str(error):
-        return f"{path} is damaged or no checkpoint: {one_line(error, 120)}"
+        return f"{path} is damaged or not a checkpoint: {one_line(error, 120)}"
     what = f" ({join_names(found, 4)})" if found else ""
     return (
         f"{path} needs Python code to be read{what}, and code from a file is never run here: where you trust it, load "

@@ -1,4 +1,4 @@
-"""What became of every tensor when weights were loaded."""
+"""The report on loaded weights: what was done with each tensor."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field

@@ -1,4 +1,4 @@
-"""Tensors by name, as they travel from a file to a model, remembering what the file called them."""
+"""A state dict on its way from a file to a model, with the names that the file used."""
 
 from collections.abc import Iterable, Mapping
 
@@ -27,11 +27,11 @@ class Tensors(dict[str, Tensor]):
             self.outside |= tensors.outside
 
     def file_name(self, name: str) -> str:
-        """What the file calls the tensor `name`."""
+        """The file's name of the tensor `name`."""
         return self.origin.get(name, name)
 
     def empty_copy(self) -> "Tensors":
-        """No tensors yet, and this one's notes and unused tensors."""
+        """No tensors, with the notes and unused names of this one."""
         empty = Tensors()
         empty.unused |= self.unused
         empty.notes += self.notes

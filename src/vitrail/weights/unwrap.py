@@ -40,7 +40,7 @@ _COUNTERS = {"n_averaged"}  # torch.optim.swa_utils keeps how many models it has
 
 
 def unwrap(content: Mapping[Any, Any]) -> Tensors:
-    """The state dict within `content`, without the wrappers' prefixes; `notes` tell what was chosen and left aside.
+    """The state dict within `content`, without the wrappers' prefixes; `notes` tell what was chosen and ignored.
 
     Raises:
         WeightsError: there is no state dict.
@@ -65,7 +65,7 @@ def _open(content: Mapping[Any, Any], path: list[str]) -> tuple[Tensors, list[st
         raise WeightsError(f"the checkpoint holds no state dict ({keys})")
     found, notes = _open(content[inside[0]], [*path, inside[0]])
     if len(inside) > 1:
-        notes.append(f"the checkpoint's {' and '.join(repr(key) for key in inside[1:])} left aside")
+        notes.append(f"the checkpoint's {' and '.join(repr(key) for key in inside[1:])} ignored")
     return found, notes
 
 
@@ -80,7 +80,7 @@ def _choose_twin(tensors: Tensors) -> Tensors:
         sizes = [sum(name.startswith(prefix) for name in tensors) for prefix in (first, second)]
         if min(sizes) > 2 and 2 * sum(sizes) > len(tensors):
             out = Tensors((name, tensor) for name, tensor in tensors.items() if not name.startswith(second))
-            out.notes += [*tensors.notes, f"{sizes[1]} tensors of the checkpoint's {second[:-1]!r} left aside"]
+            out.notes += [*tensors.notes, f"{sizes[1]} tensors of the checkpoint's {second[:-1]!r} ignored"]
             out.unused |= tensors.unused
             return out
     return tensors

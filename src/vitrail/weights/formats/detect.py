@@ -1,7 +1,7 @@
-"""Every checkpoint layout that is read here: one pure function each, from the file's names to ours, which are timm's.
+"""Checkpoint formats: one pure function each, from the file's tensor names to timm's, which are ours.
 
 A layout is a table of rules, pattern -> new name, and its function applies them; a few then put tensors together. A
-name that no rule knows goes through as it is, and the strict fit (`fit.py`) will call it by its name. `detect` picks
+name that no rule knows goes through as it is, and strict loading (`load.py`) reports it. `detect` picks
 the layout whose rules know the most names, so that one odd name does not hide what a file is.
 """
 
@@ -62,8 +62,8 @@ def detect(names: Iterable[str]) -> Format:
     best = max(known)
     if not names or 2 * best < len(names):
         raise WeightsError(
-            f"the tensors' names are of no layout that is read here ({join_names(names, 4) or 'there are none'}): "
-            f"known are {', '.join(layout.name for layout in FORMATS)}"
+            f"unknown checkpoint format (tensor names: {join_names(names, 4) or 'none'}): "
+            f"supported formats: {', '.join(layout.name for layout in FORMATS)}"
         )
     return FORMATS[known.index(best)]
 
@@ -77,6 +77,6 @@ def convert_names(tensors: Tensors) -> tuple[Tensors, Format]:
     layout = detect(tensors)
     out = layout.convert(tensors)
     for name in [name for name in out if name in out.outside]:
-        out.unused[out.file_name(name)] = "it stands outside the model in the checkpoint"
+        out.unused[out.file_name(name)] = "it is outside the model in the checkpoint"
         del out[name]
     return out, layout

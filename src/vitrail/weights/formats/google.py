@@ -41,7 +41,9 @@ def google_vit(tensors: Tensors) -> Tensors:
         WeightsError: a hybrid of ResNet and ViT.
     """
     if hybrid := [name for name in tensors if re.match(rf"{_NPZ}(conv_root|block\d+)/", name)]:
-        raise WeightsError(f"this is a hybrid, a ResNet in front of a ViT ({join_names(hybrid, 2)}): take a plain ViT")
+        raise WeightsError(
+            f"a hybrid of ResNet and ViT is not supported ({join_names(hybrid, 2)}): use weights of a plain ViT"
+        )
     out = rename(tensors, GOOGLE_VIT)
     for name, tensor in out.items():
         out[name] = _turn_jax(name, tensor)

@@ -16,7 +16,7 @@ BUFFERS = r"\.(weight|bias|running_mean|running_var|num_batches_tracked)"
 WHY_BUFFER = "a constant that the model computes itself"
 
 
-def rename(tensors: Tensors, rules: Rules, why_unused: str = "this model has no such part") -> Tensors:
+def rename(tensors: Tensors, rules: Rules, why_unused: str = "this model has no such layer") -> Tensors:
     """Apply the first rule that fits each name.
 
     Raises:
