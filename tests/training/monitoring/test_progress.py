@@ -20,7 +20,7 @@ def test_one_line_says_it_all() -> None:
     state = trainer.state
     state.steps, state.images, state.seconds, state.step_seconds, state.wait_seconds = 5, 50, 10.0, 5.0, 1.0
     state.epoch_images = 50
-    assert describe(trainer) == " 50%  loss 0.0000  10 images/s  10 s left  20% waiting for data"
+    assert describe(trainer) == " 50%  loss 0.0000  10 images/s  10 s left  data wait 20%"
 
 
 def test_nothing_done_yet() -> None:
@@ -61,5 +61,5 @@ def test_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     with reporter:
         reporter.step(tiny.session().trainer)
         reporter.epoch("an epoch", last=True)
-    assert "waiting for data" in screen.getvalue()
+    assert "data wait" in screen.getvalue()
     assert "an epoch" in screen.getvalue()

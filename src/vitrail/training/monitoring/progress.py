@@ -40,7 +40,7 @@ class Reporter:
         if self._enabled and self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=10),
+                BarColumn(bar_width=6),
                 _Status(),
                 console=self.console,
                 auto_refresh=False,
@@ -89,7 +89,7 @@ def describe(trainer: Trainer) -> str:
     waited = state.wait_seconds / state.step_seconds if state.step_seconds else 0.0
     return (
         f"{done:4.0%}  loss {trainer.mean_loss():.4f}  {rate:,.0f} images/s  {format_duration(left)} left"
-        f"  {waited:.0%} waiting for data"
+        f"  data wait {waited:.0%}"
     )
 
 
