@@ -23,7 +23,7 @@ import numpy as np
 import vitrail
 from benchmarks.measure import spread, write
 from vitrail.data.catalog import open_dataset
-from vitrail.data.dataset import ArraySplit, Dataset, take
+from vitrail.data.dataset import ArraySplit, Dataset
 from vitrail.utils.counter_rng import permutation
 
 TOKEN, PLAIN = "deit_micro_distilled_patch8_32", "vit_micro_patch8_32"
@@ -70,7 +70,7 @@ def images(count: int) -> Dataset:
     if not count:
         return dataset
     assert isinstance(train, ArraySplit)
-    some = take(train, np.sort(permutation(0, 0, len(train))[:count]))
+    some = train.take(np.sort(permutation(0, 0, len(train))[:count]))
     return dataclasses.replace(dataset, splits={**dataset.splits, "train": some})
 
 

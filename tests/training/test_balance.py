@@ -16,7 +16,7 @@ from training.objectives.test_classification import LABELS, LOGITS, SHARES, Fixe
 from training.runs import assert_same, outcome, run
 from training.test_resume import Killed, kill_at
 from vitrail.data.catalog import open_dataset
-from vitrail.data.dataset import Dataset, take
+from vitrail.data.dataset import Dataset
 from vitrail.data.sampling import class_weights
 from vitrail.errors import VitrailError
 from vitrail.evaluation.metrics import uneven
@@ -103,7 +103,7 @@ def lopsided() -> Dataset:
     data = even()
     whole = data.splits["train"]
     rows = np.concatenate([np.flatnonzero(whole.labels == k)[:n] for k, n in enumerate((16, 15, 2))])
-    data.splits["train"] = take(whole, np.sort(rows))  # type: ignore[arg-type]
+    data.splits["train"] = whole.take(np.sort(rows))  # type: ignore[attr-defined]
     return data
 
 
@@ -152,7 +152,7 @@ def few_of(rare: int, images: int, others: int) -> Dataset:
         rows = [np.flatnonzero(split.labels == kind) for kind in kinds]
         if name == "train":
             rows = [row[: images if kind == rare else others] for kind, row in zip(kinds, rows, strict=True)]
-        part = take(split, np.sort(np.concatenate(rows)))  # type: ignore[arg-type]
+        part = split.take(np.sort(np.concatenate(rows)))  # type: ignore[attr-defined]
         part.labels = np.searchsorted(kinds, part.labels)
         splits[name] = part
     return Dataset("uneven", tuple(map(str, kinds)), splits, digits.sizes, 1, digits.mean, digits.std)

@@ -1,67 +1,47 @@
-"""THE table of datasets, and the way in: `open_dataset`.
+"""THE table of datasets and dataset formats, and where a dataset is opened: `open_dataset`.
 
-To add a dataset, add a row; an opener is needed only for a new format.
+To add a dataset format (a kind of table, archive, ...): one file in data/formats/ and one row in FORMATS.
+To add a dataset that users open by name: one row in DATASETS; its opener is in data/formats/.
+What an image file is (JPEG, PNG, WebP, ...) is not decided here but in images/decode.py.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from vitrail.data.dataset import ArraySplit, Dataset, Sizes, Split, take
-from vitrail.data.formats.cifar import read_cifar
-from vitrail.data.formats.digits import load_digits
+from vitrail.data.dataset import Dataset
+from vitrail.data.formats import hf_datasets, webdataset
+from vitrail.data.formats.cifar import open_cifar
+from vitrail.data.formats.digits import open_digits
 from vitrail.data.formats.folder import open_folder
-from vitrail.data.formats.hf_datasets import SCHEME as HF
-from vitrail.data.formats.hf_datasets import open_hf
-from vitrail.data.formats.idx import read_pair
-from vitrail.data.formats.shards import Wanted
-from vitrail.data.formats.webdataset import SCHEME as WDS
-from vitrail.data.formats.webdataset import open_wds
-from vitrail.data.splits import stratified
-from vitrail.errors import VitrailError, did_you_mean
-from vitrail.utils.download import Progress, cache_dir, fetch
+from vitrail.data.formats.idx import open_idx
+from vitrail.data.named import DatasetFile, DatasetRow, open_named
+from vitrail.data.splits import SplitOptions
+from vitrail.errors import DataError, did_you_mean
+from vitrail.utils.download import Progress
 
 
-@dataclass(frozen=True, kw_only=True)
-class DatasetFile:
-    """A file to be had from the first of `urls` that answers, and the checksums of its content."""
+@dataclass(frozen=True)
+class FormatRow:
+    """A format: data that start with `prefix` are opened by `opener`, which is given the rest of the string.
 
-    name: str
-    urls: tuple[str, ...]
-    md5: str
-    sha256: str | None = None
+    is_path: whether that rest is a path on this machine, and not an address.
+    """
+
+    prefix: str
+    opener: Callable[[str, SplitOptions, Progress | None], Dataset]
+    is_path: Callable[[str], bool]
 
 
-Opener = Callable[["DatasetRow", Path | None, Progress | None], dict[str, ArraySplit]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetRow:
-    """One dataset. size is (height, width); mean and std are those of the images that are not test images, on 0..1."""
-
-    name: str
-    opener: Opener
-    class_names: tuple[str, ...]
-    size: tuple[int, int]
-    channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    mean_source: str
-    licence: str
-    citation: str
-    files: tuple[DatasetFile, ...] = ()
-    splits: dict[str, tuple[str, ...]] = field(default_factory=dict)  # split -> the files inside that hold it
-    folder: str = ""  # the archive's top folder
-    label_bytes: int = 1
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
+# The first whose prefix matches.
+FORMATS = (
+    FormatRow("wds:", webdataset.open_webdataset, lambda pattern: not webdataset.is_url(pattern)),
+    FormatRow("hf-dataset:", hf_datasets.open_hf_dataset, hf_datasets.is_path),
+    FormatRow("", open_folder, lambda path: True),
+)
 
 
 def open_dataset(
@@ -74,139 +54,40 @@ def open_dataset(
     class_names: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Dataset:
-    """Open a dataset by name, a folder of images, `wds:` shards (see wds.py) or an `hf-dataset:` (see hf.py).
+    """Open a dataset of DATASETS by name, a folder of images, or data with the prefix of a format in FORMATS.
 
-    A name wins over a folder of the same name in the current directory; write "./digits" for the folder.
-    data_dir: where a named dataset's files lie already. val_fraction is held out of train where there is no val split;
-    test_fraction likewise, for folders with enough images (named datasets have their own test split).
-    split_seed: which images are held out; it is no training seed. class_names: a model's classes, to which labels are
-    then matched by name. progress: called with (done, total) bytes while downloading, or files while scanning a
-    folder. Raises VitrailError.
+    A name takes precedence over a folder of the same name in the working directory; write "./digits" for the folder.
+    data_dir: the folder with a named dataset's files, which are otherwise downloaded. val_fraction, test_fraction: what
+    is held out of train if there is no such split (test only with enough images). split_seed: decides which images are
+    held out; independent of the training seed. class_names: a model's classes, to which labels are matched by name.
+    progress: called with (done, total) bytes of a download or files of a scan. Raises DataError or ConfigError.
     """
-    for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-        if not 0 <= value < 1:
-            raise VitrailError(f"{name} must be at least 0 and below 1, not {value}")
-    if val_fraction + test_fraction >= 1:
-        raise VitrailError(f"val_fraction {val_fraction} and test_fraction {test_fraction} leave nothing to train on")
+    # Training needs two classes; the images of an evaluation may be of a single one.
+    options = SplitOptions(val_fraction, test_fraction, split_seed, min_classes=2 if class_names is None else 1)
     row = DATASETS.get(str(data).lower()) if isinstance(data, str) else None
-    # An evaluation's images may be of any of the model's classes; training needs two to tell apart.
-    least = 2 if class_names is None else 1
-    opener = next((SCHEMES[scheme] for scheme in SCHEMES if str(data).startswith(scheme)), None)
-    if opener is not None:
-        dataset = opener(str(data), Wanted(val_fraction, test_fraction, split_seed, least), progress)
-    elif row is not None:
-        dataset = _open_row(row, Path(data_dir) if data_dir else None, val_fraction, split_seed, progress)
+    format_row, rest = _format_of(data)
+    if row is not None:
+        dataset = open_named(row, Path(data_dir) if data_dir else None, options, progress)
+    elif format_row.prefix or Path(data).expanduser().is_dir():
+        dataset = format_row.opener(rest, options, progress)
     else:
-        path = Path(data).expanduser()
-        if not path.is_dir():
-            hint = did_you_mean(str(data), DATASETS)
-            what = "is a file, not a folder" if path.exists() else f"is neither a folder nor a known dataset{hint}"
-            known = f"datasets: {', '.join(DATASETS)}; also wds: shards and hf-dataset: names"
-            raise VitrailError(f"{data} {what}; {known}")
-        dataset = open_folder(
-            path,
-            val_fraction=val_fraction,
-            test_fraction=test_fraction,
-            split_seed=split_seed,
-            least_classes=least,
-            progress=progress,
-        )
+        hint = did_you_mean(str(data), DATASETS)
+        problem = "is a file, not a folder" if Path(data).exists() else f"is neither a folder nor a known dataset{hint}"
+        raise DataError(f"{data} {problem}; datasets: {', '.join(DATASETS)}; also wds: shards and hf-dataset: names")
     return dataset if class_names is None else dataset.relabel(class_names)
 
 
-SCHEMES = {WDS: open_wds, HF: open_hf}
+def absolute_data(data: str | Path) -> str:
+    """`data` with an absolute path, if it is one, so that it means the same in any working directory."""
+    if isinstance(data, str) and data.lower() in DATASETS:
+        return data
+    row, rest = _format_of(data)
+    return row.prefix + (os.path.abspath(os.path.expanduser(rest)) if row.is_path(rest) else rest)
 
 
-def lasting_data(data: str | Path) -> str:
-    """`data` by a word that means the same from any folder: paths are written out, names and addresses stay."""
-    word = str(data)
-    for scheme in SCHEMES:
-        if word.startswith(scheme):
-            rest = word.removeprefix(scheme)
-            path = os.path.expanduser(rest)
-            local = scheme == WDS or path.startswith((".", "/")) or path.endswith(".parquet") or os.path.isdir(path)
-            return scheme + os.path.abspath(path) if local and "://" not in rest else word
-    return word if isinstance(data, str) and word.lower() in DATASETS else str(Path(data).expanduser().resolve())
-
-
-def _open_row(
-    row: DatasetRow, data_dir: Path | None, val_fraction: float, split_seed: int, progress: Progress | None
-) -> Dataset:
-    official = row.opener(row, data_dir, progress)
-    train = official["train"]
-    splits: dict[str, Split] = {"train": train}
-    how = "train and test are the dataset's own"
-    if val_fraction > 0:
-        kept, held = stratified(train.labels, val_fraction, split_seed, "val")
-        splits = {"train": take(train, kept), "val": take(train, held)}
-        how += f"; val is {len(held)} of train's {len(train)} images, stratified, split seed {split_seed}"
-    splits["test"] = official["test"]
-    height, width = official["train"].images.shape[1:3]
-    count = sum(len(part) for part in official.values())
-    return Dataset(
-        name=row.name,
-        class_names=row.class_names,
-        splits=splits,
-        sizes=Sizes.of(np.tile(np.array([[height, width]], dtype=np.int64), (count, 1))),
-        channels=row.channels,
-        mean=row.mean,
-        std=row.std,
-        how_split=how,
-    )
-
-
-def _open_digits(row: DatasetRow, data_dir: Path | None, progress: Progress | None) -> dict[str, ArraySplit]:
-    return load_digits()
-
-
-_DEBIAN = Path("/usr/share/datasets")  # Debian's package dataset-fashion-mnist
-
-
-def _open_idx(row: DatasetRow, data_dir: Path | None, progress: Progress | None) -> dict[str, ArraySplit]:
-    names = [file.name for file in row.files]
-    here = _idx_folder(
-        names, [data_dir, data_dir / row.name] if data_dir else [_DEBIAN / row.name, cache_dir() / row.name]
-    )
-    if here is None:
-        if data_dir:
-            raise VitrailError(f"{data_dir} lacks some of {', '.join(names)}; without --data-dir they are downloaded")
-        here = {f.name: fetch(f.urls, cache_dir() / row.name / f.name, md5=f.md5, progress=progress) for f in row.files}
-    return {
-        split: read_pair(here[images], here[labels], row.num_classes, f"{row.name}/{split}")
-        for split, (images, labels) in row.splits.items()
-    }
-
-
-def _idx_folder(names: Sequence[str], folders: Sequence[Path]) -> dict[str, Path] | None:
-    """The files in the first folder that has all of them, gzipped or plain."""
-    for folder in folders:
-        found = {}
-        for name in names:
-            for path in (folder / name, folder / name.removesuffix(".gz")):
-                if path.is_file():
-                    found[name] = path
-                    break
-        if len(found) == len(names):
-            return found
-    return None
-
-
-def _open_cifar(row: DatasetRow, data_dir: Path | None, progress: Progress | None) -> dict[str, ArraySplit]:
-    (file,) = row.files
-    source: Path | None
-    if data_dir:
-        places = [data_dir / row.folder, data_dir / file.name, data_dir, data_dir / row.name / file.name]
-        one = next(iter(row.splits["test"]))
-        source = next((p for p in places if p.is_file() or (p / one).is_file()), None)
-        if source is None:
-            raise VitrailError(
-                f"{data_dir} holds neither {file.name} nor {row.folder}; without --data-dir it is downloaded"
-            )
-    else:
-        source = fetch(
-            file.urls, cache_dir() / row.name / file.name, md5=file.md5, sha256=file.sha256, progress=progress
-        )
-    return read_cifar(source, row.splits, row.label_bytes, row.num_classes, row.name)
+def _format_of(data: str | Path) -> tuple[FormatRow, str]:
+    row = next(row for row in FORMATS if str(data).startswith(row.prefix))
+    return row, str(data).removeprefix(row.prefix)
 
 
 def _fashion_file(name: str, md5: str) -> DatasetFile:
@@ -233,7 +114,7 @@ _PUBLISHED = "widely published for the 50,000 training images; not recomputed he
 _ROWS = (
     DatasetRow(
         name="digits",
-        opener=_open_digits,
+        opener=open_digits,
         class_names=tuple("0123456789"),
         size=(8, 8),
         channels=1,
@@ -245,7 +126,7 @@ _ROWS = (
     ),
     DatasetRow(
         name="fashion-mnist",
-        opener=_open_idx,
+        opener=open_idx,
         class_names=(
             "T-shirt/top",
             "Trouser",
@@ -278,7 +159,7 @@ _ROWS = (
     ),
     DatasetRow(
         name="cifar10",
-        opener=_open_cifar,
+        opener=open_cifar,
         class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
         size=(32, 32),
         channels=3,
@@ -300,7 +181,7 @@ _ROWS = (
     ),
     DatasetRow(
         name="cifar100",
-        opener=_open_cifar,
+        opener=open_cifar,
         class_names=tuple(_CIFAR100_CLASSES.split()),
         size=(32, 32),
         channels=3,

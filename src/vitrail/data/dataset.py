@@ -9,12 +9,12 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from vitrail.errors import VitrailError, did_you_mean
+from vitrail.errors import DataError, did_you_mean
 from vitrail.images.convert import Pixels
 from vitrail.images.decode import AtLeast, decode
 
@@ -22,33 +22,43 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Labels = npt.NDArray[np.int64]
-Skipped = dict[str, str]  # {"path", "reason"}
+SkippedImage = dict[str, str]  # {"path", "reason"}
 
 
 class Split(Protocol):
-    """Some of a dataset's images. `labels` is int64 (N,). Each kind of split is a dataclass."""
+    """Images and labels. Each implementation is a dataclass.
+
+    labels: int64 (N,). sizes: int64 (N, 2), heights and widths, or None if unknown.
+    """
 
     labels: Labels
 
     def __len__(self) -> int: ...
 
+    @property
+    def sizes(self) -> npt.NDArray[np.int64] | None: ...
+
     def image(self, i: int, at_least: AtLeast | None = None) -> Image.Image:
-        """Image i in the dataset's mode ("RGB" or "L"). `at_least` is decode's. Raises BadImage."""
+        """Image i in the dataset's mode ("RGB" or "L"). at_least: see `decode`. Raises BadImage."""
         ...
 
     def name(self, i: int) -> str:
-        """A path, or such as "digits/test/17"."""
+        """A path, or a name such as "digits/test/17"."""
+        ...
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Self:
+        """A subset, in the order of `rows`."""
         ...
 
 
 @dataclass
 class ArraySplit:
-    """Images of one size, kept in memory: uint8 N H W (grey) or N H W C."""
+    """Images of one size in memory: uint8 N H W (grey) or N H W C."""
 
     images: Pixels
     labels: Labels
     prefix: str = "image"
-    numbers: npt.NDArray[np.int64] | None = None  # position in the official split, where this is a part of it
+    indices: npt.NDArray[np.int64] | None = None  # for a subset: positions in the full split, which names refer to
 
     def __post_init__(self) -> None:
         if self.images.dtype != np.uint8 or self.images.ndim not in (3, 4):
@@ -64,6 +74,10 @@ class ArraySplit:
     def channels(self) -> int:
         return 1 if self.images.ndim == 3 else int(self.images.shape[3])
 
+    @property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        return np.tile(np.array(self.images.shape[1:3], dtype=np.int64), (len(self), 1))
+
     def image(self, i: int, at_least: AtLeast | None = None) -> Image.Image:
         from PIL import Image
 
@@ -73,12 +87,21 @@ class ArraySplit:
         )
 
     def name(self, i: int) -> str:
-        return f"{self.prefix}/{i if self.numbers is None else self.numbers[i]}"
+        return f"{self.prefix}/{i if self.indices is None else self.indices[i]}"
+
+    def take(self, rows: npt.NDArray[np.int64]) -> ArraySplit:
+        indices = rows if self.indices is None else self.indices[rows]
+        images = self.images
+        if images.ndim == 4:  # keep C first in memory, the layout of batches and of CIFAR's files
+            images = np.ascontiguousarray(images.transpose(0, 3, 1, 2)[rows]).transpose(0, 2, 3, 1)
+        else:
+            images = images[rows]
+        return ArraySplit(images, self.labels[rows], self.prefix, indices)
 
 
 @dataclass
 class FileSplit:
-    """Images in files, decoded when they are asked for. sizes: int64 (N, 2), heights and widths, where known."""
+    """Image files, decoded on access. sizes: int64 (N, 2), heights and widths, or None if unknown."""
 
     paths: list[str]
     labels: Labels
@@ -99,19 +122,18 @@ class FileSplit:
     def name(self, i: int) -> str:
         return self.paths[i]
 
-    def stamps(self) -> Iterator[str]:
-        """A line for each image that changes when its file does."""
+    def fingerprints(self) -> Iterator[str]:
+        """A line per image that changes when its file does."""
         for path in self.paths:
-            yield f"{os.path.abspath(path)}\t{file_stamp(path)}"
+            yield f"{os.path.abspath(path)}\t{file_fingerprint(path)}"
 
     def take(self, rows: npt.NDArray[np.int64]) -> FileSplit:
-        """Some of the images, in the order given."""
         sizes = None if self.sizes is None else self.sizes[rows]
         return FileSplit([self.paths[i] for i in rows], self.labels[rows], self.channels, sizes)
 
 
-def file_stamp(path: str) -> str:
-    """A file's length and time of change; nothing where it cannot be told."""
+def file_fingerprint(path: str) -> str:
+    """A file's size and modification time; "" if it cannot be read."""
     try:
         status = os.stat(path)
     except OSError:
@@ -121,7 +143,7 @@ def file_stamp(path: str) -> str:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the images are. Sizes are (height, width); aspect is width / height at the 5th, 50th and 95th
+    """Statistics of image sizes. Sizes are (height, width); aspect is width / height at the 5th, 50th and 95th
     percentile.
     """
 
@@ -148,16 +170,16 @@ class Sizes:
 
     @property
     def uniform(self) -> bool:
-        """Whether all images have one size."""
+        """Whether all images have the same size."""
         return self.smallest == self.largest
 
 
 @dataclass
 class Dataset:
-    """What a model is trained and judged on.
+    """What a model is trained and evaluated on.
 
-    mean, std: one a channel, on the scale 0..1; None means ImageNet's. skipped: files that were left out, each
-    {"path", "reason"}. how_split says in words where the splits come from.
+    mean, std: one per channel, for pixels scaled to 0..1; None means ImageNet's. skipped: files that were left out,
+    each {"path", "reason"}. how_split: a description of where the splits come from.
     """
 
     name: str
@@ -168,54 +190,42 @@ class Dataset:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     how_split: str = ""
-    skipped: list[Skipped] = field(default_factory=list)
+    skipped: list[SkippedImage] = field(default_factory=list)
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
 
     def eval_split(self) -> str:
-        """The split whose figure is reported: "test" where there is one, else "val", else what there is."""
+        """The split whose results are reported: "test" if there is one, else "val", else the first."""
         return next((name for name in ("test", "val") if name in self.splits), next(iter(self.splits)))
 
     def split(self, name: str) -> Split:
-        """A split by name. Raises VitrailError where the dataset has none of that name."""
+        """A split by name. Raises DataError if the dataset has none of that name."""
         if name not in self.splits:
-            raise VitrailError(f"{self.name} has no {name!r} split; it has {', '.join(self.splits)}")
+            raise DataError(f"{self.name} has no {name!r} split; it has {', '.join(self.splits)}")
         return self.splits[name]
 
     def counts(self) -> dict[str, int]:
-        """Images in each split."""
+        """Number of images in each split."""
         return {name: len(split) for name, split in self.splits.items()}
 
     def relabel(self, class_names: Sequence[str]) -> Dataset:
-        """The same images with labels that count in `class_names`, a model's classes, matched by name.
+        """The same images with labels that index `class_names`, a model's classes; classes are matched by name.
 
-        Raises VitrailError where the dataset has a class that the model lacks.
+        Raises DataError if the dataset has a class that is not in `class_names`.
         """
         if tuple(class_names) == self.class_names:
             return self
         position = {name: i for i, name in enumerate(class_names)}
         for name in self.class_names:
             if name not in position:
-                raise VitrailError(
-                    f"{self.name} has the class {name!r}, which the model does not know{did_you_mean(name, position)}"
+                raise DataError(
+                    f"{self.name} has the class {name!r}, which the model does not have{did_you_mean(name, position)}"
                 )
-        table = np.array([position[name] for name in self.class_names], dtype=np.int64)
+        new_label = np.array([position[name] for name in self.class_names], dtype=np.int64)
         splits: dict[str, Split] = {}
         for name, split in self.splits.items():
-            anything: Any = split  # a dataclass of whatever kind
-            splits[name] = dataclasses.replace(anything, labels=table[split.labels])
+            any_dataclass: Any = split
+            splits[name] = dataclasses.replace(any_dataclass, labels=new_label[split.labels])
         return dataclasses.replace(self, class_names=tuple(class_names), splits=splits)
-
-
-def take(split: ArraySplit, rows: npt.NDArray[np.int64]) -> ArraySplit:
-    """Some images of a split, in the order given. They keep their names."""
-    numbers = rows if split.numbers is None else split.numbers[rows]
-    if (
-        split.images.ndim == 4
-    ):  # planes first, as batches are wanted: for CIFAR, whose images are so in memory, a plain copy
-        images = np.ascontiguousarray(split.images.transpose(0, 3, 1, 2)[rows]).transpose(0, 2, 3, 1)
-    else:
-        images = split.images[rows]
-    return ArraySplit(images, split.labels[rows], split.prefix, numbers)

@@ -20,8 +20,8 @@ import numpy.typing as npt
 import torch
 
 from vitrail.data.augment.crop import CROP_DRAWS, crop_stored, random_crop
-from vitrail.data.cache.readers import Read
-from vitrail.data.dataset import ArraySplit, Skipped, Split
+from vitrail.data.cache.readers import ReadImage
+from vitrail.data.dataset import ArraySplit, SkippedImage, Split
 from vitrail.data.sampling import Keys, balanced_rows, count_repetitions, epoch_order, rows_of
 from vitrail.errors import ConfigError, DataError, DistributedError
 from vitrail.images.convert import Pixels
@@ -71,7 +71,7 @@ class _Loader:
     """What TrainLoader and EvalLoader share: reading batches, measuring the wait, recording unreadable images."""
 
     def __init__(
-        self, split: Split, preprocess: Preprocess, batch_size: int, workers: int, pin: bool, read: Read | None
+        self, split: Split, preprocess: Preprocess, batch_size: int, workers: int, pin: bool, read: ReadImage | None
     ) -> None:
         if batch_size < 1 or workers < 0:
             raise ValueError(f"batch_size {batch_size} and workers {workers} must be at least 1 and 0")
@@ -84,12 +84,12 @@ class _Loader:
         self.wait_seconds = 0.0
         self._pin = pin
         self._read = read
-        self._unreadable: dict[int, Skipped] = {}
+        self._unreadable: dict[int, SkippedImage] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._memory: Pixels | None = None
 
     @property
-    def skipped(self) -> list[Skipped]:
+    def skipped(self) -> list[SkippedImage]:
         """Images that could not be read so far, each once, in the split's order."""
         return [self._unreadable[row] for row in sorted(self._unreadable)]
 
@@ -238,7 +238,7 @@ class TrainLoader(_Loader):
         rank: int = 0,
         world_size: int = 1,
         pin: bool = False,
-        read: Read | None = None,
+        read: ReadImage | None = None,
     ) -> None:
         super().__init__(split, preprocess, batch_size, workers, pin, read)
         if batch_size % world_size or not 0 <= rank < world_size:
@@ -321,7 +321,7 @@ class EvalLoader(_Loader):
         rank: int = 0,
         world_size: int = 1,
         pin: bool = False,
-        read: Read | None = None,
+        read: ReadImage | None = None,
     ) -> None:
         super().__init__(split, preprocess, batch_size, workers, pin, read)
         # Consecutive, disjoint shares, whose sizes differ by one image at most.

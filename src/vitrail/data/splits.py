@@ -1,82 +1,106 @@
 """Seeded, stratified splits.
 
-Which images are held out depends on a hash of each image's own name or number, so that adding images to a folder moves
-hardly any of the others from one split to another.
+Which images are held out depends on a hash of each image's name or index, so that adding images to a folder moves
+hardly any other image from one split to another.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from typing import Protocol, Self, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from vitrail.data.dataset import Dataset, Sizes, SkippedImage, Split
+from vitrail.errors import ConfigError, DataError
 from vitrail.utils.counter_rng import fold, uniform, word
 
 Rows = npt.NDArray[np.int64]
+S = TypeVar("S", bound=Split)
 
-# What people call a folder, a shard or a table of images, and which split it means.
+# Names of folders, files and table splits, and the split each one means.
 SPLIT_NAMES = {
     "train": "train", "training": "train",
     "val": "val", "valid": "val", "validation": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
-LEAST_FOR_TEST = 10  # images a class on average, below which no test images are held out
+SPLITS = ("train", "val", "test")
+MIN_FOR_TEST = 10  # images per class, on average, below which no test split is held out
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """How a dataset is split: fractions held out where a split is missing, their seed, and the fewest classes."""
+
+    val_fraction: float = 0.1
+    test_fraction: float = 0.1
+    seed: int = 0
+    min_classes: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("val_fraction", "test_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ConfigError(
+                f"val_fraction {self.val_fraction} and test_fraction {self.test_fraction} leave no training images"
+            )
+
+    def check_classes(self, source: object, class_names: Sequence[str]) -> None:
+        """Raise DataError if there are too few classes."""
+        if len(class_names) < self.min_classes:
+            raise DataError(
+                f"{source} has only {len(class_names)} class ({', '.join(class_names)}); "
+                f"a classifier needs at least {self.min_classes}"
+            )
 
 
 def split_of(name: str) -> str | None:
-    """The split that a file's or a split's name tells of ("train-0001.tar", "imagenet_validation"); None for none."""
+    """The split that a file or split name contains ("train-0001.tar", "imagenet_validation"); None if none."""
     parts = re.split(r"[^a-z]+", name.lower())
     return next((SPLIT_NAMES[part] for part in parts if part in SPLIT_NAMES), None)
 
 
-class Part(Protocol):
-    """A split of which a part can be taken."""
-
-    labels: Rows
-
-    def __len__(self) -> int: ...
-
-    def take(self, rows: Rows) -> Self: ...
-
-
-P = TypeVar("P", bound=Part)
+def natural(name: str) -> tuple[list[int | str], str]:
+    """Sort key that puts "class2" before "class10"."""
+    parts = re.split(r"([0-9]+)", name.casefold())
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
 def stratified(
     labels: npt.NDArray[np.int64], fraction: float, seed: int, stream: str, *, names: Sequence[str] | None = None
 ) -> tuple[Rows, Rows]:
-    """Split rows into (kept, held out), both ascending, each class in proportion.
+    """Split rows into (kept, held out), both ascending, with the same proportion of every class.
 
-    ceil(fraction * N) rows are held out as far as the classes allow; every class keeps at least one row. `stream`
-    names the split ("val", "test"), so that two splits with one seed are independent. names: one a row, what the
-    choice hangs on; without it, the row's number.
+    ceil(fraction * N) rows are held out as far as the classes allow; every class keeps at least one row. stream: the
+    split's name ("val", "test"), so that two splits with one seed are independent. names: one per row, which decide
+    the choice; without them the row's index does.
     """
     n = len(labels)
     keys = np.arange(n, dtype=np.int64) if names is None else np.array([word(x) >> 1 for x in names], dtype=np.int64)
     draw = uniform(fold(seed, "split"), 0, keys, stream, 1)[:, 0]
     classes, counts = np.unique(labels, return_counts=True)
-    quota = _quotas(counts, fraction)
-    held = [np.flatnonzero(labels == c) for c in classes]
-    held = [rows[np.argsort(draw[rows], kind="stable")[:k]] for rows, k in zip(held, quota, strict=True)]
-    out = np.sort(np.concatenate(held)) if held else np.zeros(0, dtype=np.int64)
+    by_class = zip((np.flatnonzero(labels == c) for c in classes), _quotas(counts, fraction), strict=True)
+    held_out = [rows[np.argsort(draw[rows], kind="stable")[:k]] for rows, k in by_class]
+    out = np.sort(np.concatenate(held_out)) if held_out else np.zeros(0, dtype=np.int64)
     return np.setdiff1d(np.arange(n, dtype=np.int64), out, assume_unique=True), out
 
 
 def _quotas(counts: npt.NDArray[np.int64], fraction: float) -> list[int]:
-    """How many of each class to hold out: largest remainders, at least one left, and one held out of classes of three
-    or more.
+    """How many images of each class to hold out, by largest remainder: at least one of a class of three or more, and
+    never all.
     """
     if not 0 <= fraction < 1:
-        raise ValueError(f"a fraction held out lies in 0..1, not {fraction}")
+        raise ValueError(f"the fraction held out must be in [0, 1), not {fraction}")
     if fraction == 0:
         return [0] * len(counts)
     exact = [float(c) * fraction for c in counts]
     quota = [min(max(math.floor(x), int(c >= 3)), int(c) - 1) for x, c in zip(exact, counts, strict=True)]
-    # A hair less than the sum, so that 0.1 * 30 = 3.0000000000000004 is not rounded up to 4.
+    # The tolerance keeps 0.1 * 30 = 3.0000000000000004 from being rounded up to 4.
     missing = math.ceil(math.fsum(exact) - 1e-9) - sum(quota)
     for c in sorted(range(len(counts)), key=lambda c: (quota[c] - exact[c], c)):
         if missing > 0 and quota[c] < counts[c] - 1 and quota[c] < math.ceil(exact[c]):
@@ -85,36 +109,48 @@ def _quotas(counts: npt.NDArray[np.int64], fraction: float) -> list[int]:
     return quota
 
 
-def hold_out(
-    parts: dict[str, P],
-    names_of: Callable[[P], list[str]],
-    own_words: str,
-    val_fraction: float,
-    test_fraction: float,
-    split_seed: int,
-) -> str:
-    """Add the splits that are lacking, in place, taken out of train. Returns in words where all of them come from.
+def make_dataset(
+    name: str,
+    class_names: Sequence[str],
+    splits: Mapping[str, S],
+    options: SplitOptions,
+    *,
+    names_of: Callable[[S], list[str] | None],
+    skipped: list[SkippedImage] | None = None,
+) -> Dataset:
+    """A dataset from the splits there are; val and test are held out of train where they are missing.
 
-    names_of: what the choice hangs on, a name for each image; names that last, wherever the images lie.
+    names_of: a name for each image that decides whether it is held out, independent of where the data are stored;
+    None to use the images' indices.
     """
-    own = [name for name in ("train", "val", "test") if name in parts]
-    if "train" not in parts or {"val", "test"} <= parts.keys():
-        return f"{', '.join(own)}: {own_words}"
-    words = [f"{', '.join(own)}: {own_words}"] if len(own) > 1 else []
-    train = parts["train"]
+    splits = {split: part for split, part in splits.items() if len(part)}
+    how_split = _hold_out_missing(splits, options, names_of)
+    found: dict[str, Split] = {split: splits[split] for split in SPLITS if split in splits}
+    sizes = np.concatenate([part.sizes for part in found.values() if part.sizes is not None])
+    return Dataset(name, tuple(class_names), found, Sizes.of(sizes), how_split=how_split, skipped=skipped or [])
+
+
+def _hold_out_missing(splits: dict[str, S], options: SplitOptions, names_of: Callable[[S], list[str] | None]) -> str:
+    """Add the missing splits in place, out of train. Returns a description of where all splits come from."""
+    given = [name for name in SPLITS if name in splits]
+    notes = [f"{', '.join(given)}: the dataset's own"]
+    if "train" not in splits or len(given) == len(SPLITS):
+        return notes[0]
+    if len(given) == 1:
+        notes = []
+    train = splits["train"]
     total, classes = len(train), len(np.unique(train.labels))
-    few = total < LEAST_FOR_TEST * classes
-    wanted = {"test": test_fraction, "val": val_fraction}
-    for split, fraction in wanted.items():
-        # A person who made val/ has split the images already: no test images are taken from that train/.
-        if split in parts or fraction == 0 or (split == "test" and (few or "val" in parts)):
+    too_few = total < MIN_FOR_TEST * classes
+    for split, fraction in (("test", options.test_fraction), ("val", options.val_fraction)):
+        # With val/ given, the images are already split: no test images are taken out of train/.
+        if split in given or fraction == 0 or (split == "test" and (too_few or "val" in given)):
             continue
-        train = parts["train"]
-        kept, held = stratified(train.labels, fraction * total / len(train), split_seed, split, names=names_of(train))
-        if not len(held):
-            continue
-        parts[split], parts["train"] = train.take(held), train.take(kept)
-        words.append(f"{split}: {len(held)} of {total} images held out, stratified, split seed {split_seed}")
-    if few and len(own) == 1 and test_fraction:
-        words.append(f"no test split, with fewer than {LEAST_FOR_TEST} images a class")
-    return "; ".join(words) or "all images are train"
+        train = splits["train"]
+        share = fraction * total / len(train)
+        kept, held_out = stratified(train.labels, share, options.seed, split, names=names_of(train))
+        if len(held_out):
+            splits[split], splits["train"] = train.take(held_out), train.take(kept)
+            notes.append(f"{split}: {len(held_out)} of {total} images held out, stratified, split seed {options.seed}")
+    if too_few and len(given) == 1 and options.test_fraction:
+        notes.append(f"no test split: fewer than {MIN_FOR_TEST} images per class")
+    return "; ".join(notes) or "all images are in train"

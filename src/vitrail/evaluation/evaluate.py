@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vitrail.data.cache.readers import Read
+from vitrail.data.cache.readers import ReadImage
 from vitrail.data.dataset import ArraySplit, Split
 from vitrail.data.loader import Batch, EvalLoader
 from vitrail.evaluation.metrics import Evaluation, Recorder, Records
@@ -56,7 +56,7 @@ def make_loader(
     device: torch.device,
     batch_size: int | None = None,
     workers: int | None = None,
-    read: Read | None = None,
+    read: ReadImage | None = None,
     distributed: DistributedContext = SINGLE_PROCESS,
 ) -> EvalLoader:
     """Batches for evaluation; None asks for a size that fits the images, and for as many workers as help. read: as

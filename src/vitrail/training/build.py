@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vitrail.data.cache.readers import Read
+from vitrail.data.cache.readers import ReadImage
 from vitrail.data.dataset import Dataset
 from vitrail.data.loader import EvalLoader, TrainLoader
 from vitrail.data.sampling import class_weights
@@ -21,7 +21,7 @@ from vitrail.utils.distributed import DistributedContext
 
 
 def make_train_loader(
-    setup: Setup, device: torch.device, distributed: DistributedContext, read: Read | None
+    setup: Setup, device: torch.device, distributed: DistributedContext, read: ReadImage | None
 ) -> TrainLoader:
     """Training batches, of which each process gets its part."""
     config = setup.config
@@ -43,7 +43,7 @@ def make_train_loader(
 
 
 def make_eval_loader(
-    setup: Setup, split: str, device: torch.device, distributed: DistributedContext, read: Read | None = None
+    setup: Setup, split: str, device: torch.device, distributed: DistributedContext, read: ReadImage | None = None
 ) -> EvalLoader:
     """Batches of a split for evaluation, of which each process gets its share."""
     machine = setup.config.machine

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitrail.data.catalog import lasting_data, open_dataset
+from vitrail.data.catalog import absolute_data, open_dataset
 from vitrail.data.dataset import Dataset
 from vitrail.errors import VitrailError
 from vitrail.evaluation.evaluate import default_workers
@@ -79,7 +79,7 @@ def prepare(
         variant(asked.model.model)  # before a download, not after
     dataset = data if isinstance(data, Dataset) else open_dataset(data, data_dir=asked.data.data_dir, **held_out(asked))
     train = dataset.split("train")
-    given = asked.given | {"data": data.name if isinstance(data, Dataset) else lasting_data(data)}
+    given = asked.given | {"data": data.name if isinstance(data, Dataset) else absolute_data(data)}
     if external is not None:
         given["model"] = type(external).__name__
     for key in ("teacher", "teacher_outputs"):

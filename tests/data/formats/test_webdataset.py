@@ -15,13 +15,12 @@ from PIL import Image
 from data.make_shards import encoded, write_shard, write_tar
 from data.serving import serving
 from vitrail.data.cache.readers import reader
-from vitrail.data.catalog import lasting_data, open_dataset
-from vitrail.data.formats import shards as shards_module
+from vitrail.data.catalog import absolute_data, open_dataset
 from vitrail.data.formats import webdataset as module
-from vitrail.data.formats.shards import ShardSplit
-from vitrail.data.formats.webdataset import braces, expand, read_class_names, scan_shard
+from vitrail.data.formats.shards import ShardSplit, scan_shard
+from vitrail.data.formats.webdataset import expand, read_class_names
 from vitrail.data.loader import EvalLoader, TrainLoader
-from vitrail.errors import VitrailError
+from vitrail.errors import DataError, VitrailError
 from vitrail.images.preprocess import Preprocess
 
 P = Preprocess(size=(16, 16))
@@ -85,7 +84,7 @@ def test_shards_are_read_through_once(shards: Path, monkeypatch: pytest.MonkeyPa
         assert isinstance(a, ShardSplit)
         assert isinstance(b, ShardSplit)
         assert (a.names, a.shards) == (b.names, b.shards)
-        for field in ("places", "labels", "sizes"):
+        for field in ("locations", "labels", "sizes"):
             np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
     monkeypatch.undo()
     monkeypatch.setenv("VITRAIL_CACHE", str(cache))
@@ -164,13 +163,13 @@ def test_class_names_from_beside_the_shards(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("ape\ncat\n")
     dataset = open_dataset(f"wds:{tmp_path}/0.tar", val_fraction=0, test_fraction=0)
     assert len(dataset.split("train")) == 8
-    assert [item["reason"] for item in dataset.skipped] == ["has the label 2, which is none of the 2 classes"] * 4
+    assert [item["reason"] for item in dataset.skipped] == ["has the label 2, which is not one of the 2 classes"] * 4
     for wrong in ("", "ape\nape\n", "ape\n\ncat\n"):
         (tmp_path / "classes.txt").write_text(wrong)
-        with pytest.raises(VitrailError, match="must name each class once"):
+        with pytest.raises(DataError, match=r"classes\.txt"):
             open_dataset(f"wds:{tmp_path}/0.tar")
     (tmp_path / "classes.json").write_text("[1, 2]")
-    with pytest.raises(VitrailError, match="no list of class names"):
+    with pytest.raises(DataError, match=r"classes\.json"):
         read_class_names(tmp_path / "classes.json")
 
 
@@ -201,9 +200,9 @@ def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
     assert reasons["noimage"].startswith("has no image")
     assert "truncated" in reasons["broken.jpg"]
     assert "empty" in reasons["empty.png"]
-    assert reasons["float.jpg"] == "has a .json that cannot be understood (its label is 0.5)"
+    assert "0.5" in reasons["float.jpg"]
     assert "notext.cls" not in reasons
-    assert "cannot be understood" in reasons["notext.jpg"]
+    assert ".cls" in reasons["notext.jpg"]
 
 
 @pytest.mark.parametrize("length", [5 * 1024 - 300, 6 * 1024, 700, 512, 100, 0])
@@ -219,7 +218,7 @@ def test_a_shard_that_is_cut_short(tmp_path: Path, length: int) -> None:
     assert kept == len(whole_samples)
     about = [item["reason"] for item in dataset.skipped if item["path"] == f"{tmp_path}/1.tar"]
     assert len(about) == 1
-    assert "cut short" in about[0] or "not a tar" in about[0]
+    assert "truncated" in about[0] or "not a tar" in about[0]
 
 
 def test_a_shard_that_is_cut_while_it_is_in_use(shards: Path) -> None:
@@ -230,25 +229,25 @@ def test_a_shard_that_is_cut_while_it_is_in_use(shards: Path) -> None:
     loader = EvalLoader(split, P, batch_size=8)
     assert sum(len(batch) for batch in loader) in (20, 21, 22)
     reasons = {item["reason"] for item in loader.skipped}
-    assert reasons == {"cannot be read: No such file or directory", "lies in a shard that has been cut short"}
+    assert reasons == {"could not be read: No such file or directory", "is in a shard that is truncated"}
 
 
-def test_wrong_words(tmp_path: Path) -> None:
+def test_specs_that_cannot_be_opened(tmp_path: Path) -> None:
     write_shard(tmp_path / "one.tar", range(0, 10, 2), classes=2)
     (tmp_path / "packed.tar").write_bytes(gzip.compress((tmp_path / "one.tar").read_bytes()))
     (tmp_path / "empty").mkdir()
     write_tar(tmp_path / "nothing.tar", [("readme.txt", b"hello")])
-    for spec, words in (
-        ("wds:", "needs shards"),
-        (f"wds:{tmp_path}/no-*.tar", "there is no shard"),
-        (f"wds:{tmp_path}/no-{{000..001}}.tar", "there is no shard .*no-000.tar"),
-        (f"wds:{tmp_path}/empty", "holds no .tar"),
-        (f"wds:{tmp_path}/one.tar", "one class only, '0'"),
-        (f"wds:{tmp_path}/packed.tar", "compressed .gzip."),
-        (f"wds:{tmp_path}/nothing.tar", "holds no image with a label: .*readme has no image"),
-        ("wds:ftp://example.org/0.tar", "only http and https"),
+    for spec, fact in (
+        ("wds:", "wds:"),
+        (f"wds:{tmp_path}/no-*.tar", "no-"),
+        (f"wds:{tmp_path}/no-{{000..001}}.tar", "no-000.tar"),
+        (f"wds:{tmp_path}/empty", "empty .*tar"),
+        (f"wds:{tmp_path}/one.tar", "one.tar .*0"),
+        (f"wds:{tmp_path}/packed.tar", "packed.tar .*gzip"),
+        (f"wds:{tmp_path}/nothing.tar", "nothing.tar .*readme"),
+        ("wds:ftp://example.org/0.tar", "ftp:"),
     ):
-        with pytest.raises(VitrailError, match=words) as error:
+        with pytest.raises(VitrailError, match=fact) as error:
             open_dataset(spec)
         assert "\n" not in str(error.value)
 
@@ -256,27 +255,25 @@ def test_wrong_words(tmp_path: Path) -> None:
 def test_a_class_that_training_does_not_have(tmp_path: Path) -> None:
     write_shard(tmp_path / "train-0.tar", range(12), classes=2)
     write_shard(tmp_path / "val-0.tar", range(12), classes=3)
-    with pytest.raises(VitrailError, match="the class '2' is in val and not in train"):
+    with pytest.raises(DataError, match=r"'2'.* val .* train"):
         open_dataset(f"wds:{tmp_path}")
 
 
 def test_braces() -> None:
-    assert braces("a-{08..10}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar"]
-    assert braces("{a,b}-{1..2}") == ["a-1", "a-2", "b-1", "b-2"]
-    assert braces("x{3..1}") == ["x3", "x2", "x1"]
-    assert braces("plain.tar") == ["plain.tar"]
-    assert braces("{only}") == ["only"]
-    assert expand("http://h/{0..1}.tar") == ["http://h/0.tar", "http://h/1.tar"]
+    assert expand("http://h/{08..10}.tar") == ["http://h/08.tar", "http://h/09.tar", "http://h/10.tar"]
+    assert expand("http://{a,b}/{1..2}.tar") == [f"http://{host}/{n}.tar" for host in "ab" for n in (1, 2)]
+    with pytest.raises(DataError, match=r"\{0"):
+        expand("http://h/{0..1.tar")
 
 
-def test_names_that_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absolute_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert lasting_data("wds:data/a-{0..1}.tar") == f"wds:{tmp_path}/data/a-{{0..1}}.tar"
-    assert lasting_data("wds:https://host/a.tar") == "wds:https://host/a.tar"
-    assert lasting_data("hf-dataset:org/name") == "hf-dataset:org/name"
-    assert lasting_data("hf-dataset:data/*.parquet") == f"hf-dataset:{tmp_path}/data/*.parquet"
-    assert lasting_data("Digits") == "Digits"
-    assert lasting_data("photos") == f"{tmp_path}/photos"
+    assert absolute_data("wds:data/a-{0..1}.tar") == f"wds:{tmp_path}/data/a-{{0..1}}.tar"
+    assert absolute_data("wds:https://host/a.tar") == "wds:https://host/a.tar"
+    assert absolute_data("hf-dataset:org/name") == "hf-dataset:org/name"
+    assert absolute_data("hf-dataset:data/*.parquet") == f"hf-dataset:{tmp_path}/data/*.parquet"
+    assert absolute_data("Digits") == "Digits"
+    assert absolute_data("photos") == f"{tmp_path}/photos"
 
 
 class Handler(SimpleHTTPRequestHandler):
@@ -338,7 +335,7 @@ def test_a_shard_that_has_changed_is_not_patched(server, shards: Path, cache: Pa
     """What an earlier run left of one version is not gone on with in another."""
     url = f"http://127.0.0.1:{server.server_port}/part-000.tar"
     server.cuts = [3000] + [0] * 3
-    with pytest.raises(VitrailError, match="3,000 bytes are kept"):
+    with pytest.raises(VitrailError, match="3,000 bytes"):
         open_dataset(f"wds:{url}")
     write_shard(shards / "part-000.tar", range(12))
     server.cuts = []
@@ -350,12 +347,5 @@ def test_a_shard_that_has_changed_is_not_patched(server, shards: Path, cache: Pa
 
 
 def test_a_server_that_has_no_such_shard(server) -> None:
-    with pytest.raises(VitrailError, match="the server says 404"):
+    with pytest.raises(VitrailError, match="404"):
         open_dataset(f"wds:http://127.0.0.1:{server.server_port}/part-009.tar")
-
-
-def test_notes_hold_what_was_found(tmp_path: Path) -> None:
-    path = write_shard(tmp_path / "0.tar", range(6))
-    scan = scan_shard(str(path))
-    record = json.loads(json.dumps(shards_module.to_record(scan)))
-    assert shards_module._from_record(record) == scan

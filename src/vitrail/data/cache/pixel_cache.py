@@ -33,7 +33,7 @@ from vitrail.utils.download import cache_dir
 from vitrail.utils.text import format_bytes
 
 Shapes = npt.NDArray[np.int64]
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 RESERVE = 1 << 30  # bytes of a disk that are left free, for checkpoints and for others
 SHARE = 0.5  # of what a disk has free for caches, which all of them together may take
@@ -46,7 +46,7 @@ class PixelCache:
     shapes: int64 (N, 2), the (height, width) of each. limit: bytes; images whose place lies beyond are never kept.
     """
 
-    def __init__(self, folder: Path, shapes: Shapes, channels: int, limit: int, say: Say) -> None:
+    def __init__(self, folder: Path, shapes: Shapes, channels: int, limit: int, say: Log) -> None:
         self.folder = folder
         self._shapes = shapes
         self._channels = channels
@@ -110,7 +110,7 @@ class PixelCache:
 
 
 def open_cache(
-    what: str, stamps: Iterable[str], shapes: Shapes, channels: int, limit: int, say: Say
+    what: str, stamps: Iterable[str], shapes: Shapes, channels: int, limit: int, say: Log
 ) -> PixelCache | None:
     """The cache of what was made (`what`, in a few words) of images that `stamps` tell apart, a line each.
 

@@ -13,12 +13,12 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from vitrail.data.cache.pixel_cache import PixelCache, Say, Shapes, open_cache
+from vitrail.data.cache.pixel_cache import Log, PixelCache, Shapes, open_cache
 from vitrail.data.dataset import Split
 from vitrail.images.convert import Pixels
 from vitrail.images.preprocess import Preprocess
 
-Read = Callable[[int], Pixels]  # row -> uint8 H W C, or BadImage
+ReadImage = Callable[[int], Pixels]  # row -> uint8 H W C, or BadImage
 
 _LARGER = 2  # times the model's longer side: what the shorter side of a stored image is shrunk to
 
@@ -29,7 +29,7 @@ class Encoded(Protocol):
 
     sizes: npt.NDArray[np.int64] | None  # (N, 2): height and width, upright
 
-    def stamps(self) -> Iterable[str]:
+    def fingerprints(self) -> Iterable[str]:
         """A line for each image that changes when its content does."""
         ...
 
@@ -39,7 +39,7 @@ def image_sizes(split: Split) -> Shapes | None:
     return split.sizes if isinstance(split, Encoded) else None
 
 
-def longest_short_side(preprocess: Preprocess) -> int:
+def max_short_side(preprocess: Preprocess) -> int:
     """Pixels that the shorter side of a stored image has at most.
 
     Twice what the model sees: a random crop is enlarged where it takes less than a quarter of the area, as it is with
@@ -48,7 +48,7 @@ def longest_short_side(preprocess: Preprocess) -> int:
     return _LARGER * max(preprocess.size)
 
 
-def shrunk(height: int, width: int, side: int) -> tuple[int, int]:
+def shrunk_size(height: int, width: int, side: int) -> tuple[int, int]:
     """(height, width) with a shorter side of at most `side`, in the same ratio."""
     short = min(height, width)
     if short <= side:
@@ -56,34 +56,36 @@ def shrunk(height: int, width: int, side: int) -> tuple[int, int]:
     return max(side, round(height * side / short)), max(side, round(width * side / short))
 
 
-def stored_shapes(split: Split, preprocess: Preprocess, *, whole: bool) -> Shapes | None:
+def cached_shapes(split: Split, preprocess: Preprocess, *, whole: bool) -> Shapes | None:
     """(N, 2): height and width of what is stored of each image."""
     sizes = image_sizes(split)
     if sizes is None:
         return None
     if not whole:
         return np.tile(np.array(preprocess.size, dtype=np.int64), (len(sizes), 1))
-    side = longest_short_side(preprocess)
-    return np.array([shrunk(height, width, side) for height, width in sizes.tolist()], dtype=np.int64).reshape(-1, 2)
+    side = max_short_side(preprocess)
+    return np.array([shrunk_size(height, width, side) for height, width in sizes.tolist()], dtype=np.int64).reshape(
+        -1, 2
+    )
 
 
-def stored_bytes(split: Split, preprocess: Preprocess, *, whole: bool) -> int:
+def cache_size(split: Split, preprocess: Preprocess, *, whole: bool) -> int:
     """What a cache of all images takes on the disk; 0 where there is nothing to decode."""
-    shapes = stored_shapes(split, preprocess, whole=whole)
+    shapes = cached_shapes(split, preprocess, whole=whole)
     return 0 if shapes is None else int(shapes.prod(axis=1).sum()) * preprocess.channels
 
 
-def reader(split: Split, preprocess: Preprocess, limit: int, say: Say, *, whole: bool) -> Read:
+def reader(split: Split, preprocess: Preprocess, limit: int, say: Log, *, whole: bool) -> ReadImage:
     """How a loader reads this split: `whole` images, or the evaluation's crops; up to `limit` bytes are kept."""
-    shapes = stored_shapes(split, preprocess, whole=whole)
+    shapes = cached_shapes(split, preprocess, whole=whole)
     assert isinstance(split, Encoded)
     assert shapes is not None
     if whole:
-        side = longest_short_side(preprocess)
+        side = max_short_side(preprocess)
         what = f"whole {side}"
 
         def make(row: int) -> Pixels:
-            return whole_image(split, row, preprocess.channels, side)
+            return decode_shrunk(split, row, preprocess.channels, side)
     else:
         # All of it: how much is cut away, and what fills the borders, changes the pixels.
         what = f"crop {preprocess.to_dict()}"
@@ -91,11 +93,11 @@ def reader(split: Split, preprocess: Preprocess, limit: int, say: Say, *, whole:
         def make(row: int) -> Pixels:
             return preprocess.crop(split.image(row))
 
-    cache = open_cache(what, split.stamps(), shapes, preprocess.channels, limit, say)
+    cache = open_cache(what, split.fingerprints(), shapes, preprocess.channels, limit, say)
     return make if cache is None else _through(cache, make)
 
 
-def _through(cache: PixelCache, make: Read) -> Read:
+def _through(cache: PixelCache, make: ReadImage) -> ReadImage:
     def read(row: int) -> Pixels:
         pixels = cache.get(row)
         if pixels is None:
@@ -106,7 +108,7 @@ def _through(cache: PixelCache, make: Read) -> Read:
     return read
 
 
-def whole_image(split: Split, row: int, channels: int, side: int) -> Pixels:
+def decode_shrunk(split: Split, row: int, channels: int, side: int) -> Pixels:
     """Image `row`, its shorter side of at most `side` pixels: uint8 H W C, the same whenever it is asked for."""
     from PIL import Image
 
@@ -116,10 +118,10 @@ def whole_image(split: Split, row: int, channels: int, side: int) -> Pixels:
 
     def needed(height: int, width: int) -> tuple[int, int]:
         full.append((height, width))
-        return shrunk(height, width, side)
+        return shrunk_size(height, width, side)
 
     image = to_channels(split.image(row, needed), channels)
-    height, width = shrunk(*(full[0] if full else (image.height, image.width)), side)
+    height, width = shrunk_size(*(full[0] if full else (image.height, image.width)), side)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image).reshape(height, width, channels)

@@ -1,104 +1,78 @@
-"""A folder of images as a dataset: `<class>/*.jpg`, or train/, val/ and test/ above that."""
+"""A folder of images: `<class>/*.jpg`, or train/, val/ and test/ above that."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from vitrail.data.dataset import Dataset, FileSplit, Sizes, Skipped, Split
-from vitrail.data.splits import SPLIT_NAMES, hold_out
-from vitrail.errors import VitrailError, did_you_mean
+from vitrail.data.dataset import Dataset, FileSplit, SkippedImage
+from vitrail.data.splits import SPLIT_NAMES, SPLITS, SplitOptions, make_dataset, natural
+from vitrail.errors import DataError, did_you_mean
 from vitrail.images.decode import BadImage, Header, decode, image_extensions, read_header
+from vitrail.utils.download import Progress
 
-_CHUNK = 64  # files to a task of the scan
+_CHUNK = 64  # files per task of the scan
+File = tuple[str, int]  # path, class index
 
 
 @dataclass
-class _Found:
-    """Image files of one split, by class; `stray` are images that lie in no class folder."""
+class _Listing:
+    """Image files of one split. unclassified: images that are in no class folder."""
 
     classes: list[str]
-    files: list[tuple[str, int]]  # (path, number of the class)
-    stray: list[str]
+    files: list[File]
+    unclassified: list[str]
 
 
-def open_folder(
-    root: Path,
-    *,
-    val_fraction: float = 0.1,
-    test_fraction: float = 0.1,
-    split_seed: int = 0,
-    least_classes: int = 2,
-    progress: Callable[[int, int | None], None] | None = None,
-) -> Dataset:
-    """Open a folder. Every header is read, and one image of each class is decoded; what fails is in `skipped`.
+def open_folder(folder: str, options: SplitOptions, progress: Progress | None = None) -> Dataset:
+    """Open a folder. Every header is read and one image of each class is decoded; files that fail are in `skipped`.
 
-    Sub-folders of a class belong to it. Hidden files and files whose names are not images' are passed over in silence.
-    Where the folder has no split of its own, val_fraction of the images (and test_fraction, from 10 images a class
-    on) is held out, stratified. Raises VitrailError where there is nothing to learn from.
+    Subfolders of a class belong to it. Hidden files and files without an image extension are ignored. Without split
+    folders, val_fraction of the images (and test_fraction, from 10 images per class on) is held out, stratified.
+    Raises DataError if there are no usable images.
     """
-    found = {split: _list_classes(folder) for split, folder in _layout(root).items()}
-    first = next(iter(found))
-    names = _agree(root, found)
-    if len(names) < least_classes:
-        raise VitrailError(f"{root} has one class only, {names[0]!r}: a classifier needs at least two class folders")
-    skipped: list[Skipped] = []
-    parts: dict[str, FileSplit] = {}
-    sizes: list[npt.NDArray[np.int64]] = []
-    number = {name: i for i, name in enumerate(names)}
-    for split, listing in found.items():
-        skipped += [{"path": path, "reason": "lies outside the class folders"} for path in listing.stray]
-        good, headers = _scan(listing, skipped, progress)
+    root = Path(folder).expanduser()
+    listings = {split: _list_classes(path) for split, path in _split_folders(root).items()}
+    first = next(iter(listings))
+    class_names = _common_classes(root, listings)
+    options.check_classes(root, class_names)
+    index = {name: i for i, name in enumerate(class_names)}
+    skipped: list[SkippedImage] = []
+    splits: dict[str, FileSplit] = {}
+    for split, listing in listings.items():
+        skipped += [{"path": path, "reason": "is not in a class folder"} for path in listing.unclassified]
+        files, headers = _scan(listing, skipped, progress)
         if split == first:
-            good, headers = _prove_classes(root, listing, good, headers, skipped)
-        labels = np.array([number[listing.classes[c]] for _, c in good], dtype=np.int64)
-        sizes.append(np.array([(h.height, h.width) for h in headers], dtype=np.int64).reshape(-1, 2))
-        parts[split] = FileSplit([path for path, _ in good], labels, sizes=sizes[-1])
+            files, headers = _check_each_class(root, listing, files, headers, skipped)
+        labels = np.array([index[listing.classes[c]] for _, c in files], dtype=np.int64)
+        sizes = np.array([(h.height, h.width) for h in headers], dtype=np.int64).reshape(-1, 2)
+        splits[split] = FileSplit([path for path, _ in files], labels, sizes=sizes)
 
-    def names_of(part: FileSplit) -> list[str]:
-        return [Path(os.path.relpath(path, root)).as_posix() for path in part.paths]
+    def names_of(split: FileSplit) -> list[str]:
+        return [Path(os.path.relpath(path, root)).as_posix() for path in split.paths]
 
-    how = hold_out(parts, names_of, "the folder's own", val_fraction, test_fraction, split_seed)
-    splits: dict[str, Split] = {
-        name: parts[name] for name in ("train", "val", "test") if name in parts and len(parts[name])
-    }
-    return Dataset(
-        name=str(root),
-        class_names=tuple(names),
-        splits=splits,
-        sizes=Sizes.of(np.concatenate(sizes)),
-        how_split=how,
-        skipped=skipped,
-    )
-
-
-def natural(name: str) -> tuple[list[int | str], str]:
-    """Sort key under which "class2" comes before "class10"."""
-    parts = re.split(r"([0-9]+)", name.casefold())
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
+    return make_dataset(str(root), class_names, splits, options, names_of=names_of, skipped=skipped)
 
 
 def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
-    """What is in a folder and not hidden, in natural order."""
+    """Entries of a folder that are not hidden, in natural order."""
     try:
         with os.scandir(folder) as entries:
-            seen = [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
+            visible = [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
     except OSError as error:
-        raise VitrailError(f"cannot read the folder {folder}: {error.strerror or error}") from None
-    return sorted(seen, key=lambda entry: natural(entry.name))
+        raise DataError(f"could not read the folder {folder}: {error.strerror or error}") from None
+    return sorted(visible, key=lambda entry: natural(entry.name))
 
 
 def _is_dir(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself
+    except OSError:  # a symbolic link to itself
         return False
 
 
@@ -106,40 +80,37 @@ def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in image_extensions()
 
 
-def _layout(root: Path) -> dict[str, Path]:
-    """{"train": root} for class folders right here, or one entry for each of train/, val/, test/."""
+def _split_folders(root: Path) -> dict[str, Path]:
+    """{"train": root} if root contains class folders, else an entry for each of train/, val/ and test/."""
     folders = [entry.name for entry in _entries(root) if _is_dir(entry)]
     known = [name for name in folders if name.lower() in SPLIT_NAMES]
-    trains = any(SPLIT_NAMES[name.lower()] == "train" for name in known)
-    # "train" or "test" may also be the name of a class: then it holds images and no folders, beside other classes.
-    deep = any(_is_dir(entry) for name in known for entry in _entries(root / name))
-    if not known or (len(known) < len(folders) and not (trains and deep)):
+    has_train = any(SPLIT_NAMES[name.lower()] == "train" for name in known)
+    # "train" or "test" may also be a class name: then the folder contains images, not folders, and has siblings.
+    has_subfolders = any(_is_dir(entry) for name in known for entry in _entries(root / name))
+    if not known or (len(known) < len(folders) and not (has_train and has_subfolders)):
         return {"train": root}
-    layout: dict[str, Path] = {}
-    for name in sorted(known, key=lambda name: ("train", "val", "test").index(SPLIT_NAMES[name.lower()])):
+    found: dict[str, Path] = {}
+    for name in sorted(known, key=lambda name: SPLITS.index(SPLIT_NAMES[name.lower()])):
         split = SPLIT_NAMES[name.lower()]
-        if split in layout:
-            raise VitrailError(f"{root} has both {layout[split].name}/ and {name}/, which mean the same: keep one")
-        layout[split] = root / name
-    return layout
+        if split in found:
+            raise DataError(f"{root} has both {found[split].name}/ and {name}/, which mean the same split: keep one")
+        found[split] = root / name
+    return found
 
 
-def _list_classes(folder: Path) -> _Found:
+def _list_classes(folder: Path) -> _Listing:
     entries = _entries(folder)
     classes = [entry.name for entry in entries if _is_dir(entry)]
-    stray = [entry.path for entry in entries if not _is_dir(entry) and _is_image(entry.name)]
+    unclassified = [entry.path for entry in entries if not _is_dir(entry) and _is_image(entry.name)]
     if not classes:
-        if stray:
-            raise VitrailError(
-                f"{folder} holds images but no class folders: put the images of each class into a folder named after it"
-            )
-        raise VitrailError(f"{folder} is empty of class folders: it needs one folder of images for each class")
+        found = "images but no class folders" if unclassified else "no class folders"
+        raise DataError(f"{folder} contains {found}: put the images of each class into a folder named after the class")
     files = [(path, c) for c, name in enumerate(classes) for path in _walk(str(folder / name), set())]
-    return _Found(classes, files, stray)
+    return _Listing(classes, files, unclassified)
 
 
 def _walk(folder: str, visited: set[tuple[int, int]]) -> Iterator[str]:
-    """Image files below a folder. A folder already visited, as by a link to a parent, is not entered again."""
+    """Image files below a folder. A folder that was already visited (a link to a parent) is not entered again."""
     status = os.stat(folder)
     if (status.st_dev, status.st_ino) in visited:
         return
@@ -151,29 +122,25 @@ def _walk(folder: str, visited: set[tuple[int, int]]) -> Iterator[str]:
             yield entry.path
 
 
-def _agree(root: Path, found: dict[str, _Found]) -> list[str]:
-    """The class names, which are those of the first split; the others must have the same."""
-    first, *others = found
-    names = found[first].classes
+def _common_classes(root: Path, listings: dict[str, _Listing]) -> list[str]:
+    """The class names of the first split. Raises DataError unless all splits have the same."""
+    first, *others = listings
+    names = listings[first].classes
     for split in others:
-        for name in found[split].classes:
+        for name in listings[split].classes:
             if name not in names:
                 hint = did_you_mean(name, names)
-                raise VitrailError(
-                    f"{root / split} has the class {name!r}, which {first}/ has not{hint}: name them alike"
-                )
+                raise DataError(f"{root / split} has the class {name!r}, which {first}/ does not have{hint}")
         for name in names:
-            if name not in found[split].classes:
-                raise VitrailError(f"{root / split} lacks the class {name!r}, which {first}/ has: give it a folder too")
+            if name not in listings[split].classes:
+                raise DataError(f"{root / split} lacks the class {name!r}, which {first}/ has")
     return names
 
 
-def _scan(
-    listing: _Found, skipped: list[Skipped], progress: Callable[[int, int | None], None] | None
-) -> tuple[list[tuple[str, int]], list[Header]]:
-    """Read all headers. Bad files go to `skipped`; those that lack their end are decoded to find out."""
+def _scan(listing: _Listing, skipped: list[SkippedImage], progress: Progress | None) -> tuple[list[File], list[Header]]:
+    """Read all headers. Unreadable files go to `skipped`; those that may be truncated are decoded to find out."""
 
-    def look(files: Sequence[tuple[str, int]]) -> list[Header | BadImage]:
+    def read_headers(files: Sequence[File]) -> list[Header | BadImage]:
         results: list[Header | BadImage] = []
         for path, _ in files:
             try:
@@ -185,12 +152,12 @@ def _scan(
                 results.append(bad)
         return results
 
-    good: list[tuple[str, int]] = []
+    good: list[File] = []
     headers: list[Header] = []
     chunks = [listing.files[i : i + _CHUNK] for i in range(0, len(listing.files), _CHUNK)]
     done = 0
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        for chunk, results in zip(chunks, pool.map(look, chunks), strict=True):
+        for chunk, results in zip(chunks, pool.map(read_headers, chunks), strict=True):
             for item, result in zip(chunk, results, strict=True):
                 if isinstance(result, BadImage):
                     skipped.append({"path": item[0], "reason": result.reason})
@@ -203,25 +170,25 @@ def _scan(
     return good, headers
 
 
-def _prove_classes(
-    root: Path, listing: _Found, good: list[tuple[str, int]], headers: list[Header], skipped: list[Skipped]
-) -> tuple[list[tuple[str, int]], list[Header]]:
-    """Decode images of each class until one works; those that do not are taken out. Raises where a class has none."""
-    proven: set[int] = set()
+def _check_each_class(
+    root: Path, listing: _Listing, files: list[File], headers: list[Header], skipped: list[SkippedImage]
+) -> tuple[list[File], list[Header]]:
+    """Decode images of each class until one succeeds; those that fail are left out. Raises if a class has none."""
+    usable: set[int] = set()
     bad: set[int] = set()
-    for row, (path, c) in enumerate(good):
-        if c in proven:
+    for row, (path, c) in enumerate(files):
+        if c in usable:
             continue
         try:
             decode(path)
-            proven.add(c)
+            usable.add(c)
         except BadImage as error:
             bad.add(row)
             skipped.append({"path": path, "reason": error.reason})
     for c, name in enumerate(listing.classes):
-        if c not in proven:
+        if c not in usable:
             tried = {path for path, number in listing.files if number == c}
             why = next((f": {os.path.basename(s['path'])} {s['reason']}" for s in skipped if s["path"] in tried), "")
-            raise VitrailError(f"the class {name!r} in {root} has no image that can be used ({len(tried)} files{why})")
-    keep = [row for row in range(len(good)) if row not in bad]
-    return [good[row] for row in keep], [headers[row] for row in keep]
+            raise DataError(f"the class {name!r} in {root} has no readable image ({len(tried)} files{why})")
+    keep = [row for row in range(len(files)) if row not in bad]
+    return [files[row] for row in keep], [headers[row] for row in keep]

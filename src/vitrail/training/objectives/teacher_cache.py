@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from vitrail._version import __version__
-from vitrail.data.dataset import ArraySplit, FileSplit, Split, file_stamp
+from vitrail.data.dataset import ArraySplit, FileSplit, Split, file_fingerprint
 from vitrail.errors import VitrailError
 from vitrail.training.config.schema import Use, keys_for
 from vitrail.training.engine.batch_augmenter import View
@@ -73,10 +73,11 @@ def _images(split: Split) -> str:
         digest.update(np.ascontiguousarray(split.images).data)
     elif isinstance(split, FileSplit):
         for path in split.paths:
-            digest.update(f"{'/'.join(path.split(os.sep)[-2:])}\t{file_stamp(path)}\n".encode(errors="surrogateescape"))
-    elif hasattr(split, "stamps"):
-        for stamp in split.stamps():
-            digest.update(f"{stamp}\n".encode(errors="surrogateescape"))
+            name = "/".join(path.split(os.sep)[-2:])
+            digest.update(f"{name}\t{file_fingerprint(path)}\n".encode(errors="surrogateescape"))
+    elif hasattr(split, "fingerprints"):
+        for fingerprint in split.fingerprints():
+            digest.update(f"{fingerprint}\n".encode(errors="surrogateescape"))
     else:
         digest.update("\n".join(split.name(i) for i in range(len(split))).encode(errors="surrogateescape"))
     return digest.hexdigest()

@@ -2,8 +2,8 @@
 
 import math
 
-from vitrail.data.cache.pixel_cache import Say, room
-from vitrail.data.cache.readers import Read, image_sizes, longest_short_side, reader, stored_bytes
+from vitrail.data.cache.pixel_cache import Log, room
+from vitrail.data.cache.readers import ReadImage, cache_size, image_sizes, max_short_side, reader
 from vitrail.data.dataset import Dataset
 from vitrail.images.preprocess import Preprocess
 from vitrail.training.config.schema import TrainConfig, byte_count
@@ -31,12 +31,12 @@ def settle_cache(config: TrainConfig, dataset: Dataset, preprocess: Preprocess) 
         config = config.updated({"cache": f"{math.ceil(total / 1e6)}MB"})
     limit = byte_count(config.io.cache)
     kept = format_bytes(total) if total <= limit else f"{format_bytes(limit)} of {format_bytes(total)}"
-    side = longest_short_side(preprocess)
+    side = max_short_side(preprocess)
     shrunk = f", shorter sides of at most {side} pixels," if config.augment.crop_scale else ""
     return config, [f"cache   {kept} of decoded images{shrunk} kept on the disk for later epochs and runs"]
 
 
-def cached_readers(config: TrainConfig, dataset: Dataset, preprocess: Preprocess, say: Say) -> dict[str, Read]:
+def cached_readers(config: TrainConfig, dataset: Dataset, preprocess: Preprocess, say: Log) -> dict[str, ReadImage]:
     """How "train" and "val" are read where the run has a cache; nothing where it has none."""
     if config.io.cache == "off":
         return {}
@@ -60,7 +60,7 @@ def _bytes(config: TrainConfig, dataset: Dataset, preprocess: Preprocess) -> dic
     """What each split that is read again and again takes."""
     crops = config.augment.crop_scale is not None
     return {
-        name: stored_bytes(dataset.split(name), preprocess, whole=name == "train" and crops)
+        name: cache_size(dataset.split(name), preprocess, whole=name == "train" and crops)
         for name in ("train", "val")
         if name in dataset.splits
     }
