@@ -17,7 +17,7 @@ import vitrail
 from tolerance import LOSS
 from training import tiny
 from training.runs import KEYS, outcome, run
-from vitrail.errors import RunError, VitrailError
+from vitrail.errors import ConfigError, RunError, VitrailError
 from vitrail.training.config.schema import read_config
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.run import train
@@ -171,7 +171,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
             run(tmp_path / "run", **keys)
         assert "\n" not in str(error.value)
         assert not (tmp_path / "run").exists(), keys
-    with pytest.raises(VitrailError, match="nothing to train on"):
+    with pytest.raises(ConfigError, match="--resume"):
         train(progress=False)
 
 

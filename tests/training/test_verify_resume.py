@@ -9,7 +9,8 @@ from training import tiny
 from training.guests_for_verify import Drifting, Steady
 from vitrail.errors import VitrailError
 from vitrail.training.checkpoints.checkpoint import Checkpoint
-from vitrail.training.verify_resume import differences, kill_plan, verify_resume
+from vitrail.training.resume_harness import differences
+from vitrail.training.verify_resume import kill_plan, verify_resume
 
 KEYS = {key: value for key, value in tiny.PLAIN.items() if key not in ("model", "drop_path")}
 GUEST = {**KEYS, "epochs": 3, "ema": 0.9, "img_size": 8, "in_chans": 1, "progress": False, "seconds": 1.0}

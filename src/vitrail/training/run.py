@@ -1,7 +1,7 @@
-"""`train`: from a folder of images to a classifier, in one call."""
+"""`train`: from a folder of images to a classifier and a run folder."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from vitrail.classifier import Classifier
 from vitrail.data.dataset import Dataset
-from vitrail.errors import VitrailError
+from vitrail.errors import ConfigError, DeviceError, DistributedError, RunError
 from vitrail.evaluation.metrics import Evaluation
 from vitrail.models.base import ImageModel
 from vitrail.training.checkpoints.provenance import environment, python_call, session_record
@@ -38,8 +38,6 @@ from vitrail.utils.files import atomic_folder
 from vitrail.utils.memory import is_out_of_memory
 from vitrail.utils.text import one_line
 
-_NAMED = ("model", "weights", "teacher", "pretrained", "probe", "epochs", "budget", "seed")
-
 
 def train(
     data: str | Path | Dataset | None = None,
@@ -61,191 +59,167 @@ def train(
     command: str | None = None,
     **config: Any,
 ) -> Classifier:
-    """Train or fine-tune a classifier on `data` and leave a run folder behind.
+    """Train or fine-tune a classifier and write a run folder.
 
     Args:
         data: a folder of images, a dataset's name, wds: shards, an hf-dataset:, or a Dataset.
-        model: a name from `list_models()`, or a module of your own with timm's interface; None: one is chosen.
-        pretrained, weights: start from published weights, or from these.
-        teacher: learn from this model too: what `vitrail.load` takes, an .onnx file, a Classifier or a module.
-        probe: freeze the model and fit a linear head to its features, which are computed once.
+        model: a name from `list_models()`, or a module with timm's interface; None: chosen for the images.
+        pretrained, weights, teacher, probe, epochs, budget, seed, config: settings, see `TrainConfig`; they override
+            the recipe, which overrides what is chosen for the images. teacher: also a Classifier or a module.
         out: the run folder; by default runs/<data>-<model>.
-        epochs, budget: how long: passes over the images, and seconds or "10m".
-        seed: of everything random but the split of the images.
-        resume: a run folder to go on with; nothing else is needed.
-        recipe: one of `recipe_names()`, or a TOML file of config keys; its `data` counts where none is named here.
-        progress: False keeps silent.
-        verbose: tell what became of every single tensor of the weights.
-        show_batch: train nothing and write no run; draw what the model would see in the first batch to this picture.
-        command: how the run was asked for, as its report tells it; None: this very call.
-        config: any other key of `TrainConfig`. It wins over the recipe, and that over what is chosen for the images.
+        resume: the folder of an interrupted run; nothing else is needed.
+        recipe: one of `recipe_names()`, or a TOML file of settings.
+        verbose: print how each tensor of the weights was loaded.
+        show_batch: train nothing; draw the model's inputs of the first batch to this file.
+        command: the command to name in the report; None: this call.
 
     Returns:
-        The classifier with the weights that were best on the validation images. Its `report` is the run's summary.
-        With `show_batch`, the classifier before any training.
+        The classifier with the best weights by validation; its `report` is the run's summary.
 
     Raises:
-        VitrailError: something that was asked for is not there, does not fit, or cannot be written.
-        Stopped: Ctrl-C or SIGTERM; the run is saved, and the text says how to go on. It is a KeyboardInterrupt.
+        VitrailError: of the kind that fits what is wrong.
+        Stopped: by Ctrl-C or SIGTERM, a KeyboardInterrupt: the run is saved, and the message says how to resume.
     """
-    with (
-        distributed_context() as distributed,
-        torch.random.fork_rng(devices=[]),
-    ):  # the caller's own random numbers are left alone
-        ask = make_ask(
-            data,
-            model=model,
-            pretrained=pretrained,
-            weights=weights,
-            teacher=teacher,
-            probe=probe,
-            out=out,
-            epochs=epochs,
-            budget=budget,
-            seed=seed,
-            resume=resume,
-            recipe=recipe,
-            verbose=verbose,
-            show_batch=show_batch,
-            command=command,
-            **config,
-        )
-        return _run(ask, distributed, Reporter(progress and distributed.is_main))
+    named: dict[str, Any] = {"model": model, "pretrained": pretrained, "weights": weights, "teacher": teacher}
+    named |= {"probe": probe, "epochs": epochs, "budget": budget, "seed": seed}
+    given = {key: value for key, value in named.items() if value is not None} | config
+    command = command or python_call({"data": data, **given, "out": out, "resume": resume, "recipe": recipe})
+    with distributed_context() as distributed, torch.random.fork_rng(devices=[]):  # restores the caller's random state
+        reporter = Reporter(progress and distributed.is_main)
+        before = distributed.run_on_main(lambda: _check_folders(out, resume, recipe, show_batch))
+        with distributed.main_process_first():
+            setup = _new_setup(data, given, recipe) if before is None else _resumed_setup(data, given, before)
+        if verbose and setup.pretrained:
+            reporter.say(setup.pretrained.report.table())
+        return _run(setup, reporter, distributed, out=out, resume=resume, show_batch=show_batch, command=command)
 
 
-@dataclass(frozen=True)
-class Ask:
-    """What `train` was asked for. teacher: one of the caller's own."""
-
-    data: str | Path | Dataset | None
-    given: TrainConfig
-    guest: nn.Module | None
-    teacher: Classifier | nn.Module | None
-    out: str | Path | None
-    resume: str | Path | None
-    recipe: str | Path | None
-    verbose: bool
-    show_batch: str | Path | None
-    command: str
-
-
-def make_ask(
-    data: str | Path | Dataset | None = None,
-    *,
-    model: str | nn.Module | None = None,
-    weights: str | Path | None = None,
-    teacher: Source | None = None,
-    out: str | Path | None = None,
-    resume: str | Path | None = None,
-    recipe: str | Path | None = None,
-    verbose: bool = False,
-    show_batch: str | Path | None = None,
-    command: str | None = None,
-    **keys: Any,
-) -> Ask:
-    """From the arguments of `train`."""
-    named = {
-        "model": model if isinstance(model, str) else None,
-        "weights": None if weights is None else str(weights),
-        "teacher": None if teacher is None else lasting_name(teacher),
-        **keys,
-    }
-    # What `train` itself offers may be left out by None; of other keys, None is a value.
-    given = make_config({key: value for key, value in named.items() if value is not None or key not in _NAMED})
-    if command is None:
-        places = {"out": out, "resume": resume, "recipe": recipe}
-        command = python_call({"data": data, **named, "model": model, "teacher": teacher, **places})
-    guest = model if isinstance(model, nn.Module) else None
-    own = teacher if isinstance(teacher, Classifier | nn.Module) else None
-    return Ask(data, given, guest, own, out, resume, recipe, verbose, show_batch, command)
-
-
-def _run(ask: Ask, distributed: DistributedContext, reporter: Reporter) -> Classifier:
-    before = distributed.run_on_main(lambda: _before(ask))
-    with distributed.main_process_first():
-        setup = fresh_setup(ask) if before is None else _resumed(ask, before)
-    setup.teacher = ask.teacher
-    machine = setup.config.machine
-    device = pick_device(machine.device, distributed.local_rank if distributed.world_size > 1 else None)
-    # Automatic choices that depend on the machine are the main process's, and are kept when the run is resumed.
-    amp = "bf16" if uses_bf16(setup.model, device, machine.amp) else "off"
-    pinned = distributed.broadcast_object({"cache": setup.config.io.cache, "amp": amp})
-    setup.config, setup.given = setup.config.updated(pinned), {**setup.given, **pinned}
-    if distributed.world_size > 1 and (setup.config.model.probe or setup.auto_batch or ask.show_batch):
-        raise VitrailError("a probe, batch_size=auto and --show-batch are for one process: leave out torchrun")
-    if ask.verbose and setup.pretrained:
-        reporter.say(setup.pretrained.report.table())
-    with cpu_threads(setup.config.machine.threads):
-        session = None if setup.config.model.probe else make_session(setup, reporter, device, distributed)
-        setup = session.setup if session else setup
-        if ask.show_batch is not None:
-            return _show_batch(session, setup, ask.show_batch, reporter)
-        folder = _folder(ask, setup, distributed)
-        with folder.held():
-            if ask.resume is None:
-                if distributed.is_main:
-                    check_free(folder)  # once more: another run may have begun and ended here meanwhile
-                folder.write_config(to_toml(setup.config, KEYS if session else keys_for(Use.PROBE)))
-            if session is None:
-                folder.add_session(session_record(ask.command, 0, device))
-                return _probe(setup, folder, reporter, device, ask.guest is not None)
-            found = session.enter(folder)
-            folder.add_session(session_record(ask.command, session.trainer.state.steps, device))
-            return _train(session, folder, reporter, found)
-
-
-def _before(ask: Ask) -> TrainConfig | None:
-    """The config of the run that is to go on; None for a new one, whose place is free."""
-    if ask.resume is not None:
-        return TrainConfig().updated({"cache": "off", **read_config(old_run(ask.resume).config).given})
-    if ask.out is not None and ask.show_batch is None:
-        check_free(RunFolder(Path(ask.out).expanduser()))  # before a download, not after
+def _check_folders(
+    out: str | Path | None, resume: str | Path | None, recipe: str | Path | None, show_batch: str | Path | None
+) -> TrainConfig | None:
+    """The config of the run that is resumed, or None for a new one, whose folder is free."""
+    if resume is not None:
+        if recipe is not None or (out is not None and Path(out) != Path(resume)):
+            raise ConfigError("--resume continues a run in its folder with its settings: leave out --out and --recipe")
+        return _read_run_config(old_run(resume))
+    if out is not None and show_batch is None:
+        check_free(RunFolder(Path(out).expanduser()))  # before a download, not after
     return None
 
 
-def fresh_setup(ask: Ask) -> Setup:
+def _read_run_config(folder: RunFolder) -> TrainConfig:
+    """The config of a run that was written by this version or an earlier one."""
+    try:
+        given = read_config(folder.config).given
+    except ConfigError as error:
+        version = "the version of vitrail that started it"
+        if folder.sessions.is_file():
+            first = json.loads(folder.sessions.read_text(encoding="utf-8").split("\n", 1)[0])
+            version = f"vitrail {first['environment']['vitrail']}, which started it"
+        raise RunError(f"{error}; resume this run with {version}") from None
+    return TrainConfig().updated({"cache": "off", **given})  # runs from before the cache had none
+
+
+def _parse(given: Mapping[str, Any]) -> tuple[TrainConfig, nn.Module | None, Classifier | nn.Module | None]:
+    """The settings among the arguments of `train`, and the model and the teacher that were passed as objects."""
+    values = dict(given)
+    model, teacher = values.get("model"), values.get("teacher")
+    if isinstance(model, nn.Module):
+        del values["model"]
+    if teacher is not None:
+        values["teacher"] = lasting_name(teacher)
+    return (
+        make_config(values),
+        model if isinstance(model, nn.Module) else None,
+        teacher if isinstance(teacher, Classifier | nn.Module) else None,
+    )
+
+
+def _new_setup(data: str | Path | Dataset | None, given: Mapping[str, Any], recipe_name: str | Path | None) -> Setup:
     """The setup of a new run."""
-    asked = None if ask.recipe is None else find_recipe(ask.recipe)
-    given = {**(asked.fixed if asked else {}), **ask.given.given}
-    named = given.pop("data", None)
-    data = named if ask.data is None else ask.data
+    asked, external, teacher = _parse(given)
+    recipe = None if recipe_name is None else find_recipe(recipe_name)
+    values = {**(recipe.fixed if recipe else {}), **asked.given}
+    data = values.pop("data", None) if data is None else data
     if data is None:
-        raise VitrailError("nothing to train on: name a folder of images or a dataset, or a run with --resume")
-    if given.get("probe"):
-        if asked and not asked.whole:
-            given.pop("recipe", None)  # a file may ask for a probe; the named ones are for training
-        check_probe_keys({**given, **(asked.settings if asked else {})})
-    check_trackers(given.get("track", "none"))  # before a download, not after
-    return prepare(data, TrainConfig().updated(given), ask.guest, asked)
+        raise ConfigError("no data: name a folder of images or a dataset, or a run with --resume")
+    if values.get("probe"):
+        if recipe and not recipe.whole:
+            values.pop("recipe", None)  # a file may ask for a probe; the named ones are for training
+        check_probe_keys({**values, **(recipe.settings if recipe else {})})
+    check_trackers(values.get("track", "none"))  # before a download, not after
+    setup = prepare(data, TrainConfig().updated(values), external, recipe)
+    setup.teacher = teacher
+    return setup
 
 
-def _resumed(ask: Ask, before: TrainConfig) -> Setup:
-    """The setup of a run that goes on as it began."""
-    for key, value in ask.given.given.items():
+def _resumed_setup(data: str | Path | Dataset | None, given: Mapping[str, Any], before: TrainConfig) -> Setup:
+    """The setup of a run that is resumed, with its settings."""
+    asked, external, teacher = _parse(given)
+    for key, value in asked.given.items():
         if key not in keys_for(Use.RESUME) and before.flat[key] != value:
-            was = before.flat[key]
-            raise VitrailError(f"a run goes on as it began, with {key}={was}: leave {key} out, or begin anew")
-    if ask.recipe is not None or (ask.out is not None and Path(ask.out) != Path(str(ask.resume))):
-        raise VitrailError("a run goes on where and as it began: leave out --out and --recipe with --resume")
-    config = before.updated(ask.given.given)
+            raise ConfigError(
+                f"the run has {key}={before.flat[key]}: leave out {key} with --resume, or start a new run"
+            )
+    config = before.updated(asked.given)
     check_trackers(config.io.track)
-    return reopen(config, ask.data, ask.guest)
+    setup = reopen(config, data, external)
+    setup.teacher = teacher
+    return setup
 
 
-def _folder(ask: Ask, setup: Setup, distributed: DistributedContext) -> RunFolder:
-    """Where the run goes on, or a free place; the first process's choice."""
+def _run(
+    setup: Setup,
+    reporter: Reporter,
+    distributed: DistributedContext,
+    *,
+    out: str | Path | None,
+    resume: str | Path | None,
+    show_batch: str | Path | None,
+    command: str,
+) -> Classifier:
+    config, several = setup.config, distributed.world_size > 1
+    device = pick_device(config.machine.device, distributed.local_rank if several else None)
+    # Automatic choices that depend on the machine are the main process's, and are kept when the run is resumed.
+    amp = "bf16" if uses_bf16(setup.model, device, config.machine.amp) else "off"
+    pinned = distributed.broadcast_object({"cache": config.io.cache, "amp": amp})
+    setup.config, setup.given = config.updated(pinned), {**setup.given, **pinned}
+    if several and (config.model.probe or setup.auto_batch or show_batch):
+        raise DistributedError("a probe, batch_size=auto and --show-batch need a single process: leave out torchrun")
+    with cpu_threads(config.machine.threads):
+        session = None if config.model.probe else _make_session(setup, reporter, device, distributed)
+        setup = session.setup if session else setup
+        if show_batch is not None:
+            return _show_batch(session, show_batch, reporter)
+        folder = _folder(out, resume, setup, distributed)
+        with folder.held():
+            if resume is None:
+                if distributed.is_main:
+                    check_free(folder)  # again: another run may have started and ended here meanwhile
+                folder.write_config(to_toml(setup.config, KEYS if session else keys_for(Use.PROBE)))
+            resumed = session is not None and session.enter(folder)
+            folder.add_session(session_record(command, session.trainer.state.steps if session else 0, device))
+            if session is None:
+                return _probe(setup, folder, reporter, device)
+            return _train(session, folder, reporter, resumed)
+
+
+def _folder(
+    out: str | Path | None, resume: str | Path | None, setup: Setup, distributed: DistributedContext
+) -> RunFolder:
+    """The folder of the resumed run, or a free one; the first process's choice."""
 
     def choose() -> Path:
-        old = None if ask.resume is None else old_run(ask.resume)
-        return (old or new_run(ask.out, setup.dataset.name, setup.config.model.model)).path
+        old = None if resume is None else old_run(resume)
+        return (old or new_run(out, setup.dataset.name, setup.config.model.model)).path
 
     folder = RunFolder(distributed.run_on_main(choose), distributed.is_main)
-    distributed.advice = f"; go on as before, with --resume {folder.path}"
+    distributed.advice = f"; resume with --resume {folder.path}"
     return folder
 
 
-def make_session(setup: Setup, reporter: Reporter, device: torch.device, distributed: DistributedContext) -> Session:
-    """A session, with the batch that suits the machine where that was asked for."""
+def _make_session(setup: Setup, reporter: Reporter, device: torch.device, distributed: DistributedContext) -> Session:
+    """A session; with batch_size=auto, with the batch size that was found for the device."""
     session = Session(setup, reporter, device, distributed)
     if not setup.auto_batch:
         return session
@@ -279,26 +253,26 @@ def _train(session: Session, folder: RunFolder, reporter: Reporter, resumed: boo
         if not is_out_of_memory(error):
             raise
         full = True
-    if full:  # out here, where the error no longer holds on to what the step had
-        raise VitrailError(memory_advice(session))
+    if full:  # outside of `except`, where the error no longer references the step's tensors
+        raise DeviceError(memory_advice(session))
     classifier = _finish(setup, session.model, summary, folder)
     say_result(reporter, summary, folder)
     if folder.writes:
         _report(setup, result, folder, reporter, session.trainer.groups)
-    session.distributed.barrier()  # the others leave when everything is written
+    session.distributed.barrier()  # other processes wait until everything is written
     return classifier
 
 
-def _probe(setup: Setup, folder: RunFolder, reporter: Reporter, device: torch.device, own_model: bool) -> Classifier:
+def _probe(setup: Setup, folder: RunFolder, reporter: Reporter, device: torch.device) -> Classifier:
     try:
-        summary, result = run_probe(setup, folder, reporter, device, own_model=own_model)
+        summary, result = run_probe(setup, folder, reporter, device, own_model=setup.external)
     except Stopped as stopped:
         reporter.say(str(stopped))
         raise
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise VitrailError("a batch of images does not fit into memory: use a smaller eval_batch_size") from error
+        raise DeviceError("a batch of images does not fit into memory: use a smaller eval_batch_size") from error
     summary["environment"] = environment(device)
     classifier = _finish(setup, setup.model, summary, folder)
     for line in [*result_lines(summary), f"model   {folder.model}"]:
@@ -314,7 +288,7 @@ def _report(
     reporter: Reporter,
     groups: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write the report. The run is finished and saved by now, and nothing that goes wrong here changes that."""
+    """Write the report. The run is finished and saved: an error here is only a warning."""
     try:
         folder.write_details(report_details(result, setup.dataset.splits.get(result.split), groups))
         write_report(folder)
@@ -325,34 +299,28 @@ def _report(
     reporter.say(f"report  {folder.report}")
 
 
-def _show_batch(session: Session | None, setup: Setup, path: str | Path, reporter: Reporter) -> Classifier:
+def _show_batch(session: Session | None, path: str | Path, reporter: Reporter) -> Classifier:
     if session is None:
-        raise VitrailError("a probe has no batches to show: leave out --show-batch")
+        raise ConfigError("a probe has no training batches: leave out --show-batch")
     reporter.say(draw_first_batch(session, path))
-    return Classifier(
-        setup.model,  # type: ignore[arg-type]
-        setup.preprocess,
-        setup.dataset.class_names,
-        architecture=setup.config.model.model,
-    )
+    return _classifier(session.setup, session.setup.model)
+
+
+def _classifier(setup: Setup, model: nn.Module, **about: Any) -> Classifier:
+    names, architecture = setup.dataset.class_names, setup.config.model.model
+    return Classifier(model, setup.preprocess, names, architecture=architecture, **about)  # type: ignore[arg-type]
 
 
 def _finish(setup: Setup, model: nn.Module, summary: dict[str, Any], folder: RunFolder) -> Classifier:
-    """Write the model and then the summary, with which the run is finished."""
-    classifier = Classifier(
-        model,  # type: ignore[arg-type]  # a guest may stand in for an ImageModel
-        setup.preprocess,
-        setup.dataset.class_names,
-        report=summary,
-        architecture=setup.config.model.model,
-        notes={
-            "data": setup.dataset.name,
-            "split": held_out(setup.config),
-            "counts": setup.dataset.counts(),
-            "figures": {key: summary[key] for key in ("split", "images", "top1", "top5", "loss")},
-            **_origin(setup),
-        },
-    )
+    """Write the model and then the summary, which marks the run as finished."""
+    notes = {
+        "data": setup.dataset.name,
+        "split": held_out(setup.config),
+        "counts": setup.dataset.counts(),
+        "figures": {key: summary[key] for key in ("split", "images", "top1", "top5", "loss")},
+        **_origin(setup),
+    }
+    classifier = _classifier(setup, model, report=summary, notes=notes)
     if setup.pretrained:
         summary["weights"] = str(setup.pretrained.report)
     if folder.writes:
@@ -362,14 +330,14 @@ def _finish(setup: Setup, model: nn.Module, summary: dict[str, Any], folder: Run
 
 
 def _origin(setup: Setup) -> dict[str, Any]:
-    """Whose weights the model started from, and their licence, which it inherits."""
+    """The source of the pretrained weights, and their licence, which the model inherits."""
     if setup.pretrained is None:
         return {}
     return {"source": setup.pretrained.loaded.source, "licence": setup.pretrained.loaded.licence}
 
 
 def _save_model(classifier: Classifier, folder: RunFolder) -> None:
-    """The model folder. A guest that is none of ours has no config to store: its weights alone are kept."""
+    """Write the model folder. An external model has no config to store: only its weights are written."""
     if isinstance(classifier.model, ImageModel):
         classifier.save(folder.model)
         return

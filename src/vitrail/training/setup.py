@@ -1,4 +1,4 @@
-"""From what a person asks for to what is trained: data, choices, config, model and preprocessing."""
+"""From the settings that were given to what is trained: dataset, config, model and preprocessing."""
 
 import warnings
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ _FAMILIES = {row.family for row in VARIANTS.values()}
 
 @dataclass
 class Setup:
-    """All that a run starts from. `reasons` says in a line each what was chosen and why."""
+    """What a run starts from. reasons: a line for each setting that was chosen automatically."""
 
     config: TrainConfig
     dataset: Dataset
@@ -44,17 +44,18 @@ class Setup:
     preprocess: Preprocess
     reasons: list[str]
     pretrained: Pretrained | None = None
-    facts: DatasetStats | None = None  # what the choice went by
-    given: Mapping[str, Any] = field(default_factory=dict)  # and what it was not asked for
-    teacher: Any = None  # where it was passed as an object, and not by name
-    recipe: Recipe | None = None  # that was asked for
-    auto_batch: bool = False  # whether the batch size is to be fitted to the machine; config has a provisional one
+    stats: DatasetStats | None = None  # that the automatic choice was based on
+    given: Mapping[str, Any] = field(default_factory=dict)  # settings that were not chosen automatically
+    teacher: Any = None  # a teacher that was passed as an object
+    recipe: Recipe | None = None
+    auto_batch: bool = False  # whether the batch size will be fitted to the device; config has a provisional one
+    external: bool = False  # whether the model was passed as an object
 
     def with_batch_size(self, size: int, reason: str) -> "Setup":
-        """The same with another batch size and what goes with it, above all the learning rate; `reason` in a line."""
-        assert self.facts is not None
+        """The same with another batch size and the settings that follow from it, such as the learning rate."""
+        assert self.stats is not None
         given = {**self.given, "batch_size": size}
-        choice = choose(self.facts, given, self.recipe)
+        choice = choose(self.stats, given, self.recipe)
         config = self.config.updated({**choice.values, **given})
         others = self.reasons[len(choice.reasons) :]
         return replace(self, config=config, reasons=[*choice.reasons, reason, *others], auto_batch=False)
@@ -71,7 +72,7 @@ def prepare(
     asked: its given values are kept. recipe: None: the one that `asked` names, or one chosen for the images.
 
     Raises:
-        VitrailError: data, a key, a value or a model that is not there or does not fit.
+        VitrailError: the data, a setting or the model does not exist, or they do not fit together.
     """
     if recipe is None and asked.recipe in recipe_names():
         recipe = named_recipe(asked.recipe)
@@ -89,14 +90,14 @@ def prepare(
     if auto_batch:
         del given["batch_size"]
     pretrained = bool(asked.model.pretrained or asked.model.weights)
-    facts = DatasetStats(len(train), dataset.sizes.median, dataset.sizes.uniform, pretrained)
+    stats = DatasetStats(len(train), dataset.sizes.median, dataset.sizes.uniform, pretrained)
     found = None
     if pretrained and external is None:
         if not given.get("weights") and "model" not in given:
-            given["model"] = choose(facts, given, recipe).values["model"]
+            given["model"] = choose(stats, given, recipe).values["model"]
         found = _load(asked.updated(given), dataset)
         given["model"] = found.name or name_of(found.model.config)
-    choice = choose(facts, given, recipe)
+    choice = choose(stats, given, recipe)
     config = TrainConfig().updated({"workers": default_workers(train), **choice.values, **given})
     if external is not None:
         model, preprocess = _prepare_external(external, config, dataset)
@@ -114,7 +115,19 @@ def prepare(
     mismatch = window_mismatch(model.config, preprocess.size) if isinstance(model, ImageModel) else None
     notes = [mismatch] if mismatch else []
     reasons = [*choice.reasons, *weights, *notes, *advise_fit(dataset, preprocess, config), *cache_line]
-    return Setup(config, dataset, model, preprocess, reasons, found, facts, given, recipe=recipe, auto_batch=auto_batch)
+    return Setup(
+        config,
+        dataset,
+        model,
+        preprocess,
+        reasons,
+        pretrained=found,
+        stats=stats,
+        given=given,
+        recipe=recipe,
+        auto_batch=auto_batch,
+        external=external is not None,
+    )
 
 
 def advise_fit(dataset: Dataset, preprocess: Preprocess, config: TrainConfig) -> list[str]:

@@ -1,49 +1,37 @@
-"""`vitrail train DATA ... --verify-resume`: does a run that is killed and taken up again end in the same weights, here?
+"""`vitrail train DATA ... --verify-resume`: does a run that is killed and resumed end in the same weights, here?
 
-Three processes train what was asked for, in a temporary folder: one for some seconds without a stop; one that is killed
-(SIGKILL) in the middle of an epoch, after a checkpoint; and one that goes on from there to the step where the first one
-ended. Then every tensor is compared, bit for bit: weights, average, optimiser, best weights.
+Three processes train with the given settings in a temporary folder: one for some seconds without interruption; one that
+is killed (SIGKILL) within an epoch, after a checkpoint; and one that resumes it and stops at the step where the first
+one stopped. Then all tensors are compared bit for bit: weights, moving average, optimiser, best weights.
 """
 
-import contextlib
 import os
-import pickle
 import signal
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from vitrail.data.dataset import Dataset
-from vitrail.errors import VitrailError
-from vitrail.training.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from vitrail.training.checkpoints.run_folder import RunFolder
+from vitrail.errors import ConfigError, DistributedError, RunError
+from vitrail.training.config.recipes import find_recipe
 from vitrail.training.config.schema import read_config, to_toml
-from vitrail.training.engine.interrupt import Stopped
 from vitrail.training.engine.state import TrainState
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.monitoring.progress import Reporter
-from vitrail.training.run import Ask, fresh_setup, make_ask, make_session
-from vitrail.training.setup import Setup, reopen
-from vitrail.utils.device import cpu_threads, pick_device
-from vitrail.utils.distributed import SINGLE_PROCESS
+from vitrail.training.resume_harness import AtCall, Job, differences, read_checkpoint, run_job
 
-SECONDS = 12.0  # of training in the first process; the others have less to do
-_FEWEST = 4  # steps in which a run can be stopped, and go on
-_EPOCHS = 2.5  # that are enough: several validations, and the middle of an epoch
-_CLOCKS = ("seconds", "images_per_second", "waiting_for_data")  # how the names of the clock's figures end
+SECONDS = 12.0  # of training in the first process; the others take less
+_MIN_STEPS = 4
+_EPOCHS = 2.5  # after which the first process stops early: several validations, and the middle of an epoch
+_AFTER_STEP = "vitrail.training.monitoring.progress:Reporter.step"
 
 
 @dataclass(frozen=True)
-class HeadDecision:
-    """What came out. differing: names of what is not the same, `part: name`; largest: the largest difference there.
+class Verdict:
+    """The result. differing: names of what differs, `part: name`; largest: the largest difference.
 
     steps: of the run; killed: steps that the killed process had done; saved: steps at its last checkpoint.
     """
@@ -59,202 +47,136 @@ class HeadDecision:
 
     @property
     def same(self) -> bool:
-        """Whether the promise holds."""
+        """Whether both runs are equal bit for bit."""
         return not self.differing
 
     def __str__(self) -> str:
-        how = f"killed after step {self.killed}, taken up at step {self.saved}, {self.steps} steps in all"
+        how = f"killed after step {self.killed}, resumed at step {self.saved}, {self.steps} steps in all"
         if self.same:
             return (
                 f"verified: all {self.tensors:,} tensors ({self.numbers:,} numbers) of weights, average and optimiser "
-                f"are the same bit for bit; {how}; {self.seconds:.0f} s"
+                f"are equal bit for bit; {how}; {self.seconds:.0f} s"
             )
         few = ", ".join(self.differing[:4]) + (", ..." if len(self.differing) > 4 else "")
         return (
             f"not verified: {len(self.differing):,} of {self.tensors:,} tensors and figures differ, by up to "
-            f"{self.largest:.3g} ({few}); {how}: something in this setup draws or computes anew each time"
+            f"{self.largest:.3g} ({few}); {how}: something in this setup is not deterministic"
         )
 
 
 def verify_resume(
-    data: str | Path | Dataset | None = None, *, progress: bool = True, seconds: float = SECONDS, **asked: Any
-) -> HeadDecision:
-    """Train without a stop, and killed and taken up again, and compare. Takes the arguments of `train`.
+    data: str | Path | Dataset | None = None, *, progress: bool = True, seconds: float = SECONDS, **arguments: Any
+) -> Verdict:
+    """Train without interruption, and killed and resumed, and compare. Takes the arguments of `train`.
 
-    It takes about a minute, or longer where a step does. Nothing is written to the run's own place.
+    It takes about a minute, or longer if a step does, and writes nothing outside of a temporary folder.
     seconds: of training in the first process.
 
     Raises:
-        VitrailError: it cannot be tried: several processes, a budget, a probe, a model that cannot be passed on.
+        VitrailError: this cannot be verified: several processes, a budget, a probe, a model that cannot be pickled.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise VitrailError("--verify-resume starts processes of its own: leave out torchrun")
-    ask, say = make_ask(data, **asked), Reporter(progress).say
-    if ask.resume is not None or ask.show_batch is not None or ask.given.model.probe:
-        raise VitrailError("--verify-resume tries a new run: leave out --resume, --show-batch and --probe")
-    begin = time.perf_counter()
+    objects = _check(arguments)
+    say, begin = Reporter(progress).say, time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="vitrail-verify-") as name:
-        folder = Path(name)
-        _write_job(ask, folder)
-        _child(folder, "whole", f"{seconds:g}")
-        state = _place(folder / "whole")
-        saved, killed = kill_plan(state.steps, _steps_per_epoch(folder))
-        say(f"{state.steps} steps without a stop; now once more, killed after step {killed}")
-        _child(folder, "killed", f"{saved}", f"{killed}", dies=True)
-        say(f"killed; going on from the checkpoint of step {_place(folder / 'killed').steps}")
-        _child(folder, "resumed", f"{state.steps}")
-        whole, resumed = _checkpoint(folder / "whole"), _checkpoint(folder / "killed")
-    names, largest = differences(whole, resumed)
-    tensors = [tensor for part in whole.tensors.values() for tensor in part.values()]
+        whole, killed = Path(name) / "whole", Path(name) / "killed"
+        writing = {"checkpoint_every": 0, "checkpoint_minutes": 0.0, "track": "none"}
+        if "teacher_outputs" in _settings(arguments):
+            writing["teacher_outputs"] = str(Path(name) / "teacher")
+        _run(Job(data, {**arguments, **writing, "out": whole}, AtCall(_AFTER_STEP, _Enough(seconds)), signal.SIGTERM))
+        state = _state(whole)
+        save_at, kill_at = kill_plan(state.steps, _steps_per_epoch(state) or state.steps + 1)
+        say(f"{state.steps} steps without interruption; now again, killed after step {kill_at}")
+        killed.mkdir()
+        config = read_config(whole / "config.toml").updated({"checkpoint_every": save_at})
+        (killed / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        again = {**objects, "resume": killed}
+        _run(Job(data, again, AtCall(_AFTER_STEP, _AtStep(kill_at))), killed=True)
+        say(f"killed; resuming from the checkpoint of step {_state(killed).steps}")
+        again["checkpoint_every"] = 0
+        _run(Job(data, again, AtCall(_AFTER_STEP, _AtStep(state.steps)), signal.SIGTERM))
+        first, second = read_checkpoint(whole), read_checkpoint(killed)
+    names, largest = differences(first, second)
+    tensors = [tensor for part in first.tensors.values() for tensor in part.values()]
     numbers = sum(tensor.numel() for tensor in tensors)
     taken = time.perf_counter() - begin
-    return HeadDecision(state.steps, saved, killed, len(tensors), numbers, tuple(names), largest, taken)
+    return Verdict(state.steps, save_at, kill_at, len(tensors), numbers, tuple(names), largest, taken)
 
 
 def kill_plan(steps: int, steps_per_epoch: int) -> tuple[int, int]:
     """After which step of a run to save, and after which to kill: both before its end, the first within an epoch.
 
     Raises:
-        VitrailError: the run is too short for it.
+        RunError: the run is too short.
     """
-    if steps < _FEWEST - 1:
-        raise VitrailError(f"a run of {steps} steps is too short to be stopped and go on: ask for more epochs")
+    if steps < _MIN_STEPS - 1:
+        raise RunError(f"a run of {steps} steps is too short to be killed and resumed: use more epochs")
     saved = max(1, round(0.4 * steps))
     if saved % steps_per_epoch == 0 and steps_per_epoch > 1:
         saved -= 1 if saved > 1 else -1
     return saved, min(max(saved + 1, (saved + steps) // 2), steps - 1, 2 * saved)  # before the next checkpoint
 
 
-def differences(one: Checkpoint, two: Checkpoint) -> tuple[list[str], float]:
-    """Names of what differs between two checkpoints, and by how much at most; the clock's figures do not count."""
-    names, largest = [], 0.0
-    for part in sorted(one.tensors.keys() | two.tensors.keys()):
-        mine, theirs = one.tensors.get(part, {}), two.tensors.get(part, {})
-        for name in sorted(mine.keys() | theirs.keys()):
-            if name in mine and name in theirs and _identical(mine[name], theirs[name]):
-                continue
-            names.append(f"{part}: {name}")
-            if name in mine and name in theirs and mine[name].shape == theirs[name].shape:
-                largest = max(largest, float((mine[name].double() - theirs[name].double()).abs().max()))
-    figures = {key for key in one.record if timeless(one.record[key]) != timeless(two.record.get(key))}
-    return names + [f"figures: {key}" for key in sorted(figures)], largest
+def _check(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse what cannot be verified; returns the arguments that a run's config does not hold."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise DistributedError("--verify-resume needs a single process: leave out torchrun")
+    settings = _settings(arguments)
+    for key in ("resume", "show_batch", "probe"):
+        if arguments.get(key) or settings.get(key):
+            raise ConfigError(f"--verify-resume trains a new run: leave out {key}")
+    if settings.get("budget"):
+        raise ConfigError("with a budget, no two runs have the same steps: use epochs instead")
+    return {
+        key: arguments[key] for key in ("model", "teacher") if not isinstance(arguments.get(key), str | Path | None)
+    }
 
 
-def _identical(one: Tensor, two: Tensor) -> bool:
-    """Equal in every bit; so minus zero is not zero, and what is not a number may be itself."""
-    if one.shape != two.shape or one.dtype != two.dtype:
-        return False
-    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, two)))
+def _settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the recipe, if one is named, and those given."""
+    recipe = find_recipe(arguments["recipe"]).settings if arguments.get("recipe") else {}
+    return {**recipe, **{key: value for key, value in arguments.items() if value is not None}}
 
 
-def timeless(value: Any) -> Any:
-    """Plain JSON without what the clock says."""
-    if isinstance(value, Mapping):
-        return {key: timeless(inner) for key, inner in value.items() if not key.endswith(_CLOCKS)}
-    return [timeless(inner) for inner in value] if isinstance(value, list) else value
+def _run(job: Job, *, killed: bool = False) -> None:
+    ending = run_job(job)
+    if ending.killed if killed else not ending.failed:
+        return
+    lines = ending.errors.strip().splitlines()
+    raise RunError((lines[-1] if lines else f"status {ending.statuses[0]}").removeprefix("error: "))
 
 
-def _write_job(ask: Ask, folder: Path) -> None:
-    try:
-        (folder / "job").write_bytes(pickle.dumps(replace(ask, out=None, command="")))
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise VitrailError(f"this model or data cannot be passed to another process: {error}") from None
+def _state(run: Path) -> TrainState:
+    return TrainState(**read_checkpoint(run).record["state"])
 
 
-def _child(folder: Path, kind: str, *numbers: str, dies: bool = False) -> None:
-    paths = [path for path in sys.path if path]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-m", "vitrail.training.verify_resume", str(folder), kind, *numbers]
-    done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
-    if done.returncode != (-signal.SIGKILL if dies else 0):
-        words = done.stderr.decode(errors="replace").strip().splitlines()
-        raise VitrailError((words[-1] if words else f"status {done.returncode}").removeprefix("error: "))
+def _steps_per_epoch(state: TrainState) -> int:
+    """0 during the first epoch."""
+    return (state.steps - state.step) // state.epoch if state.epoch else 0
 
 
-def _checkpoint(folder: Path) -> Checkpoint:
-    found = load_checkpoint(RunFolder(folder).checkpoint)
-    if found is None:
-        raise VitrailError("no checkpoint was written")
-    return found
+@dataclass
+class _AtStep:
+    """Whether a run has done this many steps."""
+
+    steps: int
+
+    def __call__(self, _: Reporter, trainer: Trainer) -> bool:
+        return trainer.state.steps == self.steps
 
 
-def _place(folder: Path) -> TrainState:
-    return TrainState(**_checkpoint(folder).record["state"])
+@dataclass
+class _Enough:
+    """Whether a run has lasted long enough, and is within an epoch."""
 
+    seconds: float
+    began: float = 0.0
 
-def _steps_per_epoch(folder: Path) -> int:
-    return int((folder / "steps_per_epoch").read_text())
-
-
-# --- in the processes that train
-
-
-class _Stopper(Reporter):
-    """Says nothing, and after some step sends its own process a signal."""
-
-    def __init__(self, when: Callable[[Trainer], bool], number: int) -> None:
-        super().__init__(False)
-        self._when, self._number = when, number
-
-    def step(self, trainer: Trainer) -> None:
-        if self._when(trainer):
-            os.kill(os.getpid(), self._number)
-
-
-def _run_child(folder: Path, kind: str, numbers: list[float]) -> None:
-    ask: Ask = pickle.loads((folder / "job").read_bytes())
-    with torch.random.fork_rng(devices=[]):
-        if kind == "whole":
-            setup = fresh_setup(ask)
-        else:
-            setup = reopen(read_config(folder / "whole" / "config.toml"), ask.data, ask.guest)
-        setup.teacher = ask.teacher
-        if setup.config.schedule.budget is not None:
-            raise VitrailError("a budget goes by the clock, so no two such runs are the same: name epochs instead")
-        if setup.config.model.probe:
-            raise VitrailError("--verify-resume tries training, and not a probe")
-        _train(setup, folder, kind, numbers)
-
-
-def _train(setup: Setup, folder: Path, kind: str, numbers: list[float]) -> None:
-    every = int(numbers[0]) if kind == "killed" else 0
-    changes: dict[str, Any] = {"checkpoint_every": every, "checkpoint_minutes": 0.0, "track": "none"}
-    if setup.config.distill.teacher_outputs is not None:
-        changes["teacher_outputs"] = str(folder / "teacher")
-    setup.config = setup.config.updated(changes)
-    with cpu_threads(setup.config.machine.threads):
-        session = make_session(setup, Reporter(False), pick_device(setup.config.machine.device), SINGLE_PROCESS)
-        per_epoch = session.loader.steps_per_epoch
-        session.reporter = {
-            "whole": lambda: _Stopper(_enough(numbers[0], per_epoch), signal.SIGTERM),
-            "killed": lambda: _Stopper(lambda trainer: trainer.state.steps == numbers[1], signal.SIGKILL),
-            "resumed": lambda: _Stopper(lambda trainer: trainer.state.steps == numbers[0], signal.SIGTERM),
-        }[kind]()
-        run = RunFolder(folder / ("whole" if kind == "whole" else "killed"))
-        run.path.mkdir(exist_ok=True)
-        run.write_config(to_toml(session.config))
-        (folder / "steps_per_epoch").write_text(str(per_epoch))
-        session.enter(run)
-        with contextlib.suppress(Stopped):
-            session.run()
-
-
-def _enough(seconds: float, per_epoch: int) -> Callable[[Trainer], bool]:
-    """Whether a run has lasted long enough to tell, and stands within an epoch."""
-    most = max(_FEWEST, round(_EPOCHS * per_epoch))
-    began = time.perf_counter()
-
-    def enough(trainer: Trainer) -> bool:
-        state = trainer.state
-        late = time.perf_counter() - began >= seconds and state.steps >= _FEWEST
-        return state.steps >= most or (late and (per_epoch == 1 or state.step < per_epoch))
-
-    return enough
-
-
-if __name__ == "__main__":
-    try:
-        _run_child(Path(sys.argv[1]), sys.argv[2], [float(number) for number in sys.argv[3:]])
-    except VitrailError as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        sys.exit(2)
+    def __call__(self, _: Reporter, trainer: Trainer) -> bool:
+        self.began = self.began or time.perf_counter()
+        state, per_epoch = trainer.state, _steps_per_epoch(trainer.state)
+        late = state.steps >= _MIN_STEPS and time.perf_counter() - self.began >= self.seconds
+        if not per_epoch:
+            return late
+        return state.steps >= max(_MIN_STEPS, round(_EPOCHS * per_epoch)) or (
+            late and (per_epoch == 1 or state.step < per_epoch)
+        )

@@ -311,7 +311,7 @@ def test_a_run_goes_on_with_its_own_teacher_only(
     killed(tmp_path / "object", mine)
     with pytest.raises(VitrailError, match="pass it again, as teacher="):
         train(tiny.dataset(), resume=tmp_path / "object", progress=False)
-    with pytest.raises(VitrailError, match="a run goes on as it began"):
+    with pytest.raises(VitrailError, match="the run has teacher="):
         train(tiny.dataset(), resume=tmp_path / "object", teacher=a_teacher(3), progress=False)
     train(tiny.dataset(), resume=tmp_path / "object", teacher=mine, progress=False)
     teach(tmp_path / "whole", mine)
