@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO := runs/demo
 
-.PHONY: demo test test-slow test-instruction-sets test-oldest check format bench clean
+.PHONY: demo test test-slow test-instruction-sets check format bench clean
 
 demo: .venv/core
 	rm -rf $(DEMO) $(DEMO)-images
@@ -19,13 +19,9 @@ test: .venv/dev
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
 
-# The quick tests once for each instruction set of this CPU (AVX2, AVX512, ...): results differ in their rounding.
+# The quick tests once for each instruction set of this CPU (AVX2, AVX512, ...), which differ in rounding.
 test-instruction-sets: .venv/dev
 	$(BIN)/python scripts/test_instruction_sets.py
-
-# The quick tests with the lowest versions that pyproject.toml names, in an environment of their own.
-test-oldest: .venv-oldest/dev
-	.venv-oldest/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
 
 check: .venv/dev
 	$(BIN)/ruff format --check .
@@ -40,7 +36,7 @@ bench: .venv/dev
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf .venv .venv-oldest build *.egg-info src/*.egg-info
+	rm -rf .venv build *.egg-info src/*.egg-info
 
 .venv/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vitrail needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
@@ -54,8 +50,3 @@ clean:
 .venv/dev: .venv/python pyproject.toml constraints.txt
 	$(PIP) -e ".[dev]"
 	touch $@ .venv/core
-
-.venv-oldest/dev: pyproject.toml constraints-oldest.txt
-	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[dev]"
-	touch $@
