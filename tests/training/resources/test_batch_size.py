@@ -170,7 +170,7 @@ def test_the_word_auto() -> None:
     assert make_config(parse_overrides(["batch_size=12"])).given == {"batch_size": 12}
     with pytest.raises(VitrailError, match="batch_size cannot be 'most'"):
         make_config({"batch_size": "most"})
-    with pytest.raises(VitrailError, match="batch_size cannot be '-1'"):
+    with pytest.raises(VitrailError, match=r"batch_size .*-1"):
         make_config({"batch_size": -1})
 
 
