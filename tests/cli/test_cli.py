@@ -147,7 +147,7 @@ def test_debug_shows_where_an_error_comes_from(run: Run) -> None:
         done = run(*arguments)
         assert done.status == 2
         assert "Traceback" in done.err
-        assert done.err.splitlines()[-1].startswith("error: no model is called 'nope'")
+        assert done.err.splitlines()[-1].startswith("error: no model matches 'nope'")
 
 
 @pytest.mark.parametrize(
