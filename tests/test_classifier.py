@@ -14,7 +14,7 @@ from sklearn.datasets import load_sample_image
 import vitrail
 from vitrail.classifier import Classifier, Prediction, load
 from vitrail.data.catalog import open_dataset
-from vitrail.errors import DataError, VitrailError
+from vitrail.errors import ConfigError, DataError, ModelError, VitrailError
 from vitrail.images.preprocess import Preprocess
 from vitrail.models.build import build_model
 from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig
@@ -107,8 +107,10 @@ def test_top_is_at_most_the_number_of_classes(photos: Path) -> None:
     prediction = clf.predict(photos / "china.jpg", top=50)[0]
     assert len(prediction.top) == 4
     assert sum(score.score for score in prediction.top) == pytest.approx(1, abs=1e-6)
-    with pytest.raises(VitrailError, match="top and batch_size are at least 1, not 0 and 64"):
+    with pytest.raises(ConfigError, match=r"top .*0"):
         clf.predict(photos, top=0)
+    with pytest.raises(ConfigError, match=r"batch_size .*0"):
+        clf.predict(photos, batch_size=0)
 
 
 def test_a_prediction_as_json() -> None:
@@ -189,17 +191,17 @@ def test_embeddings_are_what_the_head_reads(config: ModelConfig, photos: Path) -
 
 def test_a_broken_image_is_no_row_of_features(photos: Path) -> None:
     clf = classifier(PHOTO)
-    with pytest.raises(VitrailError, match=r"gone\.jpg does not exist"):
+    with pytest.raises(DataError, match=r"gone\.jpg"):
         clf.embed([photos / "china.jpg", photos / "gone.jpg"])
     assert clf.embed([]).shape == (0, 24)
-    found = list(clf.stream_features([photos / "gone.jpg", photos / "china.jpg"]))
-    assert [(features is None, error) for _, features, error in found] == [(True, "does not exist"), (False, None)]
+    (batch,) = clf.engine().stream([photos / "gone.jpg", photos / "china.jpg"], features=True)
+    assert (batch.errors, batch.outputs.shape) == (["does not exist", None], (1, 24))
 
 
 def test_a_model_without_a_head_embeds_and_does_not_predict(photos: Path) -> None:
     clf = classifier(ViTConfig(img_size=(32, 32), patch_size=8, embed_dim=24, depth=1, num_heads=3, num_classes=0))
     assert clf.embed(photos / "china.jpg").shape == (1, 24)
-    with pytest.raises(VitrailError, match="no classes to predict"):
+    with pytest.raises(ModelError, match="no classes"):
         clf.predict(photos / "china.jpg")
 
 
@@ -312,9 +314,9 @@ def test_what_is_no_model_is_refused_in_a_line(name: str, message: str, tmp_path
 
 
 def test_names_and_classes_must_agree() -> None:
-    with pytest.raises(VitrailError, match="2 class names for a model of 10 classes"):
+    with pytest.raises(ModelError, match=r"2 .*10 "):
         classifier(names=("a", "b"))
-    with pytest.raises(VitrailError, match="two classes have the same name: a"):
+    with pytest.raises(ModelError, match="name: a"):
         classifier(names=("a",) * 10)
 
 
@@ -327,7 +329,7 @@ def test_another_size_than_in_training(tmp_path: Path) -> None:
     with torch.inference_mode():
         logits = model.eval()(Preprocess(size=(64, 48))(picture)[None])
     assert resized.predict(picture)[0].score == pytest.approx(float(logits.softmax(1).max()), rel=1e-5)
-    for size, message in (("50", "cannot see images of this size"), ("big", "is no size"), ("1x2x3", "is no size")):
-        with pytest.raises(VitrailError, match=message):
+    for size, kind in (("50", ModelError), ("big", ConfigError), ("1x2x3", ConfigError)):
+        with pytest.raises(kind, match=size):
             resized.resize(size)
     assert resized.preprocess.size == (64, 48)

@@ -9,18 +9,18 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from vitrail.errors import VitrailError
+from vitrail.errors import ConfigError, DataError, ModelError
 from vitrail.images.preprocess import Preprocess
-from vitrail.images.reader import Crop, Inputs, crops
+from vitrail.images.reader import Inputs, path_of
+from vitrail.inference.engine import Engine
+from vitrail.inference.torch_runtime import TorchRuntime
 from vitrail.models.base import ImageModel
 from vitrail.models.catalog import VARIANTS
 from vitrail.models.timm_compat import window_mismatch
@@ -79,18 +79,20 @@ class Classifier:
         *,
         architecture: str | None = None,
         notes: dict[str, Any] | None = None,
+        precision: str = "auto",
     ) -> None:
         if len(class_names) != model.num_classes:
-            raise VitrailError(f"{len(class_names)} class names for a model of {model.num_classes} classes")
+            raise ModelError(f"{len(class_names)} class names for a model of {model.num_classes} classes")
         twice = sorted({name for name in class_names if list(class_names).count(name) > 1})
         if twice:
-            raise VitrailError(f"two classes have the same name: {', '.join(twice[:3])}")
+            raise ModelError(f"two classes have the same name: {', '.join(twice[:3])}")
         self.model = model
         self.preprocess = preprocess
         self.class_names = tuple(class_names)
         self.report = report
         self.architecture = architecture or name_of(model.config)
         self.notes = notes or {}
+        self.precision = precision
 
     def __repr__(self) -> str:
         height, width = self.preprocess.size
@@ -114,84 +116,61 @@ class Classifier:
         """
         words = str(img_size).split("x") if isinstance(img_size, int | str) else [str(side) for side in img_size]
         if len(words) not in (1, 2) or not all(word.isdecimal() and int(word) for word in words):
-            raise VitrailError(f"{img_size!r} is no size: write 384, or 320x192 for height and width")
+            raise ConfigError(f"{img_size!r} is not an image size: use 384, or 320x192 for height and width")
         preprocess = self.preprocess.replace(size=(int(words[0]), int(words[-1])))
         try:
-            with torch.inference_mode():
-                self.model.eval()(torch.zeros(1, preprocess.channels, *preprocess.size, device=self.device))
+            TorchRuntime(self.model, preprocess).logits(np.zeros((1, *preprocess.size, preprocess.channels), np.uint8))
         except (RuntimeError, ValueError) as error:
-            raise VitrailError(f"{self.architecture} cannot see images of this size: {error}") from None
+            raise ModelError(
+                f"{self.architecture} cannot take images of {preprocess.size[0]}x{preprocess.size[1]}: {error}"
+            ) from None
         self.preprocess = preprocess
         return self
 
-    def predict(self, inputs: Inputs, top: int = 5, batch_size: int = 64) -> list[Prediction]:
-        """The `top` classes of each image, in the order of `inputs`.
+    def engine(self) -> Engine:
+        """The inference engine of the model as it is now: evaluation mode, this preprocessing and precision."""
+        return Engine(TorchRuntime(self.model, self.preprocess, self.precision, self.architecture))
 
-        inputs: one or many paths, folders (searched all the way down), glob patterns, Pillow images, or uint8 arrays
-        H W or H W C. An image that cannot be read becomes a Prediction with `error`, and the others go on.
+    def predict(self, inputs: Inputs, top: int = 5, batch_size: int | None = None) -> list[Prediction]:
+        """The `top` most probable classes of each image, in the order of `inputs`. Safe to call from several threads.
+
+        inputs: one or several paths, folders (searched recursively), glob patterns, Pillow images, or uint8 arrays
+        H W or H W C. An image that could not be read gives a Prediction with `error`. batch_size: None for that of
+        `evaluate`, with which the probabilities are the same to the last bit.
         """
         return list(self.stream(inputs, top, batch_size))
 
-    def stream(self, inputs: Inputs, top: int = 5, batch_size: int = 64) -> Iterator[Prediction]:
-        """`predict`, one at a time as they are ready: images are read while the model runs, and none is kept."""
+    def stream(self, inputs: Inputs, top: int = 5, batch_size: int | None = None) -> Iterator[Prediction]:
+        """`predict` as an iterator. Images are decoded while the model runs, and released after their batch."""
         if not self.class_names:
-            raise VitrailError("this model has no classes to predict; use embed() for its features")
-        if top < 1 or batch_size < 1:
-            raise VitrailError(f"top and batch_size are at least 1, not {top} and {batch_size}")
-        for batch, logits in self._run(inputs, batch_size, features=False):
-            scores, indices = logits.softmax(dim=1).topk(min(top, len(self.class_names)), dim=1)
+            raise ModelError("this model has no classes to predict; use embed() for its features")
+        if top < 1:
+            raise ConfigError(f"top must be at least 1, not {top}")
+        for batch in self.engine().stream(inputs, batch_size):
+            probabilities = torch.from_numpy(batch.outputs).softmax(dim=1)
+            scores, indices = probabilities.topk(min(top, len(self.class_names)), dim=1)
             rows = zip(scores.tolist(), indices.tolist(), strict=True)
-            for crop in batch:
-                if crop.error is not None:
-                    yield Prediction(crop.path, error=crop.error)
+            for item, error in zip(batch.items, batch.errors, strict=True):
+                path = path_of(item)
+                if error is not None:
+                    yield Prediction(path, error=error)
                     continue
                 best = tuple(Score(self.class_names[k], score) for score, k in zip(*next(rows), strict=True))
-                yield Prediction(crop.path, best[0].label, best[0].score, best)
+                yield Prediction(path, best[0].label, best[0].score, best)
 
-    def embed(self, inputs: Inputs, batch_size: int = 64) -> npt.NDArray[np.float32]:
-        """The features that the head reads, float32 N C, in the order of `inputs`.
+    def embed(self, inputs: Inputs, batch_size: int | None = None) -> npt.NDArray[np.float32]:
+        """The features that the head reads, float32 N F, in the order of `inputs`.
 
         Raises:
-            VitrailError: an image cannot be read; a row of features must not silently stand for another image.
+            DataError: an image could not be read; leaving it out would shift the rows.
         """
-        rows = []
-        for path, features, error in self.stream_features(inputs, batch_size):
-            if features is None:
-                raise VitrailError(f"{path or 'an image'} {error}")
-            rows.append(features)
-        return np.stack(rows) if rows else np.empty((0, self.model.num_features), np.float32)
-
-    def stream_features(
-        self, inputs: Inputs, batch_size: int = 64
-    ) -> Iterator[tuple[str | None, npt.NDArray[np.float32] | None, str | None]]:
-        """(path, features of shape (C,), None) for each image, or (path, None, error) for one that cannot be read."""
-        for batch, features in self._run(inputs, batch_size, features=True):
-            rows = iter(features.numpy())
-            for crop in batch:
-                yield crop.path, next(rows) if crop.error is None else None, crop.error
-
-    def _run(self, inputs: Inputs, batch_size: int, *, features: bool) -> Iterator[tuple[list[Crop], Tensor]]:
-        """Batches of crops and what the model gives for the readable ones, float32 on the CPU."""
-        stream = crops(inputs, self.preprocess, ahead=2 * batch_size)
-        while batch := list(islice(stream, batch_size)):
-            pixels = [crop.pixels for crop in batch if crop.pixels is not None]
-            if pixels:
-                images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-                yield batch, self._forward(images, features)
-            else:
-                yield batch, torch.empty(0, self.model.num_features if features else len(self.class_names))
-
-    def _forward(self, images: Tensor, features: bool) -> Tensor:
-        """Images uint8 B C H W to logits or features; the model is left in the mode that it was in."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.inference_mode():
-                x = self.preprocess.normalize(images.to(self.device).contiguous())
-                out: Any = self.model.forward_pre_logits(x) if features else self.model(x)
-                return out.float().cpu()  # type: ignore[no-any-return]
-        finally:
-            self.model.train(training)
+        rows = [np.empty((0, self.model.num_features), np.float32)]
+        for batch in self.engine().stream(inputs, batch_size, features=True):
+            for item, error in zip(batch.items, batch.errors, strict=True):
+                if error is not None:
+                    raise DataError(f"{path_of(item) or 'an image'} {error}")
+            rows.append(batch.outputs)
+        return np.concatenate(rows)
 
     def evaluate(
         self,
@@ -223,8 +202,7 @@ class Classifier:
         name = split or dataset.eval_split()
         self._warn_of_growth(dataset, name)
         result = evaluate(
-            self.model,
-            self.preprocess,
+            self.engine().runtime,
             dataset.split(name),
             self.class_names,
             name=name,
@@ -305,7 +283,7 @@ def _from_weights(found: Pretrained) -> Classifier:
     preprocess = found.preprocess
     if preprocess is None:
         if config.in_chans != 3:
-            raise VitrailError(
+            raise ModelError(
                 f"{found.loaded.source} does not say how images of {config.in_chans} channels are prepared"
             )
         guess = f"{found.loaded.source} does not say how images are prepared: ImageNet's mean and deviation are assumed"

@@ -8,7 +8,7 @@ from torchvision.transforms import RandomResizedCrop
 from vitrail.data.augment.crop import CROP_DRAWS, crop_box, random_crop
 from vitrail.data.catalog import open_dataset
 from vitrail.data.dataset import ArraySplit, FileSplit
-from vitrail.data.loader import EvalLoader, TrainLoader
+from vitrail.data.loader import TrainLoader
 from vitrail.errors import DataError, DistributedError
 from vitrail.images.decode import BadImage
 from vitrail.images.preprocess import Preprocess
@@ -161,43 +161,15 @@ def test_no_readable_image_is_an_error(photos, workers):
     loader.close()
 
 
-@pytest.mark.parametrize("workers", [0, 3])
-def test_evaluation_sees_each_image_once_in_order(photos, workers):
-    p = Preprocess(size=(48, 48), crop_pct=0.875)
-    loader = EvalLoader(photos, p, batch_size=8, workers=workers)
-    for _ in range(2):
-        batches = list(loader)
-        assert len(batches) == len(loader) == 3
-        assert torch.cat([b.indices for b in batches]).tolist() == list(range(20))
-        for batch in batches:
-            for image, label, row in zip(batch.images, batch.labels, batch.indices, strict=True):
-                np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), p.crop(photos.image(int(row))))
-                assert label == photos.labels[row]
-    parts = [EvalLoader(photos, p, batch_size=3, rank=r, world_size=3) for r in range(3)]
-    assert [int(i) for part in parts for b in part for i in b.indices] == list(range(20))
-    loader.close()
-
-
 def test_arrays_that_need_cropping():
     rng = np.random.default_rng(0)
     split = ArraySplit(rng.integers(0, 256, (30, 9, 7, 3), dtype=np.uint8), np.zeros(30, dtype=np.int64))
     p = Preprocess(size=(12, 12))
-    (batch,) = EvalLoader(split, p, batch_size=30)
     expected = np.stack([p.crop(Image.fromarray(pixels)) for pixels in split.images]).transpose(0, 3, 1, 2)
-    np.testing.assert_array_equal(batch.images.numpy(), expected)
     train = TrainLoader(split, p, batch_size=10)
     for _ in range(2):
         for batch in train.epoch(0):
             np.testing.assert_array_equal(batch.images.numpy(), expected[batch.indices.numpy()])
-
-
-def test_grey_arrays_for_a_colour_model():
-    split = open_dataset("digits").splits["val"]
-    p = Preprocess(size=(8, 8))
-    batch = next(iter(EvalLoader(split, p, batch_size=5)))
-    assert batch.images.shape == (5, 3, 8, 8)
-    np.testing.assert_array_equal(batch.images[:, 2].numpy(), split.images[:5])
-    np.testing.assert_array_equal(batch.images[0].permute(1, 2, 0).numpy(), p.crop(split.image(0)))
 
 
 def test_crop_boxes_are_torchvisions():
@@ -231,15 +203,15 @@ def test_random_crop_is_that_part_of_the_image(photos):
 
 def test_bad_arguments(photos):
     with pytest.raises(ValueError, match="batch_size"):
-        EvalLoader(photos, GREY8, batch_size=0)
+        TrainLoader(photos, GREY8, batch_size=0)
     with pytest.raises(DataError, match="no images"):
-        EvalLoader(FileSplit([], np.zeros(0, dtype=np.int64)), GREY8, batch_size=1)
+        TrainLoader(FileSplit([], np.zeros(0, dtype=np.int64)), GREY8, batch_size=1)
 
 
 def test_errors_of_ours_are_not_swallowed(photos, monkeypatch):
     monkeypatch.setattr(Preprocess, "crop", lambda *args: 1 / 0)
     for workers in (0, 2):
-        loader = EvalLoader(photos, GREY8, batch_size=4, workers=workers)
+        loader = TrainLoader(photos, GREY8, batch_size=4, workers=workers)
         with pytest.raises(ZeroDivisionError):
-            list(loader)
+            list(loader.epoch(0))
         loader.close()

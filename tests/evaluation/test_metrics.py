@@ -11,6 +11,7 @@ from training import tiny
 from vitrail.evaluation.evaluate import evaluate
 from vitrail.evaluation.metrics import Evaluation, Recorder, calibration_error
 from vitrail.images.preprocess import Preprocess
+from vitrail.inference.torch_runtime import TorchRuntime
 
 
 def evaluation(logits: torch.Tensor, labels: torch.Tensor, parts: int = 3) -> Evaluation:
@@ -77,8 +78,7 @@ def test_every_image_is_counted_once(batch_size: int | None) -> None:
     data, model, told = tiny.dataset(), Quarters().train(), []
     preprocess = Preprocess(size=(8, 8), mean=(0.4,), std=(0.3,), channels=1)
     result = evaluate(
-        model,
-        preprocess,
+        TorchRuntime(model, preprocess),
         data.split("test"),
         data.class_names,
         name="test",

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vitrail.images.preprocess import Preprocess
-from vitrail.images.reader import Crop, crop, crops, expand
+from vitrail.images.reader import Crop, crop, expand
 
 PREPROCESS = Preprocess(size=(8, 12), crop_pct=0.9)
 
@@ -52,31 +52,6 @@ def test_a_name_with_the_signs_of_a_pattern_is_a_name_where_it_is_there(folder: 
 def test_what_has_no_images_is_an_error_of_its_own_and_the_others_go_on(folder: Path) -> None:
     inputs = [folder / "empty", folder / "b.png", str(folder / "*.tiff")]
     assert names(inputs, folder) == ["!holds no images", "b.png", "!matches no image"]
-
-
-def test_the_order_is_kept_and_the_work_is_ahead_of_its_use(folder: Path) -> None:
-    images = [picture(seed, (20 + seed % 7, 16)) for seed in range(40)]
-    taken = 0
-
-    def source() -> object:
-        nonlocal taken
-        for image in images:
-            taken += 1
-            yield image
-
-    stream = crops(source(), PREPROCESS, ahead=5)  # type: ignore[arg-type]
-    first = next(stream)
-    assert taken == 6
-    found = [first, *stream]
-    assert [c.path for c in found] == [None] * 40
-    for c, image in zip(found, images, strict=True):
-        assert np.array_equal(c.pixels, PREPROCESS.crop(image))  # type: ignore[arg-type]
-
-
-def test_leaving_early_stops_the_work(folder: Path) -> None:
-    stream = crops([picture()] * 100, PREPROCESS, ahead=50)
-    next(stream)
-    stream.close()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 
 from vitrail.classifier import Classifier
-from vitrail.errors import VitrailError
+from vitrail.errors import ConfigError, DataError, DeviceError, RunError
 from vitrail.images.preprocess import Preprocess
 from vitrail.inference import feature_file as features
-from vitrail.inference.feature_file import embed_to_file, files_fingerprint, model_fingerprint
+from vitrail.inference.feature_file import embed_to_file, files_fingerprint
 from vitrail.models.build import build_model
 from vitrail.models.configs import ViTConfig
 
@@ -54,6 +54,10 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "_SHARD", 8)
 
 
+def fingerprint(clf: Classifier) -> str:
+    return clf.engine().runtime.fingerprint()
+
+
 class Killed(BaseException):
     """As abrupt as a test can be without ending itself."""
 
@@ -81,7 +85,7 @@ def outcome(out: Path) -> tuple[bytes, bytes]:
 
 def test_an_npy_file_has_the_rows_of_embed_and_names_them(photos: Path, tmp_path: Path) -> None:
     clf, out = classifier(), tmp_path / "new" / "f.npy"
-    result = embed_to_file(clf, photos, out, batch_size=BATCH)
+    result = embed_to_file(clf.engine(), photos, out, batch_size=BATCH)
     good = sorted(path for path in photos.iterdir() if path.stem.isdigit())
     array = np.load(out, mmap_mode="r")
     assert array.dtype == np.float32
@@ -95,14 +99,14 @@ def test_an_npy_file_has_the_rows_of_embed_and_names_them(photos: Path, tmp_path
         ("05 empty.png", "is empty (0 bytes)"),
         ("17 text.jpg", "is not an image that Pillow can read"),
     ]
-    assert about["fingerprint"] == model_fingerprint(clf)
+    assert about["fingerprint"] == fingerprint(clf)
 
 
 def test_a_parquet_file_has_the_same_rows(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "_GROUP", 10)
+    monkeypatch.setattr(features, "_ROW_GROUP", 10)
     clf = classifier()
-    embed_to_file(clf, photos, tmp_path / "f.npy", batch_size=BATCH)
-    embed_to_file(clf, photos, tmp_path / "f.parquet", batch_size=BATCH)
+    embed_to_file(clf.engine(), photos, tmp_path / "f.npy", batch_size=BATCH)
+    embed_to_file(clf.engine(), photos, tmp_path / "f.parquet", batch_size=BATCH)
     table = pyarrow.parquet.read_table(tmp_path / "f.parquet")
     assert str(table.schema.field("feature").type) == "fixed_size_list<element: float>[24]"
     assert np.array_equal(np.stack(table["feature"].to_numpy()), np.load(tmp_path / "f.npy"))
@@ -120,12 +124,12 @@ def test_work_that_was_stopped_ends_in_the_same_bytes(
 ) -> None:
     clf, out = classifier(), tmp_path / "b" / f"f.{kind}"
     (tmp_path / "a").mkdir()
-    embed_to_file(clf, photos, tmp_path / "a" / f"f.{kind}", batch_size=BATCH)
+    embed_to_file(clf.engine(), photos, tmp_path / "a" / f"f.{kind}", batch_size=BATCH)
     for count in stops:
         with pytest.raises(Killed):
-            embed_to_file(clf, photos, out, batch_size=BATCH, progress=stop_after(count))
+            embed_to_file(clf.engine(), photos, out, batch_size=BATCH, progress=stop_after(count))
         assert not out.exists()
-    embed_to_file(clf, photos, out, batch_size=BATCH)
+    embed_to_file(clf.engine(), photos, out, batch_size=BATCH)
     assert outcome(out) == outcome(tmp_path / "a" / f"f.{kind}")
 
 
@@ -140,8 +144,8 @@ features._SHARD = 8
 @contextmanager
 def progress(done, total):
     seen = []
-    yield lambda count: (seen.append(count), len(seen) == 21 and os.kill(os.getpid(), signal.SIGKILL))
-features.embed_to_file(load({str(saved)!r}), {str(photos)!r}, {str(tmp_path / "f.npy")!r}, batch_size=4,
+    yield lambda count: (seen.append(count), sum(seen) >= 21 and os.kill(os.getpid(), signal.SIGKILL))
+features.embed_to_file(load({str(saved)!r}).engine(), {str(photos)!r}, {str(tmp_path / "f.npy")!r}, batch_size=4,
                        progress=progress)
 """
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
@@ -157,10 +161,10 @@ features.embed_to_file(load({str(saved)!r}), {str(photos)!r}, {str(tmp_path / "f
         told.append((done, total))
         yield lambda count: None
 
-    embed_to_file(clf, photos, tmp_path / "f.npy", batch_size=BATCH, progress=progress)
-    assert told == [(16, 32)]
-    assert sum(seen) == 15  # of the last sixteen files one is no image
-    embed_to_file(load(saved), photos, tmp_path / "whole" / "f.npy", batch_size=BATCH)
+    embed_to_file(clf.engine(), photos, tmp_path / "f.npy", batch_size=BATCH, progress=progress)
+    assert told == [(17, 32)]
+    assert sum(seen) == 14  # of the last 15 files one is not an image
+    embed_to_file(load(saved).engine(), photos, tmp_path / "whole" / "f.npy", batch_size=BATCH)
     assert outcome(tmp_path / "f.npy") == outcome(tmp_path / "whole" / "f.npy")
 
 
@@ -175,21 +179,21 @@ def test_a_kill_after_the_last_move_costs_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", rename)
         with pytest.raises(Killed):
-            embed_to_file(clf, photos, out)
+            embed_to_file(clf.engine(), photos, out)
     before = out.read_bytes()
-    embed_to_file(clf, photos, out)
+    embed_to_file(clf.engine(), photos, out)
     assert outcome(out)[0] == before
 
 
 def test_a_damaged_shard_is_computed_again(photos: Path, tmp_path: Path) -> None:
     clf, out = classifier(), tmp_path / "f.npy"
-    embed_to_file(clf, photos, tmp_path / "whole.npy", batch_size=BATCH)
+    embed_to_file(clf.engine(), photos, tmp_path / "whole.npy", batch_size=BATCH)
     with pytest.raises(Killed):
-        embed_to_file(clf, photos, out, batch_size=BATCH, progress=stop_after(30))
+        embed_to_file(clf.engine(), photos, out, batch_size=BATCH, progress=stop_after(30))
     shards = sorted((tmp_path / "f.npy.part").glob("*.safetensors"))
     assert len(shards) == 3
     shards[1].write_bytes(shards[1].read_bytes()[:100])
-    embed_to_file(clf, photos, out, batch_size=BATCH)
+    embed_to_file(clf.engine(), photos, out, batch_size=BATCH)
     assert outcome(out)[0] == (tmp_path / "whole.npy").read_bytes()
 
 
@@ -197,7 +201,7 @@ def test_a_damaged_shard_is_computed_again(photos: Path, tmp_path: Path) -> None
 def test_work_of_another_kind_is_refused(change: str, photos: Path, tmp_path: Path) -> None:
     clf, out, inputs = classifier(), tmp_path / "f.npy", [photos]
     with pytest.raises(Killed):
-        embed_to_file(clf, inputs, out, batch_size=BATCH, progress=stop_after(20))
+        embed_to_file(clf.engine(), inputs, out, batch_size=BATCH, progress=stop_after(20))
     reason = "other images"
     state = tmp_path / "f.npy.part" / "state.json"
     if change == "model":
@@ -212,23 +216,23 @@ def test_work_of_another_kind_is_refused(change: str, photos: Path, tmp_path: Pa
     else:
         state.unlink()
         reason = "unknown origin"
-    with pytest.raises(VitrailError, match=f"f.npy.part holds unfinished work of {reason}: remove it"):
-        embed_to_file(clf, inputs, out, batch_size=BATCH)
+    with pytest.raises(RunError, match=rf"f\.npy\.part .* {reason}"):
+        embed_to_file(clf.engine(), inputs, out, batch_size=BATCH)
 
 
 def test_fingerprints_change_with_all_that_counts(photos: Path) -> None:
     clf = classifier()
-    first = model_fingerprint(clf)
-    assert first == model_fingerprint(classifier())
+    first = fingerprint(clf)
+    assert first == fingerprint(classifier())
     for parameter in clf.model.parameters():
         with torch.no_grad():
             parameter.view(-1)[-1] += 1
-        assert model_fingerprint(clf) != first
+        assert fingerprint(clf) != first
         with torch.no_grad():
             parameter.copy_(dict(classifier().model.named_parameters())[name_of(clf, parameter)])
-    assert model_fingerprint(clf) == first
+    assert fingerprint(clf) == first
     clf.preprocess = replace(clf.preprocess, crop_pct=0.5)
-    assert model_fingerprint(clf) != first
+    assert fingerprint(clf) != first
     one, two = str(photos / "00.png"), str(photos / "01.png")
     assert len({files_fingerprint(files) for files in ([one, two], [two, one], [one], [one, two, two])}) == 4
 
@@ -257,9 +261,9 @@ def test_images_are_read_little_by_little(photos: Path, tmp_path: Path, monkeypa
 
         yield advance
 
-    embed_to_file(classifier(), photos, tmp_path / "f.npy", batch_size=2, progress=progress)
+    embed_to_file(classifier().engine(), photos, tmp_path / "f.npy", batch_size=2, progress=progress)
     assert len(read) == 32
-    assert max(ahead) <= 2 * 2 + 2
+    assert max(ahead) <= 2 * 2 + 2  # two batches are decoded ahead
 
 
 # --- refusals
@@ -268,23 +272,23 @@ def test_images_are_read_little_by_little(photos: Path, tmp_path: Path, monkeypa
 def test_what_cannot_be_done_is_said_in_a_line(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clf, taken = classifier(), tmp_path / "taken.npy"
     taken.write_bytes(b"mine")
-    for inputs, out, message in (
-        (photos, taken, "taken.npy is there already: remove it, or choose another --out"),
-        (photos, tmp_path / "f.csv", r"f.csv is neither .npy nor .parquet"),
-        ([], tmp_path / "f.npy", "there are no images to embed"),
-        (Image.new("RGB", (9, 9)), tmp_path / "f.npy", "give paths, not Image"),
-        (photos / "17 text.jpg", tmp_path / "f.npy", "none of 1 images could be read, the first because it is not"),
-        (tmp_path / "*.xyz", tmp_path / "f.npy", "none of 1 images could be read, the first because it matches no"),
+    for inputs, out, kind, fact in (
+        (photos, taken, RunError, r"taken\.npy"),
+        (photos, tmp_path / "f.csv", ConfigError, r"f\.csv"),
+        ([], tmp_path / "f.npy", DataError, "no images"),
+        (Image.new("RGB", (9, 9)), tmp_path / "f.npy", DataError, "Image"),
+        (photos / "17 text.jpg", tmp_path / "f.npy", DataError, "none of 1 images"),
+        (tmp_path / "*.xyz", tmp_path / "f.npy", DataError, "none of 1 images"),
     ):
-        with pytest.raises(VitrailError, match=message):
-            embed_to_file(clf, inputs, out)
-    with pytest.raises(VitrailError, match="batch_size is at least 1"):
-        embed_to_file(clf, photos, tmp_path / "f.npy", batch_size=0)
+        with pytest.raises(kind, match=fact):
+            embed_to_file(clf.engine(), inputs, out)
+    with pytest.raises(ConfigError, match="batch_size"):
+        embed_to_file(clf.engine(), photos, tmp_path / "f.npy", batch_size=0)
     assert taken.read_bytes() == b"mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "taken.npy"]
     monkeypatch.setattr(features, "find_spec", lambda name: None)
-    with pytest.raises(VitrailError, match=r"parquet needs pyarrow: pip install 'vitrail\[parquet\]'"):
-        embed_to_file(clf, photos, tmp_path / "f.parquet")
+    with pytest.raises(DeviceError, match=r"pyarrow: pip install 'vitrail\[parquet\]'"):
+        embed_to_file(clf.engine(), photos, tmp_path / "f.parquet")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are text elsewhere")
@@ -292,6 +296,6 @@ def test_names_that_are_no_text(photos: Path, tmp_path: Path) -> None:
     odd = os.fsdecode(os.fsencode(str(photos)) + b"/\xff.png")
     (photos / "00.png").rename(odd)
     for kind in ("npy", "parquet"):
-        embed_to_file(classifier(), odd, tmp_path / f"f.{kind}")
+        embed_to_file(classifier().engine(), odd, tmp_path / f"f.{kind}")
     assert json.loads((tmp_path / "f.npy.json").read_text())["paths"] == [odd]
     assert pyarrow.parquet.read_table(tmp_path / "f.parquet")["path"].to_pylist() == [f"{photos}/\\udcff.png"]

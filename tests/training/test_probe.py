@@ -17,13 +17,14 @@ from tolerance import LOSS, assert_near
 from training import tiny
 from vitrail.cli import main
 from vitrail.data.dataset import ArraySplit
-from vitrail.errors import VitrailError
-from vitrail.evaluation.evaluate import make_loader
+from vitrail.errors import ConfigError, DataError, ModelError, VitrailError
 from vitrail.evaluation.linear_probe import Linear, LogisticRegression
+from vitrail.inference import engine
+from vitrail.inference.engine import SplitReader
+from vitrail.inference.torch_runtime import TorchRuntime
 from vitrail.models.build import build_model
 from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig
 from vitrail.models.vit import VisionTransformer
-from vitrail.training import probe
 from vitrail.training.config.schema import Use, keys_for, read_config
 from vitrail.training.engine.interrupt import Interrupt, Stopped
 from vitrail.training.probe import GRID, compute_features, set_linear_head
@@ -147,9 +148,7 @@ def test_logits_are_the_heads_on_the_features(family: str) -> None:
     preprocess = vitrail.Preprocess(size=config.img_size, mean=(0.5,) * 3, std=(0.3,) * 3)
     images = preprocess.normalize(torch.from_numpy(split.images).permute(0, 3, 1, 2).contiguous())
     expected = model.forward_head(model.forward_features(images), pre_logits=True)
-    features = compute_features(
-        model, make_loader(split, preprocess, torch.device("cpu"), batch_size=4), torch.device("cpu")
-    )
+    features = compute_features(TorchRuntime(model, preprocess), SplitReader(split, preprocess), batch_size=4)
     assert features is not None
     assert_near(features.values, expected)
     assert features.labels.tolist() == [0, 1, 2, 3, 4, 0]
@@ -181,7 +180,7 @@ def test_guests(tmp_path: Path) -> None:
     assert classifier.report["top1"] == classifier.evaluate(tiny.dataset()).top1
     other = torchvision.models.resnet18(num_classes=3)
     other.num_classes = 3
-    with pytest.raises(VitrailError, match="ResNet has no reset_classifier"):
+    with pytest.raises(ModelError, match="ResNet has no reset_classifier"):
         run(tmp_path / "other", model=other, img_size=32, in_chans=3)
 
 
@@ -196,7 +195,7 @@ def test_a_head_that_is_not_linear_is_no_place_for_a_probe() -> None:
     model = Odd()
     model.reset_classifier(2)
     head = Linear(torch.randn(2, 4), torch.randn(2))
-    with pytest.raises(VitrailError, match="Odd has no linear head that a probe could be put into"):
+    with pytest.raises(ModelError, match="Odd has no linear head"):
         set_linear_head(model, head, (1, 2, 2))
 
 
@@ -205,7 +204,7 @@ def test_a_head_that_is_not_linear_is_no_place_for_a_probe() -> None:
 
 def test_options_that_a_probe_does_not_heed_are_refused(tmp_path: Path) -> None:
     for key, value in (("epochs", 3), ("lr", 1e-3), ("flip", 0.5)):
-        with pytest.raises(VitrailError, match=f"a probe has no {key}: "):
+        with pytest.raises(ConfigError, match=f"{key} "):
             run(tmp_path / "run", **{key: value})
     assert not (tmp_path / "run").exists()
 
@@ -224,7 +223,7 @@ def test_one_that_was_stopped_begins_anew(tmp_path: Path, monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(Interrupt, "__enter__", lambda self: current.append(self) or enter(self))
         patch.setattr(LogisticRegression, "fit", stop)
-        with pytest.raises(Stopped, match=r"stopped before the probe was done; `vitrail train --resume .* begins anew"):
+        with pytest.raises(Stopped, match="vitrail train --resume "):
             run(tmp_path / "run")
     assert len(fits) == 2
     assert not (tmp_path / "run" / "model").exists()
@@ -272,7 +271,7 @@ def test_photographs_from_the_command_line(tmp_path: Path, capsys: pytest.Captur
 
 def test_random_features_are_called_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli("train", "digits", "--probe", "--out", tmp_path / "run", "--device", "cpu") == 0
-    assert "random weights: the features are random too" in capsys.readouterr().err
+    assert "random weights" in capsys.readouterr().err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["top1"] > 85
     assert vitrail.load(tmp_path / "run").evaluate("digits").top1 == summary["top1"]
@@ -290,16 +289,10 @@ def test_images_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return image(self, i, at_least)
 
     monkeypatch.setattr(ArraySplit, "image", broken)
-    monkeypatch.setattr(probe, "make_loader", lambda *args: decoding(make_loader(*args)))
+    monkeypatch.setattr(engine, "_is_cropped", lambda *args: False)  # so that images are read one by one
     summary = run(tmp_path / "run").report
     assert summary["skipped"] == [{"path": name, "reason": "is torn"} for name in sorted(bad)]
     assert (summary["probe"]["images"], summary["train_images"], summary["images"]) == (74, 49, 14)
     bad |= {f"tiny/0/{number}" for number in range(50)}
-    with pytest.raises(VitrailError, match="none of the training images can be read: is torn"):
+    with pytest.raises(DataError, match=r"training images .*: is torn"):
         run(tmp_path / "none")
-
-
-def decoding(loader: Any) -> Any:
-    """Images one by one, as from files."""
-    loader._in_memory = lambda: None
-    return loader

@@ -21,16 +21,16 @@ def embed(
         ),
     ],
     out: Annotated[str, typer.Option(help="The file to write: .npy or .parquet.")] = "features.npy",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images in a batch; by default by their size.")] = None,
     img_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="See images at another size than in training: 384, or 320x192.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto: the best that is there.")] = "auto",
 ) -> None:
-    """Write the features of images to a file: what the model's head reads, float32.
+    """Write the features of images to a file: the input of the model's classification head, float32.
 
-    Beside it, OUT.json names the model, the images of an .npy's rows, and those that could not be read. If it is
-    stopped or killed, the same command goes on where it stood.
+    OUT.json beside it describes the model and lists the paths of an .npy file's rows and the images that could not be
+    read. When the command is stopped or killed, the same command continues where it was.
 
     Example: `vitrail embed runs/photos holiday/ --out holiday.npy`
     """
@@ -40,9 +40,9 @@ def embed(
 
     classifier = open_model(model, device, img_size)
     try:
-        result = embed_to_file(classifier, paths, out, batch_size=batch_size, progress=_progress)
+        result = embed_to_file(classifier.engine(), paths, out, batch_size=batch_size, progress=_progress)
     except KeyboardInterrupt:
-        stderr().print("stopped; the same command goes on from here")
+        stderr().print("stopped; the same command continues from here")
         raise
     stdout().print(f"{result.images:,} images, {result.features:,} features each, in {result.path}")
     for skipped in result.skipped:
@@ -54,5 +54,5 @@ def _progress(done: int, total: int) -> AbstractContextManager[Callable[[int], N
     from vitrail.cli.tables import stderr
 
     if done:
-        stderr().print(f"going on: {done:,} of {total:,} images are done")
+        stderr().print(f"continuing: {done:,} of {total:,} images are done")
     return progress("images", total - done)

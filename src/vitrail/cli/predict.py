@@ -32,7 +32,7 @@ def predict(
     top: Annotated[int | None, typer.Option(min=1, help="How many classes to show for each image.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV with a header.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images in a batch; by default by their size.")] = None,
     img_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="See images at another size than in training: 384, or 320x192.")
     ] = None,

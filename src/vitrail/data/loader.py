@@ -68,7 +68,7 @@ class _Job:
 
 
 class _Loader:
-    """What TrainLoader and EvalLoader share: reading batches, measuring the wait, recording unreadable images."""
+    """Reading batches, measuring the wait, recording unreadable images."""
 
     def __init__(
         self, split: Split, preprocess: Preprocess, batch_size: int, workers: int, pin: bool, read: ReadImage | None
@@ -302,35 +302,3 @@ class TrainLoader(_Loader):
         else:
             crop = random_crop(self.split, row, self.preprocess, self.crop_scale, self.crop_ratio, draw)
             out.numpy()[:] = crop.transpose(2, 0, 1)
-
-
-class EvalLoader(_Loader):
-    """Every image of a split once, in order, cropped by `preprocess`. With several processes, each gets its share.
-    read: where those crops come from (see data/cache); None decodes the images.
-
-    Images that cannot be read are left out and named in `skipped`; a batch may then be smaller, but is never empty.
-    """
-
-    def __init__(
-        self,
-        split: Split,
-        preprocess: Preprocess,
-        *,
-        batch_size: int,
-        workers: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        pin: bool = False,
-        read: ReadImage | None = None,
-    ) -> None:
-        super().__init__(split, preprocess, batch_size, workers, pin, read)
-        # Consecutive, disjoint shares, whose sizes differ by one image at most.
-        self._rows = range(len(split) * rank // world_size, len(split) * (rank + 1) // world_size)
-
-    def __len__(self) -> int:
-        """How many batches there are."""
-        return math.ceil(len(self._rows) / self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        plan = (self._rows[i : i + self.batch_size] for i in range(0, len(self._rows), self.batch_size))
-        return (batch for batch in self._batches(np.arange(len(self.split)), plan, 0) if len(batch))

@@ -1,155 +1,96 @@
-"""Every image of a split through a model, each counted exactly once."""
+"""A model's metrics on the images of a split, each counted exactly once."""
 
-import os
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import fields
 
 import numpy as np
 import torch
-from torch import nn
 
-from vitrail.data.cache.readers import ReadImage
-from vitrail.data.dataset import ArraySplit, Split
-from vitrail.data.loader import Batch, EvalLoader
+from vitrail.data.dataset import SkippedImage, Split
 from vitrail.evaluation.metrics import Evaluation, Recorder, Records
-from vitrail.images.preprocess import Preprocess
-from vitrail.utils.device import precision, uses_bf16
+from vitrail.inference.engine import BatchResult, Engine, SplitReader, default_workers
+from vitrail.inference.runtime import Runtime
 from vitrail.utils.distributed import SINGLE_PROCESS, DistributedContext
 
-__all__ = ["Abandoned", "Evaluation", "evaluate", "evaluate_loader", "make_loader"]
+__all__ = ["Evaluation", "Interrupted", "evaluate"]
 
-_PIXELS = {"cuda": 2**24}  # in a batch: enough to keep the device busy, and little memory
+_SYNC_EVERY = 8  # batches between two collectives in which several processes agree on signals
 
 
-class Abandoned(Exception):
-    """An evaluation that was asked to stop, by this signal."""
+class Interrupted(Exception):
+    """An evaluation that was stopped by a signal."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.signal = number
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal
 
 
 def evaluate(
-    model: nn.Module,
-    preprocess: Preprocess,
-    split: Split,
+    runtime: Runtime,
+    images: Split | SplitReader,
     class_names: Sequence[str],
     *,
     name: str = "",
     batch_size: int | None = None,
     workers: int | None = None,
-    amp: str = "auto",
-    on_batch: Callable[[int], None] | None = None,
-) -> Evaluation:
-    """Figures of `model`, whose classes are `class_names`, on the images of `split`, which is called `name`.
-
-    An image that cannot be read is left out of the figures and named in `skipped`. `on_batch` is told the number of
-    images of each finished batch. The model stays where it is, and in the mode that it was in.
-    """
-    loader = make_loader(split, preprocess, next(model.parameters()).device, batch_size, workers)
-    return evaluate_loader(model, loader, class_names, name, amp=amp, on_batch=on_batch)
-
-
-def make_loader(
-    split: Split,
-    preprocess: Preprocess,
-    device: torch.device,
-    batch_size: int | None = None,
-    workers: int | None = None,
-    read: ReadImage | None = None,
-    distributed: DistributedContext = SINGLE_PROCESS,
-) -> EvalLoader:
-    """Batches for evaluation; None asks for a size that fits the images, and for as many workers as help. read: as
-    EvalLoader's. Of several processes, each has its share.
-    """
-    pixels = _PIXELS.get(device.type, 2**20)
-    size = batch_size or max(8, min(1024, pixels // (preprocess.size[0] * preprocess.size[1])))
-    if workers is None:
-        workers = default_workers(split)
-    return EvalLoader(
-        split,
-        preprocess,
-        batch_size=size,
-        workers=workers,
-        rank=distributed.rank,
-        world_size=distributed.world_size,
-        pin=device.type == "cuda",
-        read=read,
-    )
-
-
-def default_workers(split: Split) -> int:
-    """Threads that read images: none for arrays in memory, else as many as there are cores, up to 16."""
-    if isinstance(split, ArraySplit):
-        return 0
-    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
-@torch.inference_mode()
-def evaluate_loader(
-    model: nn.Module,
-    loader: EvalLoader,
-    class_names: Sequence[str],
-    name: str = "",
-    *,
-    amp: str = "auto",
     on_batch: Callable[[int], None] | None = None,
     stop: Callable[[], int | None] | None = None,
     distributed: DistributedContext = SINGLE_PROCESS,
-    together: bool = False,
+    sharded: bool = False,
 ) -> Evaluation:
-    """As `evaluate`, with a loader that may serve again: it keeps small images in memory.
+    """Metrics of a runtime, whose classes are `class_names`, on the images of a split, which is called `name`.
 
-    stop: asked before each batch for a signal to stop at. world: each process has a loader for its share of the images,
-    and all get the figures of all of them. together: the model is split, so all processes must call it equally often.
+    An image that could not be read is not counted and is listed in `skipped`. on_batch is called with the number of
+    counted images of each batch. stop: asked between batches for a signal to stop at. distributed: each process
+    evaluates its share of the images, and all return the metrics of all images. sharded: the processes compute each
+    batch together, so all of them call the model equally often.
 
     Raises:
-        Abandoned: `stop` gave a signal, in any process.
+        Interrupted: `stop` returned a signal, in any process.
     """
-    device = next(model.parameters()).device
-    bf16 = uses_bf16(model, device, amp)
-    training, recorder = model.training, Recorder()
-    model.eval()
-    try:
-        for batch in _agreed(iter(loader), stop, distributed):
-            if batch is None and not together:
-                continue
-            there = (batch or _nothing(loader)).to(device)
-            with precision(device, bf16):
-                logits = model(loader.preprocess.normalize(there.images))
-            if batch is None:
-                continue
-            recorder.add(logits, there.labels, batch.indices)
-            if on_batch:
-                on_batch(len(batch))
-    finally:
-        model.train(training)
-        loader.close()
-    skipped = [item for items in distributed.all_gather_object(loader.skipped) for item in items]
-    return Evaluation(_joined(distributed.all_gather_object(recorder.records())), tuple(class_names), name, skipped)
+    reader = images if isinstance(images, SplitReader) else SplitReader(images, runtime.preprocess)
+    split, size = reader.split, batch_size or runtime.default_batch_size
+    count, rank, processes = len(split), distributed.rank, distributed.world_size
+    rows = range(count * rank // processes, count * (rank + 1) // processes)
+    batches = Engine(runtime).run(rows, reader, size, default_workers(split) if workers is None else workers)
+    planned = math.ceil(math.ceil(count / processes) / size)  # enough for the largest share
+    recorder, skipped = Recorder(), list[SkippedImage]()
+    blank = np.zeros((1, *runtime.preprocess.size, runtime.preprocess.channels), np.uint8)
+    with closing(batches):
+        for batch in _until_stopped(batches, planned, stop, distributed):
+            counted = batch.readable if batch else []
+            if batch:
+                skipped += reader.skipped(batch)
+            if batch and counted:
+                labels = torch.from_numpy(split.labels[counted])
+                recorder.add(torch.from_numpy(batch.outputs), labels, torch.tensor(counted))
+                if on_batch:
+                    on_batch(len(counted))
+            elif sharded:
+                runtime.logits(blank)
+    skipped = [item for items in distributed.all_gather_object(skipped) for item in items]
+    return Evaluation(_merge(distributed.all_gather_object(recorder.records())), tuple(class_names), name, skipped)
 
 
-def _agreed(
-    batches: Iterator[Batch], stop: Callable[[], int | None] | None, distributed: DistributedContext
-) -> Iterator[Batch | None]:
-    """The batches; None where this process has none left and another has."""
-    while True:
-        batch = next(batches, None)
-        rows = distributed.all_gather_numbers(batch is not None, (stop and stop()) or 0)
-        if number := max(row[1] for row in rows):
-            raise Abandoned(round(number))
-        if not any(row[0] for row in rows):
-            return
-        yield batch
+def _until_stopped(
+    batches: Iterator[BatchResult[int]],
+    planned: int,
+    stop: Callable[[], int | None] | None,
+    distributed: DistributedContext,
+) -> Iterator[BatchResult[int] | None]:
+    """As many batches as planned, the same number in each process; None where this process has no more."""
+    interval = _SYNC_EVERY if distributed.world_size > 1 else 1
+    for step in range(planned):
+        if step % interval == 0:
+            signals = distributed.all_gather_numbers((stop and stop()) or 0)
+            if signal := round(max(row[0] for row in signals)):
+                raise Interrupted(signal)
+        yield next(batches, None)
 
 
-def _nothing(loader: EvalLoader) -> Batch:
-    """One black image, for company."""
-    images = torch.zeros(1, loader.preprocess.channels, *loader.preprocess.size, dtype=torch.uint8)
-    return Batch(images, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-
-
-def _joined(parts: list[Records]) -> Records:
+def _merge(parts: list[Records]) -> Records:
     """The records of all processes, in the split's order."""
     if len(parts) == 1:
         return parts[0]

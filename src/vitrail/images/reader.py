@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +21,6 @@ from vitrail.images.preprocess import Preprocess
 Pixels = npt.NDArray[np.uint8]
 Input = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any]
 Inputs = Input | Iterable[Input]
-_THREADS = min(8, os.cpu_count() or 1)  # Pillow lets go of the interpreter while it decodes and resizes
 
 
 @dataclass(frozen=True)
@@ -36,21 +33,6 @@ class Crop:
     path: str | None
     pixels: Pixels | None = None
     error: str | None = None
-
-
-def crops(inputs: Inputs, preprocess: Preprocess, ahead: int) -> Iterator[Crop]:
-    """Every input in order, decoded and cropped on a few threads that keep up to `ahead` crops ready."""
-    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="decode")
-    try:
-        waiting: deque[Any] = deque()
-        for source in expand(inputs):
-            waiting.append(pool.submit(crop, source, preprocess))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def expand(inputs: Inputs) -> Iterator[Input | Crop]:
@@ -103,13 +85,20 @@ def crop(source: Input | Crop, preprocess: Preprocess) -> Crop:
     """Decode and crop one image; whatever is wrong with it becomes the crop's error."""
     if isinstance(source, Crop):
         return source
-    path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
+    path = path_of(source)
     try:
         if isinstance(source, np.ndarray):
             return Crop(path, _crop_array(source, preprocess))
         return Crop(path, preprocess.crop(decode(source, preprocess.channels)))
     except BadImage as error:
         return Crop(path, error=error.reason)
+
+
+def path_of(source: Input | Crop) -> str | None:
+    """The path of an input, None for an image in memory."""
+    if isinstance(source, Crop):
+        return source.path
+    return os.fspath(source) if isinstance(source, str | os.PathLike) else None
 
 
 def _crop_array(array: npt.NDArray[Any], preprocess: Preprocess) -> Pixels:

@@ -1,8 +1,8 @@
-"""Features of many images to a file: a stream that can be killed at any time and goes on where it stood.
+"""Writing the features of many images to a file; work that was stopped or killed continues where it was.
 
-What is done lies in shards in `<out>.part/`, beside a note of the model and the files that they belong to. When all is
-there, the file is made of the shards, takes its name in one move, and the folder goes.
-Shapes: N images, C features.
+Finished features are kept in shards in `<out>.part/`, with a record of the model and the files that they belong to. In
+the end the shards are joined into the file, which is renamed into place, and the folder is removed.
+Shapes: N images, F features.
 """
 
 from __future__ import annotations
@@ -18,35 +18,32 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
-from vitrail.errors import RunError, VitrailError
-from vitrail.images.reader import Crop, Inputs, expand
+from vitrail.errors import ConfigError, DataError, DeviceError, RunError
+from vitrail.images.reader import Crop, Inputs, expand, path_of
+from vitrail.inference.engine import Engine
 from vitrail.utils.files import atomic_write_bytes, atomic_write_text, disk_errors, lock_or_raise, remove_leftovers
 
-if TYPE_CHECKING:
-    from vitrail.classifier import Classifier
-
-Source = str | Crop  # a path, or a folder or pattern that gave no image
-Chunk = tuple[list[str], npt.NDArray[np.float32]]  # paths and their features N C
+Source = str | Crop  # a path, or the error of a folder or pattern without images
+Chunk = tuple[list[str], npt.NDArray[np.float32]]  # paths and their features N F
 Progress = Callable[[int, int], AbstractContextManager[Callable[[int], None]]]
 
-_SHARD = 256  # images, about: the most that a kill costs
-_GROUP = 8192  # rows of a parquet file that are written at once
-_FORMAT = "1"
+_SHARD = 256  # images in a shard, at least: about what is lost when the process is killed
+_ROW_GROUP = 8192  # rows of a parquet file that are written at once
+_FORMAT = "2"
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """What was written. `path` is the file, `images` the number of its rows, `features` their width C.
+    """What was written: `images` rows of `features` numbers to `path`.
 
-    `skipped` names the images that could not be read, each {"path", "reason"}; they have no row.
+    `skipped` lists the images that could not be read, {"path", "reason"} each; they have no row.
     """
 
     path: Path
@@ -56,131 +53,120 @@ class Embedded:
 
 
 def embed_to_file(
-    classifier: Classifier,
+    engine: Engine,
     inputs: Inputs,
     out: str | Path,
     *,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Embedded:
-    """Write the features that the model's head reads, float32 N C, a row for each image that can be read.
+    """Write the features that the model's head reads, float32 N F, one row for each readable image.
+
+    When a stopped or killed call is repeated, it continues after the last complete shard, and the file has the same
+    bytes as without the interruption.
 
     Args:
+        engine: for a classifier, `classifier.engine()`.
         inputs: paths of images, folders or patterns, as `Classifier.predict` takes them.
-        out: `*.npy`, an array whose paths stand in `<out>.json`, or `*.parquet` with the columns `path` and `feature`.
-            Either way `<out>.json` names the model and the images that were skipped.
-        batch_size: images at once. Work that goes on with another one may differ in the last bit.
-        progress: called with the images that are done and all there are; gives a context in which a function is told
-            how many more are done.
-
-    Work that was stopped or killed goes on where it stood when this is called again.
+        out: `*.npy`, an array whose paths are in `<out>.json`, or `*.parquet` with the columns `path` and `feature`.
+            Either way `<out>.json` describes the model and lists the images that were skipped.
+        batch_size: None for the runtime's default. Continuing with another one may change the last bits.
+        progress: called with the number of finished images and of all images; the context manager that it returns
+            yields a function that is called with the number of images finished since the last call.
 
     Raises:
-        VitrailError: no image can be read, `out` is there already or has another ending, pyarrow is missing, or the
-            unfinished work beside `out` is of another model or of other files.
+        ConfigError: `out` has another ending, or batch_size is below 1.
+        DataError: no image could be read, or the inputs are not paths.
+        RunError: `out` exists, or the unfinished work beside it is of another model or of other files.
+        DeviceError: pyarrow is missing.
     """
     out = Path(out).expanduser()
     write = _writer(out)
-    if batch_size < 1:
-        raise VitrailError(f"batch_size is at least 1, not {batch_size}")
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
     part = out.with_name(out.name + ".part")
     if out.exists() and not part.exists():
-        raise VitrailError(f"{out} is there already: remove it, or choose another --out")
-    sources = _list(inputs)
+        raise RunError(f"{out} already exists: remove it, or choose another --out")
+    sources = _list_sources(inputs)
     with disk_errors(part):
         part.mkdir(parents=True, exist_ok=True)
     busy = RunError(f"another process is writing {out}: wait for it, or choose another --out")
     with lock_or_raise(part / ".lock", busy):
         remove_leftovers(part)
-        model = _claim(part, classifier, sources)
-        shards = _shards(part, classifier.model.num_features)
+        fingerprint = _claim(part, engine, sources)
+        shards = _find_shards(part, engine.runtime.num_features)
         done = shards[-1].stop if shards else 0
         with progress(done, len(sources)) if progress else contextlib.nullcontext(lambda count: None) as advance:
-            _embed(classifier, sources, done, part, batch_size, advance)
-        result = _assemble(classifier, model, sources, part, out, write)
+            _write_shards(engine, sources, done, part, batch_size, advance)
+        result = _assemble(engine, fingerprint, sources, part, out, write)
     gone = part.with_name(f".{part.name}.{secrets.token_hex(4)}.tmp")
-    part.rename(gone)  # in one move: half a folder would pass for unfinished work
+    part.rename(gone)  # renamed first, because a folder that is half removed would pass for unfinished work
     shutil.rmtree(gone, ignore_errors=True)
     if not result.images:
-        first = f", the first because it {result.skipped[0]['reason']}"
-        raise VitrailError(f"none of {len(sources):,} images could be read{first}")
+        first = f"the first: {result.skipped[0]['reason']}"
+        raise DataError(f"none of {len(sources):,} images could be read; {first}")
     return result
 
 
-def _list(inputs: Inputs) -> list[Source]:
-    """Every image's path, or the error of a folder or pattern without images."""
+def _list_sources(inputs: Inputs) -> list[Source]:
+    """The path of every image, or the error of a folder or pattern without images."""
     sources: list[Source] = []
     for source in expand(inputs):
         if not isinstance(source, str | os.PathLike | Crop):
-            raise VitrailError(f"features go to a file with their paths: give paths, not {type(source).__name__}")
+            raise DataError(f"a feature file lists paths: give paths, not {type(source).__name__}")
         sources.append(source if isinstance(source, Crop) else os.fspath(source))
     if not sources:
-        raise VitrailError("there are no images to embed")
+        raise DataError("there are no images to embed")
     return sources
 
 
 def _path(source: Source) -> str:
-    return source if isinstance(source, str) else source.path or ""
+    return path_of(source) or ""
 
 
-# --- whose work it is
-
-
-def _claim(part: Path, classifier: Classifier, sources: Sequence[Source]) -> str:
-    """Note whose work this is, or find that it is ours; gives the model's fingerprint.
+def _claim(part: Path, engine: Engine, sources: Sequence[Source]) -> str:
+    """Record which model and files the work is for, or check the record; returns the model's fingerprint.
 
     Raises:
-        VitrailError: it is of another model or of other files.
+        RunError: the unfinished work is of another model or of other files.
     """
-    note = {"format": _FORMAT, "model": model_fingerprint(classifier), "files": files_fingerprint(sources)}
+    record = {"format": _FORMAT, "model": engine.runtime.fingerprint(), "files": files_fingerprint(sources)}
     path = part / "state.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if next(part.glob("*.safetensors"), None) is None:
-            atomic_write_text(path, json.dumps(note))
-            return note["model"]
+            atomic_write_text(path, json.dumps(record))
+            return record["model"]
         found = None
     except ValueError:
         found = None
-    if found == note:
-        return note["model"]
+    if found == record:
+        return record["model"]
     known = found if isinstance(found, dict) and found.get("format") == _FORMAT else None
-    what = "unknown origin" if known is None else "another model" if known["model"] != note["model"] else "other images"
-    raise VitrailError(f"{part} holds unfinished work of {what}: remove it, or choose another --out")
-
-
-def model_fingerprint(classifier: Classifier) -> str:
-    """A word that changes with any weight, and with how an image becomes the model's input."""
-    digest = hashlib.blake2b(digest_size=16)
-    about = [classifier.architecture, repr(classifier.model.config), classifier.preprocess.to_dict()]
-    digest.update(json.dumps(about, sort_keys=True).encode())
-    for name, tensor in classifier.model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    origin = "unknown origin"
+    if known is not None:
+        origin = "another model" if known["model"] != record["model"] else "other images"
+    raise RunError(f"{part} has unfinished work of {origin}: remove it, or choose another --out")
 
 
 def files_fingerprint(sources: Sequence[Source]) -> str:
-    """A word that changes with the list of files, their order, sizes and dates."""
+    """A hex digest that changes with the files' paths, order, sizes and modification times."""
     digest = hashlib.blake2b(digest_size=16)
     for source in sources:
         path = _path(source)
         try:
             state = os.stat(path)
-            about = f"{state.st_size} {state.st_mtime_ns}"
+            stamp = f"{state.st_size} {state.st_mtime_ns}"
         except (OSError, ValueError):
-            about = "none"
-        digest.update(f"{path}\0{about}\0".encode("utf-8", "surrogateescape"))
+            stamp = "none"
+        digest.update(f"{path}\0{stamp}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
-
-
-# --- shards
 
 
 @dataclass(frozen=True)
 class _Shard:
-    """Features of the readable ones among the sources from `start` to before `stop`; `errors` by place."""
+    """Features of the readable sources from `start` to before `stop`; `errors` by index."""
 
     file: Path
     start: int
@@ -188,15 +174,15 @@ class _Shard:
     errors: dict[int, str]
 
 
-def _shards(part: Path, width: int) -> list[_Shard]:
-    """What is done, from the first source on without a gap. A file that is not whole ends it."""
+def _find_shards(part: Path, width: int) -> list[_Shard]:
+    """The complete shards from the first source on, up to the first gap or damaged file."""
     shards: list[_Shard] = []
     start = 0
     while (file := part / f"{start:010d}.safetensors").exists():
         try:
             with safe_open(file, framework="numpy") as content:
                 stop = int(content.metadata()["stop"])
-                errors = {int(place): reason for place, reason in json.loads(content.metadata()["errors"]).items()}
+                errors = {int(index): reason for index, reason in json.loads(content.metadata()["errors"]).items()}
                 shape = tuple(content.get_slice("features").get_shape())
         except (SafetensorError, OSError, ValueError, KeyError, TypeError):
             break
@@ -207,92 +193,89 @@ def _shards(part: Path, width: int) -> list[_Shard]:
     return shards
 
 
-def _embed(
-    classifier: Classifier,
+def _write_shards(
+    engine: Engine,
     sources: Sequence[Source],
     done: int,
     part: Path,
-    batch_size: int,
+    batch_size: int | None,
     advance: Callable[[int], None],
 ) -> None:
-    """Shard by shard from `done` on. Shards are whole batches, so that batches are the same after a kill."""
-    size = max(1, _SHARD // batch_size) * batch_size
-    rest: Any = sources[done:]
-    stream = classifier.stream_features(rest, batch_size)
-    for start in range(done, len(sources), size):
-        stop = min(start + size, len(sources))
-        rows, errors = [], {}
-        for place in range(start, stop):
-            _, features, error = next(stream)
-            if features is None:
-                errors[place] = error or "cannot be read"
-            else:
-                rows.append(features)
-            advance(1)
-        array = np.stack(rows) if rows else np.empty((0, classifier.model.num_features), np.float32)
-        metadata = {"stop": str(stop), "errors": json.dumps(errors)}
-        atomic_write_bytes(part / f"{start:010d}.safetensors", save({"features": array}, metadata))
-
-
-# --- the file
+    """Shards of the sources from `done` on. A shard ends with a batch, so that continuing gives the same batches."""
+    remaining: Any = sources[done:]
+    start = stop = done
+    rows: list[npt.NDArray[np.float32]] = []
+    errors: dict[int, str] = {}
+    for batch in engine.stream(remaining, batch_size, features=True):
+        rows.append(batch.outputs)
+        for error in batch.errors:
+            if error is not None:
+                errors[stop] = error
+            stop += 1
+        if stop - start >= _SHARD or stop == len(sources):
+            metadata = {"stop": str(stop), "errors": json.dumps(errors)}
+            content = save({"features": np.concatenate(rows)}, metadata)
+            atomic_write_bytes(part / f"{start:010d}.safetensors", content)
+            start, rows, errors = stop, [], {}
+        advance(len(batch.items))
 
 
 def _assemble(
-    classifier: Classifier,
+    engine: Engine,
     fingerprint: str,
     sources: Sequence[Source],
     part: Path,
     out: Path,
     write: Callable[..., None],
 ) -> Embedded:
-    """Make the file of the shards and move it to its place, unless there is no row for it."""
-    width = classifier.model.num_features
-    shards = _shards(part, width)
+    """Join the shards into the file and rename it into place, unless it would have no row."""
+    runtime = engine.runtime
+    shards = _find_shards(part, runtime.num_features)
     skipped = [
-        {"path": _path(sources[place]), "reason": reason} for shard in shards for place, reason in shard.errors.items()
+        {"path": _path(sources[index]), "reason": reason} for shard in shards for index, reason in shard.errors.items()
     ]
-    result = Embedded(out, len(sources) - len(skipped), width, skipped)
+    result = Embedded(out, len(sources) - len(skipped), runtime.num_features, skipped)
     if not result.images:
         return result
-    about: dict[str, Any] = {
-        "model": classifier.architecture,
+    description: dict[str, Any] = {
+        "model": runtime.name,
         "fingerprint": fingerprint,
-        "preprocess": classifier.preprocess.to_dict(),
+        "preprocess": runtime.preprocess.to_dict(),
         "images": result.images,
-        "features": width,
+        "features": result.features,
         "skipped": skipped,
     }
     if write is _write_npy:
-        about["paths"] = [path for shard in shards for path in _good(shard, sources)]
-    whole = part / ".whole.tmp"
+        description["paths"] = [path for shard in shards for path in _readable(shard, sources)]
+    temporary = part / ".joined.tmp"
     with disk_errors(out):
-        chunks = ((list(_good(shard, sources)), load_file(shard.file)["features"]) for shard in shards)
-        write(whole, chunks, result.images, width)
-        with whole.open("rb") as file:
+        chunks = ((list(_readable(shard, sources)), load_file(shard.file)["features"]) for shard in shards)
+        write(temporary, chunks, result.images, result.features)
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        atomic_write_text(out.with_name(out.name + ".json"), json.dumps(about, indent=1) + "\n")
-        whole.replace(out)
+        atomic_write_text(out.with_name(out.name + ".json"), json.dumps(description, indent=1) + "\n")
+        temporary.replace(out)
     return result
 
 
-def _good(shard: _Shard, sources: Sequence[Source]) -> Iterator[str]:
+def _readable(shard: _Shard, sources: Sequence[Source]) -> Iterator[str]:
     """Paths of the shard's rows."""
-    return (_path(sources[place]) for place in range(shard.start, shard.stop) if place not in shard.errors)
+    return (_path(sources[index]) for index in range(shard.start, shard.stop) if index not in shard.errors)
 
 
 def _writer(out: Path) -> Callable[..., None]:
-    """What writes files with the ending of `out`."""
+    """The function that writes the format that `out` ends in."""
     if out.suffix == ".npy":
         return _write_npy
     if out.suffix != ".parquet":
-        raise VitrailError(f"{out} is neither .npy nor .parquet: name the file of features so that it ends in one")
+        raise ConfigError(f"{out} is neither .npy nor .parquet: choose one of these endings")
     if find_spec("pyarrow") is None:
-        raise VitrailError("parquet needs pyarrow: pip install 'vitrail[parquet]', or write .npy")
+        raise DeviceError("parquet needs pyarrow: pip install 'vitrail[parquet]', or write .npy")
     return _write_parquet
 
 
 def _write_npy(path: Path, chunks: Iterable[Chunk], images: int, width: int) -> None:
-    """NumPy's own format, chunk by chunk. A map of the file would be killed by a full disk; writing says so."""
+    """NumPy's format, chunk by chunk. Not by memmap, where a full disk kills the process without a message."""
     with path.open("wb") as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": (images, width)}
         np.lib.format.write_array_header_1_0(file, header)
@@ -306,21 +289,21 @@ def _write_parquet(path: Path, chunks: Iterable[Chunk], images: int, width: int)
 
     schema = pa.schema([("path", pa.string()), ("feature", pa.list_(pa.float32(), width))])
     with pq.ParquetWriter(path, schema, use_dictionary=False) as writer:
-        for paths, rows in _grouped(chunks):
-            # Parquet's text is UTF-8, and a file's name need not be.
+        for paths, rows in _row_groups(chunks):
+            # Parquet strings are UTF-8; file names need not be.
             names = pa.array([path.encode("utf-8", "backslashreplace").decode() for path in paths], pa.string())
             values = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), width)
             writer.write_table(pa.table([names, values], schema=schema))
 
 
-def _grouped(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-    """The same rows in larger pieces: a reader pays for every piece."""
+def _row_groups(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+    """The same rows in larger pieces, because every row group costs readers time."""
     paths: list[str] = []
     parts: list[npt.NDArray[np.float32]] = []
     for names, rows in chunks:
         paths += names
         parts.append(rows)
-        if len(paths) >= _GROUP:
+        if len(paths) >= _ROW_GROUP:
             yield paths, np.concatenate(parts)
             paths, parts = [], []
     if paths:

@@ -6,10 +6,9 @@ import torch
 
 from vitrail.data.cache.readers import ReadImage
 from vitrail.data.dataset import Dataset
-from vitrail.data.loader import EvalLoader, TrainLoader
+from vitrail.data.loader import TrainLoader
 from vitrail.data.sampling import class_weights
 from vitrail.errors import ConfigError
-from vitrail.evaluation.evaluate import make_loader
 from vitrail.training.config.schema import TrainConfig
 from vitrail.training.engine.batch_augmenter import BatchAugmenter
 from vitrail.training.engine.schedule import Schedule
@@ -40,15 +39,6 @@ def make_train_loader(
         pin=device.type == "cuda",
         read=read,
     )
-
-
-def make_eval_loader(
-    setup: Setup, split: str, device: torch.device, distributed: DistributedContext, read: ReadImage | None = None
-) -> EvalLoader:
-    """Batches of a split for evaluation, of which each process gets its share."""
-    machine = setup.config.machine
-    images = setup.dataset.split(split)
-    return make_loader(images, setup.preprocess, device, machine.eval_batch_size, machine.workers, read, distributed)
 
 
 def make_trainer(setup: Setup, steps_per_epoch: int, device: torch.device, distributed: DistributedContext) -> Trainer:

@@ -1,6 +1,6 @@
-"""A linear probe: every image goes once through a frozen model, and a linear head is fitted to what comes out.
+"""A linear probe: the features of every image are computed once by a frozen model, and a linear head is fitted to them.
 
-The head goes into the model, which is then a complete classifier with the logits of the probe.
+The head becomes the model's, which is then a complete classifier.
 Shapes: N images, C features, K classes.
 """
 
@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor, nn
 
-from vitrail.data.loader import EvalLoader
-from vitrail.errors import VitrailError
-from vitrail.evaluation.evaluate import make_loader
+from vitrail.errors import ConfigError, DataError, ModelError
 from vitrail.evaluation.linear_probe import NEIGHBOURS, TEMPERATURE, Linear, LogisticRegression, nearest_neighbours
 from vitrail.evaluation.metrics import Evaluation, Recorder
+from vitrail.inference.engine import BatchResult, Engine, SplitReader, default_workers
+from vitrail.inference.torch_runtime import TorchRuntime, eval_view
 from vitrail.models.base import ImageModel
 from vitrail.training.checkpoints.run_folder import RunFolder
 from vitrail.training.config.schema import Use, keys_for
@@ -31,17 +31,17 @@ from vitrail.utils.device import describe_precision, precision, uses_bf16
 from vitrail.utils.text import format_duration
 from vitrail.weights.heads import HEADS
 
-GRID = tuple(10.0**-power for power in range(7))  # strengths of l2 that validation chooses from, strong to weak
-_UNCHOSEN = 1e-3  # l2 where there are no validation images
-_PATIENCE = 2  # weaker strengths that may be no better before the rest is left out
-_LINE_SECONDS = 10.0
+GRID = tuple(10.0**-power for power in range(7))  # l2 penalties from which validation chooses, strong to weak
+_DEFAULT_L2 = 1e-3  # where there are no validation images
+_PATIENCE = 2  # penalties in a row that do not improve validation, after which the search ends
+_LINE_SECONDS = 10.0  # between two progress lines without a terminal
 _CHUNK = 8192  # images whose logits are computed at once
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a frozen model sees in the readable images of a split: values float32 N C, labels and places in the split
-    int64 N. Values and labels are where the head is fitted."""
+    """Features of the readable images of a split: values float32 N C, labels and rows of the split int64 N. Values and
+    labels are on the device on which the head is fitted."""
 
     values: Tensor
     labels: Tensor
@@ -49,62 +49,72 @@ class Features:
 
 
 @dataclass
-class _Tally:
-    """Images through the model, and where the time went."""
+class _Throughput:
+    """Images that went through the model, and the time spent, in seconds."""
 
     images: int = 0
     seconds: float = 0.0
     wait_seconds: float = 0.0
 
-    def words(self) -> str:
-        waited = self.wait_seconds / self.seconds if self.seconds else 0.0
-        return f"{self.rate:,.0f} images/s  {waited:.0%} waiting for data"
+    def add(self, images: int, seconds: float, wait_seconds: float) -> None:
+        self.images += images
+        self.seconds += seconds
+        self.wait_seconds += wait_seconds
 
     @property
     def rate(self) -> float:
+        """Images per second."""
         return self.images / self.seconds if self.seconds else 0.0
+
+    @property
+    def waiting(self) -> float:
+        """The share of time spent waiting for data, 0 to 1."""
+        return self.wait_seconds / self.seconds if self.seconds else 0.0
 
 
 def check_probe_keys(given: Mapping[str, Any]) -> None:
-    """Raise VitrailError for a key that a probe does not heed."""
+    """Raise ConfigError for a key that a probe does not use."""
     for key in given:
         if key not in keys_for(Use.PROBE):
-            raise VitrailError(f"a probe has no {key}: it fits a linear head to frozen features; leave out one of them")
+            raise ConfigError(f"{key} has no effect on a probe, which trains a linear head alone: leave it out")
 
 
 def run_probe(
     setup: Setup, folder: RunFolder, reporter: Reporter, device: torch.device, *, own_model: bool = False
 ) -> tuple[dict[str, Any], Evaluation]:
-    """Compute features, fit the head, put it into `setup.model`, and give the run's summary, and what it is made of.
+    """Compute features, fit the head and set it in `setup.model`. Returns the run's summary and its evaluation.
 
-    own_model: the model is the caller's, and nobody knows where its weights are from.
+    own_model: the model is the caller's, and the origin of its weights is unknown.
 
     Raises:
         Stopped: by Ctrl-C or SIGTERM.
-        VitrailError: no training image can be read, or the model has no linear head.
+        DataError: no training image could be read.
+        ModelError: the model has no linear head.
     """
     started = time.perf_counter()
     for line in _plan_lines(setup, folder, device, own_model):
         reporter.say(line)
     skipped = {item["path"]: item["reason"] for item in setup.dataset.skipped}
-    tally = _Tally()
+    throughput = _Throughput()
     with Interrupt() as interrupt:
 
         def check() -> None:
             if interrupt.number is not None:
-                again = f"`vitrail train --resume {folder.path}` begins anew"
-                raise Stopped(f"stopped before the probe was done; {again}", interrupt.number)
+                again = f"`vitrail train --resume {folder.path}` starts it again"
+                raise Stopped(f"stopped before the probe was finished; {again}", interrupt.number)
 
-        features = _all_features(setup, device, reporter, tally, skipped, check)
-        judge = _Judge(setup, features, device)
-        chosen, history = _choose(judge, features, reporter, folder, check)
+        setup.model.to(device)
+        remove_head(setup.model)
+        features = _all_features(setup, reporter, throughput, skipped, check)
+        evaluator = _HeadEvaluator(setup, features, device)
+        chosen, history = _choose(evaluator, features, reporter, folder, check)
     set_linear_head(setup.model, chosen.head, (setup.preprocess.channels, *setup.preprocess.size))
     name = setup.dataset.eval_split()
     if name not in features:
-        raise VitrailError(f"none of the {name} images can be read")
-    result = judge.of(chosen.head, name)
+        raise DataError(f"none of the {name} images could be read")
+    result = evaluator.evaluate(chosen.head, name)
     summary = {
-        **_figures(result, chosen, features, skipped),
+        **_metrics(result, chosen, features, skipped),
         **_knn(features, name, setup.dataset.num_classes),
         "params": sum(p.numel() for p in setup.model.parameters()),
         "model": setup.config.model.model,
@@ -112,8 +122,8 @@ def run_probe(
         "how_split": setup.dataset.how_split,
         "fits": len(history),
         "seconds": round(time.perf_counter() - started, 3),
-        "images_per_second": round(tally.rate, 1),
-        "waiting_for_data": round(tally.wait_seconds / tally.seconds, 4) if tally.seconds else 0.0,
+        "images_per_second": round(throughput.rate, 1),
+        "waiting_for_data": round(throughput.waiting, 4),
         "seed": setup.config.seed,
         "device": str(device),
     }
@@ -121,136 +131,113 @@ def run_probe(
 
 
 def result_lines(summary: Mapping[str, Any]) -> list[str]:
-    """What a probe gave, for people."""
+    """The result of a probe as lines of text."""
     split, probe = summary["split"], summary["probe"]
-    chosen = "nothing to choose it on" if probe["val_top1"] is None else f"chosen on val, {probe['val_top1']:.2f} %"
+    chosen = (
+        "the default, without validation images"
+        if probe["val_top1"] is None
+        else f"chosen on val, {probe['val_top1']:.2f} %"
+    )
     return [
         *(f"skipped {item['path']}: {item['reason']}" for item in summary["skipped"]),
         f"{split} top-1 {summary['top1']:.2f} % of {summary['images']:,} images by a linear head on frozen features "
         f"(l2 {probe['l2']:g}, {chosen}), {summary['knn_top1']:.2f} % by {probe['knn_neighbours']} nearest neighbours",
         f"{probe['images']:,} images through the model at {summary['images_per_second']:,.0f} images/s; "
-        f"in all {format_duration(summary['seconds'])}",
+        f"total time {format_duration(summary['seconds'])}",
     ]
 
 
-# --- features
-
-
 def _all_features(
-    setup: Setup,
-    device: torch.device,
-    reporter: Reporter,
-    tally: _Tally,
-    skipped: dict[str, str],
-    check: Callable[[], None],
+    setup: Setup, reporter: Reporter, throughput: _Throughput, skipped: dict[str, str], check: Callable[[], None]
 ) -> dict[str, Features]:
-    """Of each split that has readable images: train, val, and the one that is reported."""
-    config, dataset = setup.config, setup.dataset
-    wanted = [name for name in ("train", "val", dataset.eval_split()) if name in dataset.splits]
-    setup.model.to(device).eval()
+    """Features of each split with readable images: train, val, and the one whose metrics are reported."""
+    machine, dataset = setup.config.machine, setup.dataset
+    names = [name for name in ("train", "val", dataset.eval_split()) if name in dataset.splits]
+    runtime = TorchRuntime(setup.model, setup.preprocess, machine.amp)
     found = {}
-    for name in dict.fromkeys(wanted):
-        split = dataset.split(name)
-        loader = make_loader(split, setup.preprocess, device, config.machine.eval_batch_size, config.machine.workers)
-        with _counting(reporter, f"{name} features", len(split), tally) as advance:
+    for name in dict.fromkeys(names):
+        reader = SplitReader(dataset.split(name), setup.preprocess)
+        with _progress(reporter, f"{name} features", len(reader.split), throughput) as advance:
+            begin = time.perf_counter()
 
-            def on_batch(count: int, advance: Callable[[int], None] = advance) -> None:
-                advance(count)
+            def on_batch(batch: BatchResult[int], reader: SplitReader = reader, advance: Any = advance) -> None:
+                nonlocal begin
+                now = time.perf_counter()
+                throughput.add(len(batch.outputs), now - begin, batch.wait_seconds)
+                begin = now
+                skipped.update({item["path"]: item["reason"] for item in reader.skipped(batch)})
+                advance(len(batch.items))
                 check()
 
-            features = compute_features(setup.model, loader, device, config.machine.amp, tally, on_batch)
-        skipped |= {item["path"]: item["reason"] for item in loader.skipped}
+            features = compute_features(runtime, reader, machine.eval_batch_size, machine.workers, on_batch)
         if features is not None:
             found[name] = features
     if "train" not in found:
         reason = next(iter(skipped.values()), "there are none")
-        raise VitrailError(f"none of the training images can be read: {reason}")
+        raise DataError(f"none of the training images could be read: {reason}")
     return found
 
 
-@torch.inference_mode()
 def compute_features(
-    model: nn.Module,
-    loader: EvalLoader,
-    device: torch.device,
-    amp: str = "auto",
-    tally: _Tally | None = None,
-    on_batch: Callable[[int], None] | None = None,
+    runtime: TorchRuntime,
+    reader: SplitReader,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    on_batch: Callable[[BatchResult[int]], None] = lambda batch: None,
 ) -> Features | None:
-    """Each readable image of a loader once through the model, whose head is taken off; None for no image.
-
-    The head reads the whole of it: without a head, all models give its input, and the last block of a ViT computes
-    that alone.
-    """
-    remove_head(model)
-    bf16, tally = uses_bf16(model, device, amp), tally or _Tally()
-    values, labels, indices = [], [], []
-    begin, waited = time.perf_counter(), loader.wait_seconds
-    try:
-        for batch in loader:
-            with precision(device, bf16):
-                values.append(model(loader.preprocess.normalize(batch.to(device).images)).float().cpu())
-            labels.append(batch.labels)
-            indices.append(batch.indices)
-            now = time.perf_counter()
-            tally.images += len(batch)
-            tally.seconds += now - begin
-            tally.wait_seconds += loader.wait_seconds - waited
-            begin, waited = now, loader.wait_seconds
-            if on_batch:
-                on_batch(len(batch))
-    finally:
-        loader.close()
-    if not values:
+    """The features of each readable image of a split, on the runtime's device; None where no image is readable."""
+    values, rows = [], list[int]()
+    if workers is None:
+        workers = default_workers(reader.split)
+    for batch in Engine(runtime).run(range(len(reader.split)), reader, batch_size, workers, features=True):
+        values.append(torch.from_numpy(batch.outputs))
+        rows += batch.readable
+        on_batch(batch)
+    if not rows:
         return None
-    place = torch.device("cpu") if device.type == "mps" else device  # float64 is missing there
-    return Features(torch.cat(values).to(place), torch.cat(labels).to(place), torch.cat(indices))
+    device = torch.device("cpu") if runtime.device.type == "mps" else runtime.device  # MPS has no float64
+    labels = torch.from_numpy(reader.split.labels[rows])
+    return Features(torch.cat(values).to(device), labels.to(device), torch.tensor(rows))
 
 
 def remove_head(model: nn.Module) -> None:
-    """Make a model in timm's interface give the features that its head reads.
-
-    Raises:
-        VitrailError: it has no such interface.
-    """
+    """Make a model with timm's interface return the features that its head reads; raises ModelError for another."""
     if not hasattr(model, "reset_classifier"):
-        raise VitrailError(f"{type(model).__name__} has no reset_classifier: its head cannot be replaced by a probe's")
+        raise ModelError(f"{type(model).__name__} has no reset_classifier: its head cannot be replaced by a probe's")
     model.reset_classifier(0)  # type: ignore[operator]
 
 
 @torch.no_grad()
 def set_linear_head(model: nn.Module, head: Linear, image: tuple[int, int, int]) -> None:
-    """Give the model this head; DeiT's two heads both get it, as the mean of their logits is that of the mean feature.
+    """Give the model this head. DeiT's two heads both get it: the mean of their logits is that of the mean feature.
 
-    image: channels, height and width of what the model takes, for a trial of a model that is none of ours.
+    image: channels, height and width of the model's input, for a trial of an external model.
 
     Raises:
-        VitrailError: the logits are then not the head's. Only a guest can be so.
+        ModelError: the model's logits are then not those of the head, which only happens with external models.
     """
-    kinds, width = head.weight.shape
+    classes, width = head.weight.shape
     device = next(model.parameters()).device
-    guest = not isinstance(model, ImageModel)
+    external = not isinstance(model, ImageModel)
     noise = torch.randn(2, *image, generator=torch.Generator().manual_seed(0)).to(device)
-    if guest:
+    if external:
         remove_head(model)
-        expected = F.linear(model.eval()(noise), head.weight.to(device), head.bias.to(device))
-    model.reset_classifier(kinds)  # type: ignore[operator]
+        expected = F.linear(eval_view(model)(noise), head.weight.to(device), head.bias.to(device))
+    model.reset_classifier(classes)  # type: ignore[operator]
     layers = [module for name, module in model.named_modules() if name in HEADS and isinstance(module, nn.Linear)]
-    layers = [layer for layer in layers if layer.weight.shape == (kinds, width) and layer.bias is not None]
+    layers = [layer for layer in layers if layer.weight.shape == (classes, width) and layer.bias is not None]
     for layer in layers:
         layer.weight.copy_(head.weight)
         layer.bias.copy_(head.bias)
     model.to(device).eval()
-    if not layers or (guest and not torch.allclose(model(noise), expected, atol=1e-3 * float(expected.abs().max()))):
-        raise VitrailError(f"{type(model).__name__} has no linear head that a probe could be put into")
-
-
-# --- the head
+    tolerance = 1e-3 * float(expected.abs().max()) if external else 0.0
+    if not layers or (external and not torch.allclose(model(noise), expected, atol=tolerance)):
+        raise ModelError(f"{type(model).__name__} has no linear head that a probe could replace")
 
 
 @dataclass(frozen=True)
 class _Chosen:
-    """The head that was best on validation, or, without that, the only one; val_top1 in percent."""
+    """The head with the best validation metrics, or the only one; val_top1 in percent."""
 
     head: Linear
     l2: float
@@ -258,16 +245,16 @@ class _Chosen:
 
 
 @dataclass(frozen=True)
-class _Judge:
-    """Figures of a head on features, in the precision in which the whole model will be judged."""
+class _HeadEvaluator:
+    """Metrics of a head on features, in the precision in which the whole model is evaluated."""
 
     setup: Setup
     features: Mapping[str, Features]
     device: torch.device
 
     @torch.inference_mode()
-    def of(self, head: Linear, name: str) -> Evaluation:
-        """On the features of the split called `name`. What was skipped is not in it."""
+    def evaluate(self, head: Linear, name: str) -> Evaluation:
+        """Metrics on the features of the split `name`, without its skipped images."""
         features, recorder = self.features[name], Recorder()
         bf16 = uses_bf16(self.setup.model, self.device, self.setup.config.machine.amp)
         parts = (part.split(_CHUNK) for part in (features.values, features.labels, features.indices))
@@ -279,48 +266,48 @@ class _Judge:
 
 
 def _choose(
-    judge: _Judge,
+    evaluator: _HeadEvaluator,
     features: Mapping[str, Features],
     reporter: Reporter,
     folder: RunFolder,
     check: Callable[[], None],
 ) -> tuple[_Chosen, list[dict[str, Any]]]:
-    """Fit heads from strong to weak l2; the highest top-1 on validation wins, of equal ones the lowest loss."""
+    """Fit heads from strong to weak l2 and choose the highest validation top-1, then the lowest validation loss."""
     train = features["train"]
-    regression = LogisticRegression(train.values, train.labels, judge.setup.dataset.num_classes)
+    regression = LogisticRegression(train.values, train.labels, evaluator.setup.dataset.num_classes)
     history: list[dict[str, Any]] = []
     best: tuple[tuple[float, float], int, Linear] | None = None
     folder.write_metrics(history)
-    for place, l2 in enumerate(GRID if "val" in features else (_UNCHOSEN,)):
+    for index, l2 in enumerate(GRID if "val" in features else (_DEFAULT_L2,)):
         check()
         begin = time.perf_counter()
         head = regression.fit(l2)
-        on_train = judge.of(head, "train")
+        on_train = evaluator.evaluate(head, "train")
         record = {"l2": l2, "train_loss": on_train.loss, "train_top1": on_train.top1}
-        words = f"l2 {l2:<7g} loss {on_train.loss:.4f}"
-        merit = (0.0, 0.0)
+        line = f"l2 {l2:<7g} loss {on_train.loss:.4f}"
+        score = (0.0, 0.0)
         if "val" in features:
-            on_val = judge.of(head, "val")
+            on_val = evaluator.evaluate(head, "val")
             record |= {f"val_{key}": getattr(on_val, key) for key in ("top1", "top5", "loss", "ece")}
-            words += f"  val loss {on_val.loss:.4f}  val top-1 {on_val.top1:.2f} %"
-            merit = (on_val.top1, -on_val.loss)
+            line += f"  val loss {on_val.loss:.4f}  val top-1 {on_val.top1:.2f} %"
+            score = (on_val.top1, -on_val.loss)
         record["seconds"] = round(time.perf_counter() - begin, 3)
         history.append(record)
         folder.add_metrics(record)
-        reporter.say(words)
-        if best is None or merit > best[0]:
-            best = merit, place, head
-        elif place - best[1] >= _PATIENCE:
+        reporter.say(line)
+        if best is None or score > best[0]:
+            best = score, index, head
+        elif index - best[1] >= _PATIENCE:
             break
     assert best is not None
-    merit, place, head = best
-    return _Chosen(head, history[place]["l2"], merit[0] if "val" in features else None), history
+    score, index, head = best
+    return _Chosen(head, history[index]["l2"], score[0] if "val" in features else None), history
 
 
-def _figures(
+def _metrics(
     result: Evaluation, chosen: _Chosen, features: Mapping[str, Features], skipped: Mapping[str, str]
 ) -> dict[str, Any]:
-    """As of other runs, and under "probe" what only a probe has."""
+    """The summary's usual metrics, and under "probe" those of a probe alone."""
     return {
         **result.to_dict(),
         "val_top1": chosen.val_top1,
@@ -338,13 +325,10 @@ def _figures(
 
 
 def _knn(features: Mapping[str, Features], name: str, num_classes: int) -> dict[str, float]:
-    """knn_top1, percent of the split called `name`, by the training images. None of its settings was chosen."""
-    train, asked = features["train"], features[name]
-    predicted = nearest_neighbours(asked.values, train.values, train.labels, num_classes)
-    return {"knn_top1": 100 * float((predicted == asked.labels).double().mean())}
-
-
-# --- words
+    """knn_top1, percent, of the split `name` by its nearest training images. Its settings are fixed, not tuned."""
+    train, queries = features["train"], features[name]
+    predicted = nearest_neighbours(queries.values, train.values, train.labels, num_classes)
+    return {"knn_top1": 100 * float((predicted == queries.labels).double().mean())}
 
 
 def _plan_lines(setup: Setup, folder: RunFolder, device: torch.device, own_model: bool) -> list[str]:
@@ -352,12 +336,12 @@ def _plan_lines(setup: Setup, folder: RunFolder, device: torch.device, own_model
     counts = ", ".join(f"{count:,} {name}" for name, count in dataset.counts().items())
     height, width = setup.preprocess.size
     published = "published weights" if config.model.pretrained else None
-    start = config.model.weights or published or ("your own" if own_model else None)
-    random = "random weights: the features are random too; name --weights or --pretrained for better ones"
+    start = config.model.weights or published or ("the given model's" if own_model else None)
+    random = "random weights, so the features are random too: use --weights or --pretrained"
     return [
         *(reason for reason in setup.reasons if reason.startswith("model")),
         f"data    {dataset.name}: {counts} images, {class_words(dataset)} ({dataset.how_split})",
-        *([f"skipped {len(dataset.skipped)} unusable files, named in the summary"] if dataset.skipped else []),
+        *([f"skipped {len(dataset.skipped)} unusable files, listed in the summary"] if dataset.skipped else []),
         f"model   {config.model.model}, frozen, input {height}x{width}; {start or random}",
         f"device  {device}, {describe_precision(device, uses_bf16(setup.model, device, config.machine.amp))}",
         f"output  {folder.path}",
@@ -365,23 +349,25 @@ def _plan_lines(setup: Setup, folder: RunFolder, device: torch.device, own_model
 
 
 @contextmanager
-def _counting(reporter: Reporter, what: str, total: int, tally: _Tally) -> Iterator[Callable[[int], None]]:
-    """Gives a function that is told how many more images are done: a bar in a terminal, elsewhere a line at times."""
+def _progress(reporter: Reporter, title: str, total: int, throughput: _Throughput) -> Iterator[Callable[[int], None]]:
+    """Yields a function that is called with the number of images done since the last call. In a terminal it updates a
+    bar, elsewhere it prints a line every few seconds."""
     console = reporter.console
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"))
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"))
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal or console.quiet)
     last, done = time.perf_counter(), 0
     with bar:
-        task = bar.add_task(what, total=total, words="")
+        task = bar.add_task(title, total=total, status="")
 
         def advance(count: int) -> None:
             nonlocal last, done
             done += count
-            left = format_duration((total - done) / tally.rate) if tally.rate else "?"
-            words = f"{done:,} of {total:,}  {tally.words()}  {left} left"
-            bar.update(task, completed=done, words=words)
+            left = format_duration((total - done) / throughput.rate) if throughput.rate else "?"
+            speed = f"{throughput.rate:,.0f} images/s  {throughput.waiting:.0%} waiting for data"
+            status = f"{done:,} of {total:,}  {speed}  {left} left"
+            bar.update(task, completed=done, status=status)
             if bar.disable and time.perf_counter() - last >= _LINE_SECONDS:
                 last = time.perf_counter()
-                reporter.say(f"{what}  {words}")
+                reporter.say(f"{title}  {status}")
 
         yield advance

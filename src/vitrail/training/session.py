@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from vitrail.data.loader import EvalLoader
 from vitrail.errors import RunError
-from vitrail.evaluation.evaluate import Abandoned, evaluate_loader
+from vitrail.evaluation.evaluate import Interrupted, evaluate
 from vitrail.evaluation.metrics import Evaluation
-from vitrail.training.build import make_eval_loader, make_train_loader, make_trainer
+from vitrail.inference.engine import SplitReader
+from vitrail.inference.torch_runtime import TorchRuntime
+from vitrail.training.build import make_train_loader, make_trainer
 from vitrail.training.checkpoints.best import BestWeights
 from vitrail.training.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from vitrail.training.checkpoints.policy import CheckpointPolicy
@@ -58,9 +59,9 @@ class Session:
         self.reporter = reporter
         readers = cached_readers(config, dataset, setup.preprocess, reporter.say)
         self.loader = make_train_loader(setup, device, distributed, readers.get("train"))
-        self.validation: EvalLoader | None = None
+        self.validation: SplitReader | None = None
         if "val" in dataset.splits:
-            self.validation = make_eval_loader(setup, "val", device, distributed, readers.get("val"))
+            self.validation = SplitReader(dataset.split("val"), setup.preprocess, readers.get("val"))
         check_distributed_config(config, distributed)
         # Several devices may need another module (sharded parameters, SyncBatchNorm) than the one to save.
         converted = distributed.world_size > 1 and (config.machine.shard or device.type == "cuda")
@@ -169,11 +170,11 @@ class Session:
 
     # --- validation
 
-    def _validate(self, loader: EvalLoader, interrupt: Interrupt) -> dict[str, Any]:
+    def _validate(self, images: SplitReader, interrupt: Interrupt) -> dict[str, Any]:
         """Metrics of the current model, which is kept if it is the best so far."""
         try:
-            result = self._evaluate(self.trainer.eval_model, loader, "val", lambda: interrupt.number)
-        except Abandoned as stopped:
+            result = self._evaluate(self.trainer.eval_model, images, "val", lambda: interrupt.number)
+        except Interrupted as stopped:
             self._stop(stopped.signal)
         self.skipped |= {item["path"]: item["reason"] for item in result.skipped}
         score = result.top1 if self.config.regularize.balance == "none" else result.balanced_top1
@@ -196,21 +197,23 @@ class Session:
     def final_evaluation(self, model: nn.Module) -> Evaluation:
         """Metrics of the final model on the test split, or what stands for it."""
         name = self.setup.dataset.eval_split()
-        loader = make_eval_loader(self.setup, name, self.trainer.device, self.distributed)
-        return self._evaluate(model, loader, name)
+        images = SplitReader(self.setup.dataset.split(name), self.setup.preprocess)
+        return self._evaluate(model, images, name)
 
     def _evaluate(
-        self, model: nn.Module, loader: EvalLoader, name: str, stop: Callable[[], int | None] | None = None
+        self, model: nn.Module, images: SplitReader, name: str, stop: Callable[[], int | None] | None = None
     ) -> Evaluation:
-        return evaluate_loader(
-            model,
-            loader,
+        machine = self.config.machine
+        return evaluate(
+            TorchRuntime(model, self.setup.preprocess, machine.amp),
+            images,
             self.setup.dataset.class_names,
-            name,
-            amp=self.config.machine.amp,
+            name=name,
+            batch_size=machine.eval_batch_size,
+            workers=machine.workers,
             stop=stop,
             distributed=self.distributed,
-            together=self.trainer.sharded,
+            sharded=self.trainer.sharded,
         )
 
     # --- checkpoints

@@ -12,8 +12,8 @@ from torch import nn
 from vitrail.data.catalog import absolute_data, open_dataset
 from vitrail.data.dataset import Dataset
 from vitrail.errors import VitrailError
-from vitrail.evaluation.evaluate import default_workers
 from vitrail.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from vitrail.inference.engine import default_workers
 from vitrail.models.base import ImageModel
 from vitrail.models.catalog import VARIANTS, variant
 from vitrail.models.timm_compat import window_mismatch

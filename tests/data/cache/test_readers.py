@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+from data.crops import read_crops
 from data.make_folder import make_folder
 from vitrail.data.augment.crop import CROP_DRAWS, crop_box, crop_stored
 from vitrail.data.cache.readers import (
@@ -21,7 +22,7 @@ from vitrail.data.cache.readers import (
 )
 from vitrail.data.catalog import open_dataset
 from vitrail.data.dataset import ArraySplit, FileSplit
-from vitrail.data.loader import EvalLoader, TrainLoader
+from vitrail.data.loader import TrainLoader
 from vitrail.images.preprocess import Preprocess
 from vitrail.images.resize import resize_part
 from vitrail.utils.counter_rng import uniform
@@ -92,21 +93,21 @@ def test_a_bounded_cache_keeps_a_part(split: FileSplit) -> None:
 def test_later_epochs_decode_nothing(split: FileSplit, monkeypatch: pytest.MonkeyPatch) -> None:
     keep, crops = read(split), read(split, whole=False)
     first = views(split, keep, epochs=1)
-    list(EvalLoader(split, P, batch_size=10, read=crops))
+    read_crops(split, P, crops)
     monkeypatch.setattr(FileSplit, "image", lambda *_: pytest.fail("decoded again"))
     assert_same(views(split, keep, epochs=1), first)
     assert_same(views(split, read(split), epochs=1), first)
     assert len(views(split, keep)) == 8
-    assert sum(len(b) for b in EvalLoader(split, P, batch_size=10, read=crops)) == 28
+    assert len(read_crops(split, P, crops)[0]) == 28
 
 
 @pytest.mark.parametrize("fit", ["center", "border", "squash"])
 def test_evaluation_is_exact(split: FileSplit, fit: str) -> None:
     p = P.replace(crop_mode=fit)
-    plain = [batch.images for batch in EvalLoader(split, p, batch_size=9)]
+    plain, _ = read_crops(split, p)
     for _ in range(2):
         kept = reader(split, p, 1 << 30, pytest.fail, whole=False)
-        assert_same([batch.images for batch in EvalLoader(split, p, batch_size=9, workers=2, read=kept)], plain)
+        np.testing.assert_array_equal(read_crops(split, p, kept)[0], plain)
     assert_same(views(split, read(split, whole=False), crop=False), views(split, None, crop=False))
 
 

@@ -1,0 +1,208 @@
+"""The inference engine: images are decoded ahead on threads, batched and run through a runtime; results keep the order.
+
+predict, embed and evaluate, linear probes and training's validation all run on it. A batch is the next `batch_size`
+readable images, so the same images give the same batches, and the same numbers, wherever they come from.
+Shapes: N images, B batch, H W height and width, C channels, K classes, F features.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import numpy as np
+
+from vitrail.data.dataset import ArraySplit, Split
+from vitrail.errors import ConfigError, DataError
+from vitrail.images.convert import Pixels
+from vitrail.images.decode import BadImage
+from vitrail.images.preprocess import Preprocess
+from vitrail.images.reader import Crop, Input, Inputs, crop, expand
+from vitrail.inference.runtime import Outputs, Runtime
+
+if TYPE_CHECKING:
+    from vitrail.data.cache.readers import ReadImage
+
+T = TypeVar("T")
+
+_MAX_MEMORY = 256 << 20  # bytes up to which an array's crops are kept for the next evaluation
+_CHUNKS = 4  # tasks that each thread gets for a batch
+
+
+@dataclass(frozen=True)
+class BatchResult(Generic[T]):
+    """Consecutive items and what the model gave for them.
+
+    outputs: float32 B K logits or B F features, a row for each item without an error. errors: why an item could not be
+    read, or None, for each item. wait_seconds: how long the model waited for data.
+    """
+
+    items: list[T]
+    errors: list[str | None]
+    outputs: Outputs
+    wait_seconds: float
+
+    @property
+    def readable(self) -> list[T]:
+        """The items of the rows of `outputs`."""
+        return [item for item, error in zip(self.items, self.errors, strict=True) if error is None]
+
+
+class Engine:
+    """Runs images through a runtime. It keeps no state between calls; several threads may use one engine."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+
+    def stream(
+        self, inputs: Inputs, batch_size: int | None = None, *, features: bool = False
+    ) -> Iterator[BatchResult[Input | Crop]]:
+        """Paths, folders, patterns, Pillow images or uint8 arrays, as in `images/reader.py`."""
+        preprocess = self.runtime.preprocess
+
+        def read(item: Input | Crop) -> Pixels:
+            found = crop(item, preprocess)
+            if found.pixels is None:
+                raise BadImage(found.error or "could not be read")
+            return found.pixels
+
+        return self.run(expand(inputs), read, batch_size, features=features)
+
+    def run(
+        self,
+        items: Iterable[T],
+        read: Callable[[T], Pixels],
+        batch_size: int | None = None,
+        workers: int | None = None,
+        *,
+        features: bool = False,
+    ) -> Generator[BatchResult[T]]:
+        """Batches of results, in the order of `items`.
+
+        read: an item to uint8 H W C, or BadImage. batch_size: None for the runtime's default. workers: threads that
+        read ahead; 0 reads in the caller's, None uses one per core.
+        """
+        size = self.runtime.default_batch_size if batch_size is None else batch_size
+        if size < 1:
+            raise ConfigError(f"batch_size must be at least 1, not {size}")
+        compute = self.runtime.features if features else self.runtime.logits
+        width = self.runtime.num_features if features else self.runtime.num_classes
+        with closing(_read_ahead(items, read, size, default_workers() if workers is None else workers)) as stream:
+            while True:
+                begin = time.perf_counter()
+                batch, errors, pixels = _next_batch(stream, size)
+                if not batch:
+                    return
+                stacked = np.stack(pixels) if pixels else None
+                waited = time.perf_counter() - begin
+                outputs = np.empty((0, width), np.float32) if stacked is None else compute(stacked)
+                yield BatchResult(batch, errors, outputs, waited)
+
+
+class SplitReader:
+    """Crops of a split's images by row; made once for several evaluations, it keeps the crops of small arrays.
+
+    read: where crops come from instead, such as a cache on the disk (see data/cache/readers.py).
+    """
+
+    def __init__(self, split: Split, preprocess: Preprocess, read: ReadImage | None = None) -> None:
+        if len(split) == 0:
+            raise DataError("the split has no images")
+        self.split = split
+        self.preprocess = preprocess
+        self._read = read
+        array = split if read is None and isinstance(split, ArraySplit) else None
+        self._array = array if array is not None and _is_cropped(array, preprocess) else None
+        size = len(split) * preprocess.channels * math.prod(preprocess.size)
+        self._crops: dict[int, Pixels] | None = {} if array is not None and size <= _MAX_MEMORY else None
+
+    def __call__(self, row: int) -> Pixels:
+        """Image `row`, uint8 H W C. Raises BadImage."""
+        if self._array is not None:
+            pixels: Pixels = self._array.images[row].reshape(*self.preprocess.size, -1)
+            channels = self.preprocess.channels
+            return pixels if pixels.shape[2] == channels else pixels.repeat(channels, axis=2)
+        if self._read is not None:
+            return self._read(row)
+        if self._crops is None:
+            return self.preprocess.crop(self.split.image(row))
+        if row not in self._crops:
+            self._crops[row] = self.preprocess.crop(self.split.image(row))
+        return self._crops[row]
+
+    def skipped(self, result: BatchResult[int]) -> list[dict[str, str]]:
+        """The unreadable images of a batch: {"path", "reason"} each."""
+        pairs = zip(result.items, result.errors, strict=True)
+        return [{"path": self.split.name(row), "reason": error} for row, error in pairs if error is not None]
+
+
+def _is_cropped(split: ArraySplit, preprocess: Preprocess) -> bool:
+    """Whether the images are what `crop` would make of them, but for grey that becomes RGB."""
+    height, width = split.images.shape[1:3]
+    return preprocess.keeps(height, width) and split.channels in (1, preprocess.channels)
+
+
+def default_workers(split: Split | None = None) -> int:
+    """Threads that decode images: as many as there are cores, up to 16; none for a split in memory."""
+    if isinstance(split, ArraySplit):
+        return 0
+    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+Decoded = tuple[T, Pixels | None, str | None]
+
+
+def _next_batch(stream: Iterator[Decoded[T]], size: int) -> tuple[list[T], list[str | None], list[Pixels]]:
+    """Items up to the next `size` readable ones, the error or None of each, and the pixels of those that have some."""
+    items: list[T] = []
+    errors: list[str | None] = []
+    found: list[Pixels] = []
+    for item, pixels, error in stream:
+        items.append(item)
+        errors.append(error)
+        if pixels is not None:
+            found.append(pixels)
+        if len(found) == size:
+            break
+    return items, errors, found
+
+
+def _read_ahead(
+    items: Iterable[T], read: Callable[[T], Pixels], batch_size: int, workers: int
+) -> Generator[Decoded[T]]:
+    """Every item in order with its pixels or its error, of which two batches are read ahead."""
+
+    def decode(part: Sequence[T]) -> list[Decoded[T]]:
+        found: list[Decoded[T]] = []
+        for item in part:
+            try:
+                found.append((item, read(item), None))
+            except BadImage as bad:
+                found.append((item, None, bad.reason))
+        return found
+
+    rest = iter(items)
+    if workers == 0:
+        for item in rest:
+            yield from decode([item])
+        return
+    chunk = math.ceil(batch_size / (_CHUNKS * workers))
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    try:
+        pending: deque[Future[list[Decoded[T]]]] = deque()
+        while True:
+            while len(pending) * chunk < 2 * batch_size and (part := list(islice(rest, chunk))):
+                pending.append(pool.submit(decode, part))
+            if not pending:
+                return
+            yield from pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,111 @@
+"""The torch runtime, and how a model is evaluated without switching its mode.
+
+Shapes: B batch, H W height and width, C channels, K classes, F features.
+"""
+
+import contextlib
+import json
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrail.errors import ModelError
+from vitrail.images.preprocess import Preprocess
+from vitrail.inference.runtime import Images, Outputs, default_batch_size
+from vitrail.models.base import ImageModel
+from vitrail.utils.device import uses_bf16
+from vitrail.utils.fingerprint import model_fingerprint
+
+
+class TorchRuntime:
+    """A torch model in evaluation mode, whatever mode the model itself is in.
+
+    precision: "off" for float32, "bf16" for bfloat16 autocast, "auto" for what the hardware is fast at (see
+    `uses_bf16`). Parameters, buffers and hooks are the model's own, so changed weights are seen; a change of the module
+    structure, such as a new head, needs a new runtime, which takes about 2 ms for a ViT-B.
+    """
+
+    def __init__(
+        self, model: nn.Module, preprocess: Preprocess, precision: str = "auto", name: str | None = None
+    ) -> None:
+        self.model = eval_view(model)
+        self.preprocess = preprocess
+        self.device = next(model.parameters()).device
+        self.bf16 = uses_bf16(model, self.device, precision)
+        self.name = name or type(model).__name__
+        self.num_classes = int(getattr(model, "num_classes", 0))
+        self.num_features = int(getattr(model, "num_features", 0))
+        self.default_batch_size = default_batch_size(preprocess, self.device.type)
+
+    def logits(self, images: Images) -> Outputs:
+        with torch.inference_mode(), autocast(self.device, self.bf16):
+            return _to_numpy(self.model(self._normalize(images)))
+
+    def features(self, images: Images) -> Outputs:
+        with torch.inference_mode(), autocast(self.device, self.bf16):
+            return _to_numpy(_pre_logits(self.model, self._normalize(images)))
+
+    def fingerprint(self) -> str:
+        return model_fingerprint(self.model, self.name, json.dumps(self.preprocess.to_dict(), sort_keys=True))
+
+    def _normalize(self, images: Images) -> Tensor:
+        """uint8 B H W C to normalised float32 B C H W on the model's device."""
+        pixels = torch.from_numpy(images).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        # Not contiguous(): with one channel it keeps strides that convolutions take for channels-last.
+        planes = torch.empty(pixels.shape, dtype=torch.uint8, device=self.device).copy_(pixels)
+        return self.preprocess.normalize(planes)
+
+
+def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager[Any]:
+    """bfloat16 or float32 for a forward pass, also inside another autocast context.
+
+    Without autocast's cache of cast weights: all threads share it, and a tensor that was cast in inference mode is
+    useless to a thread that trains.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+
+
+def eval_view(model: nn.Module) -> nn.Module:
+    """The same network in evaluation mode: copies of the modules that share parameters, buffers and hooks.
+
+    The model itself is not touched, so one thread may evaluate while another trains it. Attributes that refer to
+    modules of the model (lists, dicts, bound methods) refer to the copies. It is not a deep copy: those take memory,
+    and models sharded by FSDP refuse them.
+    """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile, whose forward is bound to the original module
+    copies: dict[int, nn.Module] = {}
+    for module in model.modules():
+        copies[id(module)] = object.__new__(type(module))  # FSDP's own __new__ would make the unsharded class
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            return copies.get(id(value), value)
+        if type(value) is MethodType:
+            return MethodType(value.__func__, replaced(value.__self__))
+        if type(value) is dict:
+            return {key: replaced(item) for key, item in value.items()}
+        return type(value)(map(replaced, value)) if type(value) in (list, tuple) else value
+
+    for module in model.modules():
+        shared = {"_parameters": module._parameters, "_buffers": module._buffers, "training": False}
+        attributes = {name: value for name, value in vars(module).items() if name not in shared}
+        copies[id(module)].__dict__.update({name: replaced(value) for name, value in attributes.items()} | shared)
+    return copies[id(model)]
+
+
+def _pre_logits(model: nn.Module, x: Tensor) -> Any:
+    """The input of the head, by timm's interface where the model is not one of ours."""
+    if isinstance(model, ImageModel):
+        return model.forward_pre_logits(x)
+    if hasattr(model, "forward_head") and hasattr(model, "forward_features"):
+        return model.forward_head(model.forward_features(x), pre_logits=True)  # type: ignore[operator]
+    if getattr(model, "num_classes", None) == 0:
+        return model(x)
+    raise ModelError(f"{type(model).__name__} has no forward_features and forward_head: its features are unknown")
+
+
+def _to_numpy(output: Any) -> Outputs:
+    result: Outputs = output.float().cpu().numpy()
+    return result
