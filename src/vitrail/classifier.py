@@ -147,8 +147,10 @@ class Classifier:
         if top < 1:
             raise ConfigError(f"top must be at least 1, not {top}")
         for batch in self.engine().stream(inputs, batch_size):
-            probabilities = torch.from_numpy(batch.outputs).softmax(dim=1)
-            scores, indices = probabilities.topk(min(top, len(self.class_names)), dim=1)
+            logits = torch.from_numpy(batch.outputs)
+            # Stable: of equal logits, which bfloat16 has, the first class comes first, as in evaluate's argmax.
+            indices = logits.argsort(dim=1, descending=True, stable=True)[:, :top]
+            scores = logits.softmax(dim=1).gather(1, indices)
             rows = zip(scores.tolist(), indices.tolist(), strict=True)
             for item, error in zip(batch.items, batch.errors, strict=True):
                 path = path_of(item)
