@@ -23,6 +23,14 @@ class WeightsError(VitrailError):
     """Weights that could not be found, downloaded, verified or read, or that do not match the model."""
 
 
+class DownloadError(DataError, WeightsError):
+    """A download that failed. `status` is the HTTP status if the server answered with an error."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class ModelError(VitrailError):
     """A model that does not exist, cannot be built, or cannot take the given input."""
 

@@ -22,7 +22,7 @@ from vitrail.data.dataset import Dataset, SkippedImage, file_fingerprint
 from vitrail.data.formats.scan import Scan, cached_scan, group_by_split, make_labelled_dataset
 from vitrail.data.formats.shards import ShardSplit, scan_shard
 from vitrail.data.splits import SplitOptions
-from vitrail.errors import DataError, VitrailError
+from vitrail.errors import DataError, DownloadError
 from vitrail.utils.download import Progress, cache_dir, fetch
 
 _CLASS_FILES = ("classes.txt", "classes.json")
@@ -105,8 +105,8 @@ def _class_names(address: str) -> list[str] | None:
 def _fetch_if_exists(address: str) -> str | None:
     try:
         return _local(address, None)
-    except VitrailError as error:
-        if "the server says 40" in str(error):  # 404, or 403 from some hosts, if it does not exist
+    except DownloadError as error:
+        if error.status in (403, 404, 410):  # some hosts answer 403 if it does not exist
             return None
         raise
 
