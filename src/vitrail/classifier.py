@@ -217,7 +217,7 @@ class Classifier:
     def _warn_of_growth(self, dataset: Dataset, name: str) -> None:
         """A folder without splits of its own is split by shares: with other images, others are held out."""
         before = self.notes.get("counts")
-        if before and "split seed" in dataset.how_split and name != "train" and dataset.name == self.notes.get("data"):
+        if before and dataset.held_out and name != "train" and dataset.name == self.notes.get("data"):
             now = dataset.counts()
             if now != before:
                 counts = (", ".join(f"{count} {split}" for split, count in each.items()) for each in (before, now))

@@ -179,7 +179,8 @@ class Dataset:
     """What a model is trained and evaluated on.
 
     mean, std: one per channel, for pixels scaled to 0..1; None means ImageNet's. skipped: files that were left out,
-    each {"path", "reason"}. how_split: a description of where the splits come from.
+    each {"path", "reason"}. how_split: a description of where the splits come from. held_out: whether val or test were
+    held out of train, so that they change when images are added.
     """
 
     name: str
@@ -190,6 +191,7 @@ class Dataset:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     how_split: str = ""
+    held_out: bool = False
     skipped: list[SkippedImage] = field(default_factory=list)
 
     @property

@@ -1,7 +1,7 @@
-"""Batches from splits: decoded and cropped on threads, resumable, the same for any number of workers and processes.
+"""Training batches: decoded and cropped on threads, resumable, the same for any number of workers and processes.
 
 Threads, not processes: Pillow releases Python's global lock while it decodes and resizes, so threads use all cores, and
-nothing has to be forked or pickled. Arrays that need no cropping are copied straight from memory.
+nothing has to be forked or pickled. Arrays that need no cropping are copied from memory.
 Shapes: B images in a batch, C channels, H height, W width, N images in a split.
 """
 
@@ -30,7 +30,7 @@ from vitrail.images.preprocess import Preprocess
 from vitrail.utils.counter_rng import uniform
 
 _IN_MEMORY = 256 << 20  # bytes up to which an array's cropped images are kept, rather than cropped anew every epoch
-_AHEAD = 3  # batches that are being made while one is used
+_PREFETCH = 3  # batches that are read while one is used
 
 
 @dataclass
@@ -56,155 +56,21 @@ class Batch:
 
 @dataclass
 class _Job:
-    """A batch that is being read. `positions`: the samples' places in `order`, the keys of the epoch or split."""
+    """A batch that is being read.
+
+    positions: the samples' positions in `order`, the keys of the epoch. draws: (B, CROP_DRAWS) for random crops.
+    """
 
     order: Keys
     positions: range
     epoch: int
     keys: Keys
+    draws: npt.NDArray[np.float64]
     images: torch.Tensor
-    readable: npt.NDArray[np.bool_]
     tasks: list[Future[None]]
 
 
-class _Loader:
-    """Reading batches, measuring the wait, recording unreadable images."""
-
-    def __init__(
-        self, split: Split, preprocess: Preprocess, batch_size: int, workers: int, pin: bool, read: ReadImage | None
-    ) -> None:
-        if batch_size < 1 or workers < 0:
-            raise ValueError(f"batch_size {batch_size} and workers {workers} must be at least 1 and 0")
-        if len(split) == 0:
-            raise DataError("there are no images to load")
-        self.split = split
-        self.preprocess = preprocess
-        self.batch_size = batch_size
-        self.workers = workers
-        self.wait_seconds = 0.0
-        self._pin = pin
-        self._read = read
-        self._unreadable: dict[int, SkippedImage] = {}
-        self._pool: ThreadPoolExecutor | None = None
-        self._memory: Pixels | None = None
-
-    @property
-    def skipped(self) -> list[SkippedImage]:
-        """Images that could not be read so far, each once, in the split's order."""
-        return [self._unreadable[row] for row in sorted(self._unreadable)]
-
-    def close(self) -> None:
-        """Stop the threads. The loader may be used again: it then starts new ones."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
-
-    def _sample(self, row: int, draw: npt.NDArray[np.float64] | None, out: torch.Tensor) -> None:
-        """Write an image into `out`, uint8 C H W. Raises BadImage."""
-        crop = self._read(row) if self._read else self.preprocess.crop(self.split.image(row))
-        out.numpy()[:] = crop.transpose(2, 0, 1)
-
-    def _draws(self, keys: Keys, epoch: int) -> npt.NDArray[np.float64] | None:
-        return None
-
-    def _try_sample(self, job: _Job, i: int, draw: npt.NDArray[np.float64] | None) -> bool:
-        """Read image i of a batch; False, and an entry in `skipped`, if it cannot be read."""
-        row = int(rows_of(job.keys[i]))
-        try:
-            self._sample(row, draw, job.images[i])
-        except BadImage as bad:
-            self._unreadable[row] = {"path": self.split.name(row), "reason": bad.reason}
-            return False
-        return True
-
-    def _replace(self, job: _Job, i: int) -> bool:
-        """Put another image in the place of the unreadable image i of a batch; False: it is left out."""
-        return False
-
-    def _start(self, order: Keys, positions: range, epoch: int) -> _Job:
-        keys = order[positions.start : positions.stop].copy()
-        shape = (len(keys), self.preprocess.channels, *self.preprocess.size)
-        images = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin)
-        job = _Job(order, positions, epoch, keys, images, np.ones(len(keys), dtype=bool), [])
-        draws = self._draws(keys, epoch)
-
-        def fill(part: range) -> None:
-            for i in part:
-                if not self._try_sample(job, i, None if draws is None else draws[i]):
-                    job.readable[i] = self._replace(job, i)
-
-        if self.workers == 0:
-            fill(range(len(keys)))
-            return job
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="vitrail-data")
-        size = math.ceil(len(keys) / (4 * self.workers))
-        job.tasks = [self._pool.submit(fill, range(i, min(i + size, len(keys)))) for i in range(0, len(keys), size)]
-        return job
-
-    def _finish(self, job: _Job) -> Batch:
-        for task in job.tasks:
-            task.result()
-        keys, images = job.keys, job.images
-        if not job.readable.all():
-            keys, images = keys[job.readable], images[torch.from_numpy(job.readable)]
-        return self._batch(keys, images)
-
-    def _batch(self, keys: Keys, images: torch.Tensor) -> Batch:
-        labels = torch.from_numpy(self.split.labels[rows_of(keys)])
-        return Batch(images, labels.pin_memory() if self._pin else labels, torch.from_numpy(keys))
-
-    def _batches(self, order: Keys, plan: Iterator[range], epoch: int) -> Iterator[Batch]:
-        """The batches at these positions of `order`, one after the other; some are read ahead."""
-        if (memory := self._in_memory()) is not None:
-            for positions in plan:
-                begin = time.perf_counter()
-                keys = order[positions.start : positions.stop]
-                # numpy's take: torch's own indexing wakes its thread pool, which costs more than the copy.
-                images = torch.from_numpy(memory.take(rows_of(keys), axis=0))
-                batch = self._batch(keys, images.pin_memory() if self._pin else images)
-                self.wait_seconds += time.perf_counter() - begin
-                yield batch
-            return
-        ahead = _AHEAD if self.workers else 0
-        jobs: deque[_Job] = deque()
-        try:
-            while True:
-                begin = time.perf_counter()
-                jobs.extend(self._start(order, positions, epoch) for positions in islice(plan, ahead + 1 - len(jobs)))
-                if not jobs:
-                    return
-                batch = self._finish(jobs.popleft())
-                self.wait_seconds += time.perf_counter() - begin
-                yield batch
-        finally:
-            for job in jobs:
-                for task in job.tasks:
-                    task.cancel()
-
-    def _crops_are_fixed(self) -> bool:
-        """Whether an image has the same pixels in every epoch."""
-        return True
-
-    def _in_memory(self) -> Pixels | None:
-        """All images as uint8 N C H W, if they are an array that needs no cropping or is small enough to be cropped
-        once. Else None.
-        """
-        split, want = self.split, self.preprocess
-        if self._memory is not None or not isinstance(split, ArraySplit) or not self._crops_are_fixed():
-            return self._memory
-        height, width = split.images.shape[1:3]
-        if want.keeps(height, width) and split.channels in (1, want.channels):
-            planes = split.images.reshape(len(split), height, width, -1).transpose(0, 3, 1, 2)
-            if split.channels != want.channels:
-                planes = planes.repeat(want.channels, axis=1)
-            self._memory = np.ascontiguousarray(planes)
-        elif len(split) * want.channels * math.prod(want.size) <= _IN_MEMORY:
-            self._memory = self._finish(self._start(np.arange(len(split)), range(len(split)), 0)).images.numpy()
-        return self._memory
-
-
-class TrainLoader(_Loader):
+class TrainLoader:
     """Shuffled batches, epoch by epoch.
 
     batch_size: images in a step, over all processes; process `rank` of `world_size` gets its slice of each batch, so
@@ -240,7 +106,10 @@ class TrainLoader(_Loader):
         pin: bool = False,
         read: ReadImage | None = None,
     ) -> None:
-        super().__init__(split, preprocess, batch_size, workers, pin, read)
+        if batch_size < 1 or workers < 0:
+            raise ValueError(f"batch_size {batch_size} and workers {workers} must be at least 1 and 0")
+        if len(split) == 0:
+            raise DataError("there are no images to load")
         if batch_size % world_size or not 0 <= rank < world_size:
             raise DistributedError(
                 f"batch_size={batch_size} cannot be divided among {world_size} processes: use a multiple"
@@ -251,7 +120,11 @@ class TrainLoader(_Loader):
             raise ConfigError(
                 "balance=sample already repeats the images of rare classes: set repeats=1, or use balance=loss"
             )
+        self.split = split
+        self.preprocess = preprocess
+        self.batch_size = batch_size
         self.seed = seed
+        self.workers = workers
         self.crop_scale = crop_scale
         self.crop_ratio = crop_ratio
         self.repeats = repeats
@@ -259,18 +132,31 @@ class TrainLoader(_Loader):
         self.rank = rank
         self.world_size = world_size
         self.steps_per_epoch = max(1, len(split) // batch_size)
+        self.wait_seconds = 0.0
+        self._pin = pin
+        self._read = read
+        self._unreadable: dict[int, SkippedImage] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._memory: Pixels | None = None
+
+    @property
+    def skipped(self) -> list[SkippedImage]:
+        """Images that could not be read so far, each once, in the split's order."""
+        return [self._unreadable[row] for row in sorted(self._unreadable)]
+
+    def close(self) -> None:
+        """Stop the threads. The loader may be used again: it then starts new ones."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from `start_step` on. Raises DataError if no image can be read."""
         order = self._order(epoch)
-        plan = (self._positions(step, len(order)) for step in range(start_step, self.steps_per_epoch))
-        return self._batches(order, plan, epoch)
-
-    def _positions(self, step: int, count: int) -> range:
-        """The places in the epoch's order, of `count` keys, of this process's part of a batch."""
-        start = step * self.batch_size
-        size = min(self.batch_size, count - start) // self.world_size
-        return range(start + self.rank * size, start + (self.rank + 1) * size)
+        steps = (self._positions(step, len(order)) for step in range(start_step, self.steps_per_epoch))
+        if (memory := self._in_memory()) is not None:
+            return self._copied(memory, order, steps)
+        return self._prefetched(order, steps, epoch)
 
     def _order(self, epoch: int) -> Keys:
         """The keys of all samples of an epoch, in order."""
@@ -278,27 +164,118 @@ class TrainLoader(_Loader):
             return count_repetitions(balanced_rows(self.split.labels, self.seed, epoch))
         return epoch_order(self.seed, epoch, len(self.split), self.repeats, self.batch_size)
 
-    def _replace(self, job: _Job, i: int) -> bool:
+    def _positions(self, step: int, count: int) -> range:
+        """Positions in the epoch's order, of `count` keys, of this process's part of a batch."""
+        start = step * self.batch_size
+        size = min(self.batch_size, count - start) // self.world_size
+        return range(start + self.rank * size, start + (self.rank + 1) * size)
+
+    def _copied(self, memory: Pixels, order: Keys, steps: Iterator[range]) -> Iterator[Batch]:
+        """Batches of images that are in memory already."""
+        for positions in steps:
+            begin = time.perf_counter()
+            keys = order[positions.start : positions.stop]
+            # numpy's take: torch's own indexing wakes its thread pool, which costs more than the copy.
+            images = torch.from_numpy(memory.take(rows_of(keys), axis=0))
+            batch = self._batch(keys, images.pin_memory() if self._pin else images)
+            self.wait_seconds += time.perf_counter() - begin
+            yield batch
+
+    def _prefetched(self, order: Keys, steps: Iterator[range], epoch: int) -> Iterator[Batch]:
+        """Batches that are read, some of them ahead of use."""
+        ahead = _PREFETCH if self.workers else 0
+        jobs: deque[_Job] = deque()
+        try:
+            while True:
+                begin = time.perf_counter()
+                jobs.extend(self._start(order, positions, epoch) for positions in islice(steps, ahead + 1 - len(jobs)))
+                if not jobs:
+                    return
+                batch = self._finish(jobs.popleft())
+                self.wait_seconds += time.perf_counter() - begin
+                yield batch
+        finally:
+            for job in jobs:
+                for task in job.tasks:
+                    task.cancel()
+
+    def _start(self, order: Keys, positions: range, epoch: int) -> _Job:
+        keys = order[positions.start : positions.stop].copy()
+        shape = (len(keys), self.preprocess.channels, *self.preprocess.size)
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin)
+        job = _Job(order, positions, epoch, keys, self._draws(keys, epoch), images, [])
+
+        def fill(part: range) -> None:
+            for i in part:
+                if not self._try_sample(job, i):
+                    self._replace(job, i)
+
+        if self.workers == 0:
+            fill(range(len(keys)))
+            return job
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="vitrail-data")
+        size = math.ceil(len(keys) / (4 * self.workers))
+        job.tasks = [self._pool.submit(fill, range(i, min(i + size, len(keys)))) for i in range(0, len(keys), size)]
+        return job
+
+    def _finish(self, job: _Job) -> Batch:
+        for task in job.tasks:
+            task.result()
+        return self._batch(job.keys, job.images)
+
+    def _batch(self, keys: Keys, images: torch.Tensor) -> Batch:
+        labels = torch.from_numpy(self.split.labels[rows_of(keys)])
+        return Batch(images, labels.pin_memory() if self._pin else labels, torch.from_numpy(keys))
+
+    def _try_sample(self, job: _Job, i: int) -> bool:
+        """Read image i of a batch; False, and an entry in `skipped`, if it cannot be read."""
+        row = int(rows_of(job.keys[i]))
+        try:
+            self._sample(row, job.draws[i], job.images[i])
+        except BadImage as bad:
+            self._unreadable[row] = {"path": self.split.name(row), "reason": bad.reason}
+            return False
+        return True
+
+    def _replace(self, job: _Job, i: int) -> None:
+        """Replace the unreadable image i of a batch."""
         for key in np.roll(job.order, -job.positions[i])[1:]:
-            if int(rows_of(key)) in self._unreadable:
-                continue
-            job.keys[i] = key
-            draws = self._draws(job.keys[i : i + 1], job.epoch)
-            if self._try_sample(job, i, None if draws is None else draws[0]):
-                return True
+            if int(rows_of(key)) not in self._unreadable:
+                job.keys[i] = key
+                job.draws[i] = self._draws(job.keys[i : i + 1], job.epoch)[0]
+                if self._try_sample(job, i):
+                    return
         raise DataError(f"none of the {len(self.split)} training images can be read: {self.skipped[0]['reason']}")
 
-    def _crops_are_fixed(self) -> bool:
-        return self.crop_scale is None
+    def _draws(self, keys: Keys, epoch: int) -> npt.NDArray[np.float64]:
+        return uniform(self.seed, epoch, keys, "crop", 0 if self.crop_scale is None else CROP_DRAWS)
 
-    def _draws(self, keys: Keys, epoch: int) -> npt.NDArray[np.float64] | None:
-        return None if self.crop_scale is None else uniform(self.seed, epoch, keys, "crop", CROP_DRAWS)
-
-    def _sample(self, row: int, draw: npt.NDArray[np.float64] | None, out: torch.Tensor) -> None:
-        if draw is None or self.crop_scale is None:
-            super()._sample(row, draw, out)
-        elif self._read:
+    def _sample(self, row: int, draw: npt.NDArray[np.float64], out: torch.Tensor) -> None:
+        """Write an image into `out`, uint8 C H W. Raises BadImage."""
+        if self.crop_scale is None:
+            crop = self._read(row) if self._read else self.preprocess.crop(self.split.image(row))
+            out.numpy()[:] = crop.transpose(2, 0, 1)
+            return
+        if self._read:
             crop_stored(self._read(row), self.preprocess, self.crop_scale, self.crop_ratio, draw, out)
         else:
             crop = random_crop(self.split, row, self.preprocess, self.crop_scale, self.crop_ratio, draw)
             out.numpy()[:] = crop.transpose(2, 0, 1)
+
+    def _in_memory(self) -> Pixels | None:
+        """All images as uint8 N C H W, if they are an array that needs no cropping or is small enough to be cropped
+        once. Else None.
+        """
+        split, want = self.split, self.preprocess
+        if self._memory is not None or not isinstance(split, ArraySplit) or self.crop_scale is not None:
+            return self._memory
+        height, width = split.images.shape[1:3]
+        if want.keeps(height, width) and split.channels in (1, want.channels):
+            planes = split.images.reshape(len(split), height, width, -1).transpose(0, 3, 1, 2)
+            if split.channels != want.channels:
+                planes = planes.repeat(want.channels, axis=1)
+            self._memory = np.ascontiguousarray(planes)
+        elif len(split) * want.channels * math.prod(want.size) <= _IN_MEMORY:
+            self._memory = self._finish(self._start(np.arange(len(split)), range(len(split)), 0)).images.numpy()
+        return self._memory

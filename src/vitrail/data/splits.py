@@ -124,10 +124,18 @@ def make_dataset(
     None to use the images' indices.
     """
     splits = {split: part for split, part in splits.items() if len(part)}
+    given = len(splits)
     how_split = _hold_out_missing(splits, options, names_of)
     found: dict[str, Split] = {split: splits[split] for split in SPLITS if split in splits}
-    sizes = np.concatenate([part.sizes for part in found.values() if part.sizes is not None])
-    return Dataset(name, tuple(class_names), found, Sizes.of(sizes), how_split=how_split, skipped=skipped or [])
+    return Dataset(
+        name,
+        tuple(class_names),
+        found,
+        Sizes.of(np.concatenate([part.sizes for part in found.values() if part.sizes is not None])),
+        how_split=how_split,
+        held_out=len(splits) > given,
+        skipped=skipped or [],
+    )
 
 
 def _hold_out_missing(splits: dict[str, S], options: SplitOptions, names_of: Callable[[S], list[str] | None]) -> str:
