@@ -28,11 +28,11 @@ from vitrail.training.engine.batch_augmenter import View
 from vitrail.training.objectives.teacher import (
     Adapt,
     TeacherLogits,
-    fingerprint,
     lasting_name,
     match_classes,
     open_teacher,
 )
+from vitrail.utils.fingerprint import model_fingerprint
 
 CPU = torch.device("cpu")
 GREY = Preprocess(size=(8, 8), mean=(0.4,), std=(0.3,), channels=1)
@@ -136,7 +136,7 @@ def test_answers_are_the_students_classes_in_its_order() -> None:
     model = resnet(4, 3).eval()
     teacher = open_teacher(Classifier(model, COLOUR, ("ant", "bee", "cat", "dog")))
     answers = TeacherLogits(teacher, COLOUR, ("dog", "bee"), CPU)
-    answers.check(False)
+    answers.check()
     x = COLOUR.normalize(pixels(3))
     said = answers(view(x))
     with torch.no_grad():
@@ -159,25 +159,30 @@ def test_a_teacher_is_a_frozen_copy_in_eval_mode() -> None:
     assert teacher.preprocess is None
     x = torch.randn(2, 1, 8, 8)
     answers = TeacherLogits(teacher, GREY, ("one", "two", "three"), CPU)
-    answers.check(False)
+    answers.check()
     torch.testing.assert_close(answers(view(x)), model.eval()(x), rtol=0, atol=0)
 
 
 def test_a_fingerprint_changes_with_one_bit() -> None:
     model = resnet()
-    before = fingerprint(model)
-    assert fingerprint(open_teacher(model).model) == before
+    before = model_fingerprint(model)
+    assert model_fingerprint(open_teacher(model).model) == before
     name, tensor = next((n, t) for n, t in model.named_buffers() if "running_mean" in n)
     tensor.view(torch.int32)[0] += 1
-    assert fingerprint(model) != before, name
+    assert model_fingerprint(model) != before, name
 
 
-def test_bf16_weights_and_bf16_answers() -> None:
-    teacher = open_teacher(resnet().to(torch.bfloat16).float())
-    answers = TeacherLogits(teacher, GREY, ("one", "two", "three"), CPU)
-    answers.check(True)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert answers(view(torch.randn(2, 1, 8, 8))).dtype == torch.float32
+def test_the_precision_is_the_teachers_and_not_the_students() -> None:
+    teacher, x = open_teacher(resnet().to(torch.bfloat16).float()), torch.randn(2, 1, 8, 8)
+    found = {}
+    for amp in ("off", "bf16"):
+        answers = TeacherLogits(teacher, GREY, ("one", "two", "three"), CPU, amp)
+        answers.check()
+        found[amp] = answers(view(x))
+        with torch.autocast("cpu", torch.bfloat16):  # the student's
+            assert torch.equal(answers(view(x)), found[amp])
+        assert found[amp].dtype == torch.float32
+    assert not torch.equal(found["off"], found["bf16"])
 
 
 def test_a_saved_model_a_timm_model_and_a_catalog_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +279,7 @@ class Gives(nn.Module):
 def test_a_teacher_that_does_not_fit_is_refused(answer: Callable[[Tensor], Any], words: str) -> None:
     answers = TeacherLogits(open_teacher(Gives(answer)), GREY, ("one", "two", "three"), CPU)
     with pytest.raises(VitrailError, match=words) as error:
-        answers.check(False)
+        answers.check()
     assert "\n" not in str(error.value)
 
 
@@ -305,7 +310,7 @@ def test_an_onnx_file_teaches(shape: list[Any], tmp_path: Path) -> None:
     teacher = open_teacher(str(tmp_path / "t.onnx"))
     assert teacher.preprocess == GREY
     answers = TeacherLogits(teacher, COLOUR.replace(mean=(0.5,) * 3, std=(0.25,) * 3), ("a", "c"), CPU)
-    answers.check(False)
+    answers.check()
     grey = pixels(1)
     x = (grey.float().repeat(1, 3, 1, 1) / 255 - 0.5) / 0.25
     expected = GREY.normalize(grey).flatten(1).numpy() @ weight[:, [1, 2]]
@@ -321,13 +326,13 @@ def test_an_onnx_file_that_says_nothing(tmp_path: Path) -> None:
     assert teacher.preprocess.channels == 1
     assert teacher.preprocess.mean == pytest.approx(((0.485 + 0.456 + 0.406) / 3,))
     answers = TeacherLogits(teacher, GREY, ("one", "two", "three"), CPU)
-    answers.check(False)
+    answers.check()
     assert "data's order" in answers.notes
     assert "ImageNet's mean" in answers.notes
     onnx_file(tmp_path / "any.onnx", ["n", 1, "h", "w"])
     assert open_teacher(tmp_path / "any.onnx").preprocess is None
     with pytest.raises(VitrailError, match="3 classes without names, and the data 2"):
-        TeacherLogits(teacher, GREY, ("one", "two"), CPU).check(False)
+        TeacherLogits(teacher, GREY, ("one", "two"), CPU).check()
 
 
 def test_onnx_files_of_nonsense_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

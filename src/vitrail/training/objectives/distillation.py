@@ -22,7 +22,6 @@ from vitrail.training.objectives.classification import Classify, Task
 from vitrail.training.objectives.teacher import TeacherLogits, open_teacher
 from vitrail.training.objectives.teacher_cache import Stored, deciding
 from vitrail.training.setup import Setup
-from vitrail.utils.device import uses_bf16
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,8 @@ def make_task(setup: Setup, device: torch.device) -> Task:
     if config.distill.teacher is None:
         return labels
     teacher = open_teacher(setup.teacher if setup.teacher is not None else config.distill.teacher)
-    answers = TeacherLogits(teacher, setup.preprocess, setup.dataset.class_names, device)
-    bf16 = uses_bf16(setup.model, device, config.machine.amp)
-    answers.check(bf16)
+    answers = TeacherLogits(teacher, setup.preprocess, setup.dataset.class_names, device, config.machine.amp)
+    answers.check()
     token = _learns_by_token(setup.model)
     hard = config.distill.distill == "hard" or (config.distill.distill == "auto" and token)
     if hard and config.distill.temperature != 1.0:
@@ -91,7 +89,7 @@ def make_task(setup: Setup, device: torch.device) -> Task:
     lines = [f"teacher {teacher.words}{answers.notes}", _describe(config, hard, token)]
     said: Callable[[View], Tensor] = answers
     if config.distill.teacher_outputs is not None:
-        said = stored = Stored(config.distill.teacher_outputs, answers, deciding(setup, answers, bf16))
+        said = stored = Stored(config.distill.teacher_outputs, answers, deciding(setup, answers))
         lines.append(stored.line)
     scheme = Hard() if hard else Soft(config.distill.temperature)
     return Distill(labels, said, scheme, config.distill.distill_weight, tuple(lines), teacher.identity)

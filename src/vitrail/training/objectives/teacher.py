@@ -8,7 +8,6 @@ Shapes: B batch, C channels, H W height and width, K classes.
 """
 
 import copy
-import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,10 +21,12 @@ from vitrail.classifier import Classifier, resolve_model
 from vitrail.errors import VitrailError, did_you_mean
 from vitrail.images.preprocess import Preprocess
 from vitrail.inference.onnx_runtime import OnnxModel
+from vitrail.inference.torch_runtime import autocast
 from vitrail.pretrained.external import open_external_model
 from vitrail.training.engine.batch_augmenter import View
 from vitrail.training.setup import absolute_path
-from vitrail.utils.device import precision
+from vitrail.utils.device import uses_bf16
+from vitrail.utils.fingerprint import model_fingerprint
 from vitrail.utils.text import one_line
 
 _GIVEN = "python:"  # how a run's config names a teacher that was passed as an object
@@ -65,7 +66,7 @@ def lasting_name(source: Source) -> str:
     """How a run's config names its teacher: a path by the whole of it; an object by its class and its weights."""
     if isinstance(source, Classifier | nn.Module):
         model = source.model if isinstance(source, Classifier) else source
-        return f"{_GIVEN}{type(model).__name__}:{fingerprint(model)[:16]}"
+        return f"{_GIVEN}{type(model).__name__}:{model_fingerprint(model)[:16]}"
     return absolute_path(str(source), must_exist=not isinstance(source, Path))
 
 
@@ -127,16 +128,7 @@ def _teacher(
         raise VitrailError(f"the teacher {name} has no head for classes, and gives features: name one that classifies")
     model.eval().requires_grad_(False)
     size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
-    return Teacher(name, model, preprocess, class_names, fingerprint(model), size, notes)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A word that changes with any bit of the weights, or with the network that they are for."""
-    digest = hashlib.blake2b(f"{type(model).__qualname__} {getattr(model, 'config', '')}".encode(), digest_size=16)
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return Teacher(name, model, preprocess, class_names, model_fingerprint(model), size, notes)
 
 
 class Adapt:
@@ -214,21 +206,33 @@ def match_classes(
 
 
 class TeacherLogits:
-    """What a teacher says of a view: float32 B K, logits of the student's classes, without gradients."""
+    """A teacher's logits of the student's classes for a view: float32 B K, without gradients.
 
-    def __init__(self, teacher: Teacher, student: Preprocess, class_names: Sequence[str], device: torch.device) -> None:
+    amp: as for the student; "auto" decides by the teacher's own width, so that a teacher gives the logits that it gives
+    in `predict` and `evaluate`, whatever the student's precision is.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        student: Preprocess,
+        class_names: Sequence[str],
+        device: torch.device,
+        amp: str = "auto",
+    ) -> None:
         self.teacher = teacher
         self.student = student
         self.class_names = tuple(class_names)
         self.device = device
         self.model = teacher.model.to(device)
+        self.bf16 = uses_bf16(self.model, device, amp)
         self.adapt: Callable[[Tensor], Tensor] | None = None
         if teacher.preprocess is not None:
             self.adapt = Adapt(student, teacher.preprocess, device)
         self.columns: Tensor | None = None
         self.notes = ""
 
-    def check(self, bf16: bool) -> None:
+    def check(self) -> None:
         """One blank image through the teacher: what does not fit is found now, and not in the first step.
 
         Raises:
@@ -237,8 +241,7 @@ class TeacherLogits:
         blank = torch.zeros(1, self.student.channels, *self.student.size, device=self.device)
         name = self.teacher.name
         try:
-            with precision(self.device, bf16):
-                answer = self._all(blank)
+            answer = self._all(blank)
         except (RuntimeError, ValueError, TypeError) as error:
             shown = blank.shape if self.adapt is None else self.adapt(blank).shape
             what = f"{shown[1]} channels of {shown[2]}x{shown[3]} pixels"
@@ -261,5 +264,6 @@ class TeacherLogits:
 
     @torch.no_grad()
     def _all(self, images: Tensor) -> Tensor:
-        answer: Tensor = self.model(images if self.adapt is None else self.adapt(images))
+        with autocast(self.device, self.bf16):
+            answer: Tensor = self.model(images if self.adapt is None else self.adapt(images))
         return answer

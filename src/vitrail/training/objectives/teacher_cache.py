@@ -46,7 +46,7 @@ _CHUNK = 8192  # records that are checked at once
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def deciding(setup: Setup, answers: TeacherLogits, bf16: bool) -> dict[str, Any]:
+def deciding(setup: Setup, answers: TeacherLogits) -> dict[str, Any]:
     """Everything that decides the views of a run, and the teacher's answers to them, as JSON."""
     teacher = answers.teacher
     return {
@@ -59,7 +59,7 @@ def deciding(setup: Setup, answers: TeacherLogits, bf16: bool) -> dict[str, Any]
             "weights": teacher.identity,
             "preprocess": teacher.preprocess and teacher.preprocess.to_dict(),
             "class_names": teacher.class_names and list(teacher.class_names),
-            "bf16": bf16,
+            "bf16": answers.bf16,
         },
         "settings": {key: setup.config.flat[key] for key in keys_for(Use.VIEWS)},
         "mixes": setup.config.augment.mixes,
