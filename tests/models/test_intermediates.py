@@ -179,6 +179,17 @@ def test_the_model_is_left_as_it_is(config: Any, training: bool) -> None:
     assert torch.equal(model.eval()(x), logits)
 
 
+@pytest.mark.parametrize("name", ["deit", "swin"])
+def test_gradients_reach_the_parameters_of_a_model_in_training_mode(name: str) -> None:
+    model = build_model(MODELS[name]).train()
+    x = torch.randn(1, 3, *SQUARE, requires_grad=True)
+    qkv = [parameter for key, parameter in model.named_parameters() if key.endswith("qkv.weight")]
+    vitrail.attention_weights(model, x)[-1].square().sum().backward()
+    for tensor in (x, *qkv):
+        assert tensor.grad is not None
+        assert tensor.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("name", ["resnet", "convnext"])
 def test_a_model_without_attention(name: str) -> None:
     model = build_model(MODELS[name])

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import vitrail
+from vitrail.layers import attention
 from vitrail.layers.attention import attend
 from vitrail.utils import torch_compat
 
@@ -48,8 +49,7 @@ def test_attention_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, grad = [torch.randn(shape) for _ in range(3)], torch.randn(shape)
     for flash in (True, False):
         if not flash:
-            monkeypatch.setattr(torch_compat, "_FLASH", None)
-        assert torch_compat.has_flash_attention_cpu() is flash
+            monkeypatch.setattr(attention, "flash_attention_cpu", None)
         qkv = [tensor.bfloat16().requires_grad_() for tensor in tensors]
         out = attend(*qkv)
         out.backward(grad.bfloat16())
@@ -82,12 +82,11 @@ def test_resize(mode: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatc
 def test_bf16_instructions_of_the_cpu(
     amx: bool, avx512: bool, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By PyTorch's own query, and without it by Linux's flags."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+    """From PyTorch's own query, and without it from the flags that Linux lists."""
+    capabilities = {"avx512_bf16": avx512, "amx_bf16": amx}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert torch_compat.cpu_bf16() == expected
-    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
-    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
     flags = "fpu sse" + " avx512_bf16" * avx512 + " amx_bf16" * amx
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n\nprocessor\t: 1\nflags\t\t: {flags}\n")
     monkeypatch.setattr(torch_compat, "_CPUINFO", tmp_path / "cpuinfo")

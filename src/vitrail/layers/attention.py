@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.utils.torch_compat import flash_attention_cpu, flash_attention_cpu_backward, has_flash_attention_cpu
+from vitrail.utils.torch_compat import flash_attention_cpu, flash_attention_cpu_backward
 
 
 class _AttendInBf16(torch.autograd.Function):
@@ -24,6 +24,7 @@ class _AttendInBf16(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor
         out, logsumexp = flash_attention_cpu(q, k, v)
         ctx.save_for_backward(q, k, v, out, logsumexp)
         return out
@@ -33,7 +34,7 @@ class _AttendInBf16(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         *saved, logsumexp = ctx.saved_tensors
         grad, q, k, v, out = (x.float() for x in (grad, *saved))
-        gradients = flash_attention_cpu_backward(grad, q, k, v, out, logsumexp)
+        gradients = flash_attention_cpu_backward(grad, q, k, v, out, logsumexp, 0.0, False)
         return tuple(gradient.to(torch.bfloat16) for gradient in gradients)
 
 
@@ -51,7 +52,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout:
     """
     needs_grad = torch.is_grad_enabled() and q.requires_grad and not torch.compiler.is_compiling()
     plain = q.is_cpu and q.dtype is torch.bfloat16 and bias is None and not dropout
-    if needs_grad and plain and has_flash_attention_cpu():
+    if needs_grad and plain and flash_attention_cpu is not None:
         fast: Tensor = _AttendInBf16.apply(q, k, v)  # type: ignore[no-untyped-call]
         return fast
     out: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)

@@ -19,7 +19,7 @@ from vitrail.errors import ConfigError, DataError, ModelError
 from vitrail.evaluation.linear_probe import NEIGHBOURS, TEMPERATURE, Linear, LogisticRegression, nearest_neighbours
 from vitrail.evaluation.metrics import Evaluation, Recorder
 from vitrail.inference.engine import BatchResult, Engine, SplitReader, default_workers
-from vitrail.inference.torch_runtime import TorchRuntime, eval_view
+from vitrail.inference.torch_runtime import TorchRuntime
 from vitrail.models.base import ImageModel
 from vitrail.training.checkpoints.run_folder import RunFolder
 from vitrail.training.config.schema import Use, keys_for
@@ -28,6 +28,7 @@ from vitrail.training.monitoring.plan import class_words
 from vitrail.training.monitoring.progress import Reporter
 from vitrail.training.setup import Setup
 from vitrail.utils.device import describe_precision, precision, uses_bf16
+from vitrail.utils.eval_view import eval_view
 from vitrail.utils.text import format_duration
 from vitrail.weights.heads import HEADS
 

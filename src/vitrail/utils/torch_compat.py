@@ -1,4 +1,4 @@
-"""Every private PyTorch function that this package calls, each with a public fallback for releases that lack it.
+"""Private PyTorch functions, each with a public fallback for releases that lack it; and queries that changed names.
 
 Shapes: B batch, H heads, N tokens, D width of one head, C channels, Y X height and width of an image.
 """
@@ -10,22 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def _private(owner: Any, name: str) -> Any:
-    """The attribute, or None in a PyTorch that does not have it."""
-    return getattr(owner, name, None)
-
-
 _CPUINFO = Path("/proc/cpuinfo")
 _HAS_FOREACH = all(hasattr(torch, f"_foreach_{name}") for name in ("lerp_", "sub", "mul_", "add_"))
-_SOFTMAX_BACKWARD = _private(torch, "_softmax_backward_data")
-_FLASH = _private(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
-_FLASH_BACKWARD = _private(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
-_RESIZE = {mode: _private(torch.ops.aten, f"_upsample_{mode}2d_aa") for mode in ("bilinear", "bicubic")}
+_SOFTMAX_BACKWARD = getattr(torch, "_softmax_backward_data", None)
+_RESIZE: dict[str, Any] = {
+    mode: getattr(torch.ops.aten, f"_upsample_{mode}2d_aa", None) for mode in ("bilinear", "bicubic")
+}
+
+# (q, k, v) B H N D on the CPU -> (softmax(q k^T / sqrt(D)) v, logsumexp of the scores), and the gradients of q, k, v
+# from (grad, q, k, v, out, logsumexp, dropout, is_causal). None where missing: use F.scaled_dot_product_attention.
+flash_attention_cpu: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+flash_attention_cpu_backward: Any = getattr(
+    torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None
+)
 
 
 def lerp_(averages: list[Tensor], values: list[Tensor], weight: float | Tensor) -> None:
-    """averages += weight * (values - averages), in place, for all tensors at once where PyTorch can.
+    """averages += weight * (values - averages), in place, with few kernel launches for all tensors together.
 
     weight: a number, or a tensor of one value on the same device.
     """
@@ -41,7 +42,7 @@ def lerp_(averages: list[Tensor], values: list[Tensor], weight: float | Tensor) 
 
 
 def softmax_backward(grad: Tensor, output: Tensor) -> Tensor:
-    """The gradient of a softmax over the last dimension: `grad` with respect to its `output`, both ... N."""
+    """The gradient of a softmax over the last dimension, from `grad` with respect to its `output`, both ... N."""
     if _SOFTMAX_BACKWARD is not None:
         fused: Tensor = _SOFTMAX_BACKWARD(grad, output, -1, output.dtype)
         return fused
@@ -50,40 +51,16 @@ def softmax_backward(grad: Tensor, output: Tensor) -> Tensor:
 
 
 def cpu_bf16() -> str | None:
-    """The CPU's instructions for matrix products in bfloat16: "AMX", else "AVX512_BF16", else None."""
-    for name, query, flag in (
-        ("AMX", "_is_amx_tile_supported", "amx_bf16"),
-        ("AVX512_BF16", "_is_avx512_bf16_supported", "avx512_bf16"),
-    ):
-        asked = _private(torch.cpu, query)
-        if asked() if asked is not None else flag in _cpu_flags():
-            return name
-    return None
+    """The CPU's instruction set for bfloat16 matrix products: "AMX", else "AVX512_BF16", else None."""
+    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else _linux_cpu_flags()
+    names = {"amx_bf16": "AMX", "avx512_bf16": "AVX512_BF16"}
+    return next((name for flag, name in names.items() if flags.get(flag)), None)
 
 
-def _cpu_flags() -> list[str]:
-    """Linux's names of the CPU's instructions; none on other systems."""
+def _linux_cpu_flags() -> dict[str, bool]:
+    """The CPU features that Linux lists; empty on other systems."""
     lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
-    return next((line.split() for line in lines if line.startswith("flags")), [])
-
-
-def has_flash_attention_cpu() -> bool:
-    """Whether `flash_attention_cpu` can be called; if not, use `F.scaled_dot_product_attention`."""
-    return _FLASH is not None and _FLASH_BACKWARD is not None
-
-
-def flash_attention_cpu(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(D)) v of B H N D on the CPU, and the logsumexp of the scores, which the backward reads."""
-    out, logsumexp = _FLASH(q, k, v)
-    return out, logsumexp
-
-
-def flash_attention_cpu_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `flash_attention_cpu` with respect to q, k and v."""
-    dq, dk, dv = _FLASH_BACKWARD(grad, q, k, v, out, logsumexp, 0.0, False)
-    return dq, dk, dv
+    return next((dict.fromkeys(line.split(), True) for line in lines if line.startswith("flags")), {})
 
 
 def resize_into(image: Tensor, mode: str, out: Tensor) -> None:
