@@ -52,7 +52,7 @@ def test_good_kinds(kind, tmp_path):
         close(decode(path, channels=1), expected.convert("L"), loss)
     header = read_header(path)
     assert (header.height, header.width) == image.size[::-1]
-    assert not header.doubtful
+    assert not header.may_fail
 
 
 @pytest.mark.parametrize("kind", BROKEN)

@@ -14,7 +14,7 @@ from timm.data import create_transform
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
-from vitrail.errors import VitrailError
+from vitrail.errors import ConfigError
 from vitrail.images.convert import BadImage
 from vitrail.images.preprocess import CROP_MODES, IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS, Preprocess
 from vitrail.weights.published import PUBLISHED
@@ -206,13 +206,13 @@ def test_records_round_trip():
         ({"crop_pct": "much"}, "crop_pct"),
         ({"channels": 1}, "channels"),
         ({"std": [0.2, 0.0, 0.2]}, "std"),
-        ({"mean": [float("nan"), 0, 0]}, "means"),
+        ({"mean": [float("nan"), 0, 0]}, "mean"),
         ({"crop_pc": 0.9}, "crop_pct"),
     ],
 )
 def test_nonsense_is_refused(change, word):
     record = Preprocess(size=(224, 224)).to_dict() | change
-    with pytest.raises(VitrailError, match=word) as error:
+    with pytest.raises(ConfigError, match=word) as error:
         Preprocess.from_dict(record)
     assert "\n" not in str(error.value)
 

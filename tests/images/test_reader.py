@@ -51,7 +51,7 @@ def test_a_name_with_the_signs_of_a_pattern_is_a_name_where_it_is_there(folder: 
 
 def test_what_has_no_images_is_an_error_of_its_own_and_the_others_go_on(folder: Path) -> None:
     inputs = [folder / "empty", folder / "b.png", str(folder / "*.tiff")]
-    assert names(inputs, folder) == ["!holds no images", "b.png", "!matches no image"]
+    assert names(inputs, folder) == ["!contains no images", "b.png", "!matches no image"]
 
 
 @pytest.mark.parametrize(

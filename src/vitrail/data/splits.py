@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from vitrail.data.dataset import Dataset, Sizes, SkippedImage, Split
 from vitrail.errors import ConfigError, DataError
-from vitrail.utils.counter_rng import fold, uniform, word
+from vitrail.utils.counter_rng import fold, hash_text, uniform
 
 Rows = npt.NDArray[np.int64]
 S = TypeVar("S", bound=Split)
@@ -81,7 +81,7 @@ def stratified(
     the choice; without them the row's index does.
     """
     n = len(labels)
-    keys = np.arange(n, dtype=np.int64) if names is None else np.array([word(x) >> 1 for x in names], dtype=np.int64)
+    keys = np.arange(n) if names is None else np.array([hash_text(x) >> 1 for x in names], dtype=np.int64)
     draw = uniform(fold(seed, "split"), 0, keys, stream, 1)[:, 0]
     classes, counts = np.unique(labels, return_counts=True)
     by_class = zip((np.flatnonzero(labels == c) for c in classes), _quotas(counts, fraction), strict=True)

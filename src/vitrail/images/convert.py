@@ -1,8 +1,7 @@
-"""Any Pillow image, made upright and turned into plain RGB or grey.
+"""Conversion of any Pillow image to RGB or grey, with its EXIF orientation applied.
 
-Pillow's own `convert("RGB")` drops alpha (what was transparent takes a hidden colour), clips 16-bit greys to white
-and knows nothing of orientation. This is the one place where that is put right; decoding and preprocessing both go
-through it.
+Pillow's `convert("RGB")` drops alpha (transparent pixels take a hidden colour), clips 16-bit grey to white and ignores
+orientation. Decoding and preprocessing both use this module instead.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _users = 0
 
 
 class BadImage(Exception):
-    """An image that cannot be used. `reason` says why, in one line."""
+    """An image that cannot be used. `reason` is one line."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -38,8 +37,8 @@ class BadImage(Exception):
 def quiet_pillow() -> Iterator[None]:
     """Silence the warnings of Pillow's modules while any thread is inside.
 
-    `warnings.catch_warnings` swaps the filters of the whole process, so threads that leave it in another order than
-    they entered restore the wrong ones. Here the first to enter adds one filter and the last to leave takes it away.
+    `warnings.catch_warnings` is not thread-safe: it restores the filters that it saw on entry. Here the first thread to
+    enter adds one filter and the last one to leave removes it.
     """
     global _users
     with _lock:
@@ -52,59 +51,60 @@ def quiet_pillow() -> Iterator[None]:
         with _lock:
             _users -= 1
             if _users == 0:
-                _drop_filter()
+                _remove_filter()
 
 
-def _drop_filter() -> None:
+def _remove_filter() -> None:
     for number, entry in enumerate(warnings.filters):
         if entry[0] == "ignore" and getattr(entry[3], "pattern", entry[3]) == r"PIL\.":
-            # The list is documented only as mutable through functions that cannot remove; deleting is what
-            # catch_warnings amounts to. (typeshed calls it a Sequence.)
+            # warnings has no function that removes a filter; typeshed calls the list a Sequence.
             del warnings.filters[number]  # type: ignore[attr-defined]
             return
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 where there is none or it is damaged."""
+    """The EXIF orientation, 1 to 8; 1 if there is none or it is damaged."""
     try:
         value = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged EXIF raises nearly anything, and an image without orientation is still an image
+    except Exception:  # damaged EXIF raises nearly any exception
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Turn the image as its EXIF orientation says."""
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation."""
     from PIL import Image
 
-    turn = Image.Transpose
-    how = {
-        2: turn.FLIP_LEFT_RIGHT,
-        3: turn.ROTATE_180,
-        4: turn.FLIP_TOP_BOTTOM,
-        5: turn.TRANSPOSE,
-        6: turn.ROTATE_270,
-        7: turn.TRANSVERSE,
-        8: turn.ROTATE_90,
+    method = Image.Transpose
+    transpose = {
+        2: method.FLIP_LEFT_RIGHT,
+        3: method.ROTATE_180,
+        4: method.FLIP_TOP_BOTTOM,
+        5: method.TRANSPOSE,
+        6: method.ROTATE_270,
+        7: method.TRANSVERSE,
+        8: method.ROTATE_90,
     }.get(orientation(image))
-    if how is None:
+    if transpose is None:
         return image
-    turned = image.transpose(how)
-    turned.info.clear()  # else the EXIF that came along would turn it a second time
-    return turned
+    image = image.transpose(transpose)
+    image.info.clear()  # else its EXIF would be applied again
+    return image
 
 
 def to_channels(image: Image.Image, channels: int = 3) -> Image.Image:
-    """Upright "RGB" (channels=3) or "L" (channels=1), whatever the mode was.
+    """Convert an image of any mode to upright "RGB" (channels=3) or "L" (channels=1).
 
-    Alpha lies on white. 16-bit greys are scaled, not clipped; so are floats in 0..1 (floats in 0..255 are kept). Raises
-    BadImage for integers beyond 16 bits and for floats in any other range, because their scale is unknown.
+    Alpha is composited on white. 16-bit grey and floats in 0..1 are scaled to 0..255; floats in 0..255 are kept.
+
+    Raises:
+        BadImage: integers beyond 16 bits or floats in another range, whose scale is unknown.
     """
     if channels not in (1, 3):
         raise ValueError(f"an image has 1 or 3 channels, not {channels}")
     with quiet_pillow():
         image.load()
-        image = upright(image)
+        image = _upright(image)
         if image.mode.startswith("I") or image.mode == "F":
             image = _to_8_bits(image)
         elif image.has_transparency_data:
@@ -113,7 +113,7 @@ def to_channels(image: Image.Image, channels: int = 3) -> Image.Image:
         if image.mode == mode:
             return image
         if image.mode not in ("RGB", "L") and channels == 1:
-            image = image.convert("RGB")  # LAB, HSV and CMYK have no direct way to grey
+            image = image.convert("RGB")  # LAB, HSV and CMYK do not convert to grey directly
         image = image.convert(mode)
     image.info.clear()
     return image
@@ -125,7 +125,7 @@ def _on_white(image: Image.Image) -> Image.Image:
     try:
         rgba = image.convert("RGBA")
     except (ValueError, TypeError, OverflowError):
-        # A transparent colour that is no colour of this mode (a 16-bit value on an 8-bit image) marks no pixel.
+        # The transparent colour is out of range for the mode (16 bits in an 8-bit image), so no pixel has it.
         image.info.pop("transparency", None)
         return image.convert("RGB")
     white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
@@ -138,13 +138,13 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise BadImage("holds values that are not numbers")
+        raise BadImage("contains NaN or infinite values")
     if image.mode == "F":
         if low < 0 or high > 255:
-            raise BadImage(f"holds floats from {low:g} to {high:g}; save it with 8 or 16 bits, or scaled to 0..1")
+            raise BadImage(f"contains floats from {low:g} to {high:g}; save it with 8 or 16 bits, or scaled to 0..1")
         scaled = values * 255.0 if high <= 1 else values
     else:
         if low < 0 or high > 65535:
-            raise BadImage(f"holds integers from {low:g} to {high:g}; save it with 8 or 16 bits")
+            raise BadImage(f"contains integers from {low:g} to {high:g}; save it with 8 or 16 bits")
         scaled = values.astype(np.float64) / 257.0  # 65535 / 255
     return Image.fromarray(np.rint(scaled).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""Files, bytes and Pillow images -> upright RGB or grey, or BadImage with the reason in one line."""
+"""Decoding of files, bytes and Pillow images to upright RGB or grey; BadImage with a one-line reason otherwise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import os
 import stat
 from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,22 +22,21 @@ if TYPE_CHECKING:
 
 __all__ = ["AtLeast", "BadImage", "Header", "decode", "image_extensions", "read_header"]
 
-PIXEL_LIMIT = 178_956_970  # Pillow's own, above which it calls a file a decompression bomb
+PIXEL_LIMIT = 178_956_970  # Pillow's limit for decompression bombs
 AtLeast = tuple[int, int] | Callable[[int, int], tuple[int, int]]
 
-# Readers that start another program (EPS runs Ghostscript), that only recognise and never decode, or that work on one
-# system.
-_NOT_PICTURES = frozenset({"EPS", "WMF", "MPEG", "HDF5", "BUFR", "GRIB", "PDF"})
+# Readers that start another program (EPS runs Ghostscript), that never decode, or that work on one system only.
+_EXCLUDED_FORMATS = frozenset({"EPS", "WMF", "MPEG", "HDF5", "BUFR", "GRIB", "PDF"})
 
 
 @dataclass(frozen=True)
 class Header:
-    """What is known without decoding: the size after orientation, Pillow's format, and whether decoding may fail."""
+    """What is known without decoding: size after orientation, Pillow's format, and whether decoding may fail."""
 
     height: int
     width: int
     format: str
-    doubtful: bool
+    may_fail: bool
 
 
 @lru_cache(maxsize=1)
@@ -45,21 +44,21 @@ def _formats() -> tuple[str, ...]:
     from PIL import Image
 
     Image.init()
-    return tuple(name for name in Image.OPEN if name not in _NOT_PICTURES)
+    return tuple(name for name in Image.OPEN if name not in _EXCLUDED_FORMATS)
 
 
 @lru_cache(maxsize=1)
 def image_extensions() -> frozenset[str]:
-    """The file name endings that mean an image, in lower case, with the dot."""
+    """The file name extensions of images, in lower case, with the dot."""
     from PIL import Image
 
     formats = set(_formats())
-    return frozenset(end.lower() for end, name in Image.registered_extensions().items() if name in formats)
+    return frozenset(suffix.lower() for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
 @contextmanager
-def _reasons() -> Iterator[None]:
-    """Turn whatever a decoder raises into BadImage. Damaged files make Pillow raise nearly every exception there is."""
+def _bad_image_errors() -> Iterator[None]:
+    """Turn any exception of a decoder into BadImage; on damaged files Pillow raises nearly any."""
     try:
         yield
     except BadImage:
@@ -67,14 +66,14 @@ def _reasons() -> Iterator[None]:
     except FileNotFoundError:
         raise BadImage("does not exist") from None
     except PermissionError:
-        raise BadImage("may not be read (permission denied)") from None
+        raise BadImage("cannot be read: permission denied") from None
     except MemoryError:
-        raise BadImage("needs more memory than there is") from None
+        raise BadImage("does not fit in memory") from None
     except Exception as error:
-        raise BadImage(_words(error)) from None
+        raise BadImage(_reason(error)) from None
 
 
-def _words(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     text = one_line(error, 160)
     if type(error).__name__ == "DecompressionBombError":
         return f"has more pixels than the limit of {PIXEL_LIMIT:,}"
@@ -86,17 +85,16 @@ def _words(error: Exception) -> str:
 
 
 @contextmanager
-def _regular(path: str | os.PathLike[str]) -> Iterator[tuple[IO[bytes], int]]:
-    """Open a regular file, and its size. Opening a pipe would wait for ever."""
-    status = os.stat(path)
+def _opened(source: str | os.PathLike[str] | bytes) -> Iterator[tuple[IO[bytes], int]]:
+    """A regular file or its content, opened, and its size in bytes. Opening a pipe would block."""
+    if isinstance(source, bytes):
+        yield io.BytesIO(source), len(source)
+        return
+    status = os.stat(source)
     if not stat.S_ISREG(status.st_mode):
         raise BadImage("is a folder" if stat.S_ISDIR(status.st_mode) else "is not a regular file")
-    with open(path, "rb") as file:
+    with open(source, "rb") as file:
         yield file, status.st_size
-
-
-def _content(source: bytes) -> AbstractContextManager[tuple[IO[bytes], int]]:
-    return nullcontext((io.BytesIO(source), len(source)))
 
 
 def _open(file: IO[bytes], size: int) -> Image.Image:
@@ -118,15 +116,15 @@ def decode(
 ) -> Image.Image:
     """Decode to "RGB" (channels=3) or "L" (channels=1), upright, alpha on white, the first frame of an animation.
 
-    at_least: (height, width) that the result must keep, or a function from the image's (height, width) to it. A JPEG
-    may then be decoded at 1/2, 1/4 or 1/8 of its size, several times faster; leave it out where pixels must be exact.
-    Raises BadImage.
+    at_least: minimum (height, width) of the result, or a function from the image's (height, width) to it. A JPEG may
+    then be decoded at 1/2, 1/4 or 1/8 of its size, several times faster; omit it if pixels must be exact.
+
+    Raises:
+        BadImage: the image cannot be read.
     """
-    with quiet_pillow(), _reasons():
-        if isinstance(source, bytes):
-            return _decode_file(io.BytesIO(source), len(source), channels, at_least)
-        if isinstance(source, str | os.PathLike):
-            with _regular(source) as (file, size):
+    with quiet_pillow(), _bad_image_errors():
+        if isinstance(source, bytes | str | os.PathLike):
+            with _opened(source) as (file, size):
                 return _decode_file(file, size, channels, at_least)
         if source.width < 1 or source.height < 1:
             raise BadImage(f"has no pixels ({source.width} x {source.height})")
@@ -139,30 +137,25 @@ def _decode_file(file: IO[bytes], size: int, channels: int, at_least: AtLeast | 
             sideways = orientation(image) >= 5
             height, width = image.size if sideways else image.size[::-1]
             need_h, need_w = at_least(height, width) if callable(at_least) else at_least
-            # draft keeps both sides at least as long as asked.
+            # draft keeps both sides at least this long.
             image.draft(None, (need_h, need_w) if sideways else (need_w, need_h))
         return to_channels(image, channels)
 
 
 def read_header(source: Path | bytes) -> Header:
     """Size and format, from the first and last bytes of a file or of its content. Raises BadImage."""
-    with (
-        quiet_pillow(),
-        _reasons(),
-        _content(source) if isinstance(source, bytes) else _regular(source) as (file, size),
-        _open(file, size) as image,
-    ):
+    with quiet_pillow(), _bad_image_errors(), _opened(source) as (file, size), _open(file, size) as image:
         width, height = image.size
-        # Pillow turns TIFF itself and reports the turned size; the others are turned by us.
+        # For TIFF, Pillow applies the orientation itself and reports the size after it.
         if image.format in ("JPEG", "MPO", "PNG", "WEBP", "AVIF") and orientation(image) >= 5:
             width, height = height, width
-        # Wide integers and floats are refused where their scale is unknown, which only their values tell.
-        doubtful = image.mode in ("I", "F") or _lacks_end(file, size, image.format or "")
-        return Header(height, width, image.format or "", doubtful)
+        # Wide integers and floats may be refused for their values.
+        may_fail = image.mode in ("I", "F") or _lacks_end_marker(file, size, image.format or "")
+        return Header(height, width, image.format or "", may_fail)
 
 
-def _lacks_end(file: IO[bytes], size: int, kind: str) -> bool:
-    """Whether the mark that ends a whole file is missing. Good files may lack it too: decoding tells."""
+def _lacks_end_marker(file: IO[bytes], size: int, kind: str) -> bool:
+    """Whether the end-of-file marker is missing, as in a truncated file. Some files lack it and decode well."""
     tail = min(size, 64)
     if kind == "WEBP":
         file.seek(4)

@@ -1,8 +1,10 @@
-"""Preprocess: how an image becomes a model's input, once and for all.
+"""Preprocess: how an image becomes a model's input.
 
-The same frozen record serves training's evaluation, predict, embed and export, and travels inside the model folder.
-Its words and its arithmetic are timm's (`create_transform` with is_training=False) and, for square inputs, those of
-torchvision's classification presets. Importing this module imports neither torch, numpy nor Pillow.
+The same frozen record is used by evaluation, predict, embed and export, and is stored in the model folder. Its terms
+and arithmetic are timm's (`create_transform` with is_training=False) and, for square inputs, those of torchvision's
+classification presets. Importing this module imports neither torch, numpy nor Pillow.
+
+Shapes: B batch, C channels, H W height and width.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from vitrail.errors import VitrailError, did_you_mean
+from vitrail.errors import ConfigError, ModelError, did_you_mean
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,18 +28,18 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 CROP_MODES = ("center", "squash", "border")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_IN_CACHE = 1 << 18  # floats of a batch that one thread works on at a time: 1 MiB
+_IN_CACHE = 1 << 18  # floats that one thread processes at a time: 1 MiB
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
     """Resize, crop and normalise.
 
-    size: (height, width) in pixels. mean, std: one number a channel, on the scale 0..1.
-    crop_pct: the image is resized to floor(size / crop_pct), then the middle is cut out.
-    crop_mode: "center" resizes the shorter side and loses the overhang; "squash" ignores the aspect ratio; "border"
-    resizes the longer side and fills up with the mean colour.
-    channels: 3 (RGB) or 1 (grey). Other numbers are for inputs that are arrays, never files.
+    size: (height, width) in pixels. mean, std: one number per channel, on the scale 0..1.
+    crop_pct: the image is resized to floor(size / crop_pct), then center-cropped.
+    crop_mode: "center" resizes the shorter side and crops the longer one; "squash" ignores the aspect ratio; "border"
+    resizes the longer side and pads with the mean colour.
+    channels: 3 (RGB) or 1 (grey); any other number for array inputs only.
     """
 
     size: tuple[int, int]
@@ -49,68 +51,67 @@ class Preprocess:
     channels: int = 3
 
     def __post_init__(self) -> None:
-        # JSON and callers give lists; a frozen record that is compared and hashed needs tuples.
         for name in ("size", "mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.size) != 2 or not all(isinstance(x, int) and x > 0 for x in self.size):
-            raise VitrailError(f"preprocessing: size must be two positive integers (height, width), not {self.size}")
+            raise ConfigError(f"preprocessing: size must be two positive integers (height, width), not {self.size}")
         if self.interpolation not in INTERPOLATIONS:
-            raise VitrailError(
-                f"preprocessing: interpolation {self.interpolation!r} is none of {', '.join(INTERPOLATIONS)}"
+            raise ConfigError(
+                f"preprocessing: interpolation {self.interpolation!r} must be one of {', '.join(INTERPOLATIONS)}"
             )
         if self.crop_mode not in CROP_MODES:
-            raise VitrailError(f"preprocessing: crop_mode {self.crop_mode!r} is none of {', '.join(CROP_MODES)}")
+            raise ConfigError(f"preprocessing: crop_mode {self.crop_mode!r} must be one of {', '.join(CROP_MODES)}")
         if not (isinstance(self.crop_pct, int | float) and 0 < self.crop_pct <= 1):
-            raise VitrailError(f"preprocessing: crop_pct must be above 0 and at most 1, not {self.crop_pct}")
+            raise ConfigError(f"preprocessing: crop_pct must be above 0 and at most 1, not {self.crop_pct}")
         if self.channels < 1 or len(self.mean) != self.channels or len(self.std) != self.channels:
-            raise VitrailError(
-                f"preprocessing: {self.channels} channels need as many means and stds, "
+            raise ConfigError(
+                f"preprocessing: {self.channels} channels need {self.channels} values of mean and std, "
                 f"not {len(self.mean)} and {len(self.std)}"
             )
         if not all(math.isfinite(x) for x in (*self.mean, *self.std)) or min(self.std) <= 0:
-            raise VitrailError("preprocessing: means must be numbers and stds positive numbers")
+            raise ConfigError("preprocessing: mean must be finite and std positive")
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """One image, any Pillow mode -> float32 C H W, normalised. Raises BadImage where its pixels make no sense."""
+        """One image, any Pillow mode -> float32 C H W, normalised. Raises BadImage."""
         import torch
 
         pixels = torch.from_numpy(self.crop(image)).permute(2, 0, 1)
         return self.normalize(pixels[None])[0].contiguous()
 
     def crop(self, image: Image.Image) -> npt.NDArray[np.uint8]:
-        """The part that the CPU does: upright, right mode, resized and cropped. Returns a new uint8 H W C array."""
+        """The part that runs on the CPU: orientation, mode, resize and crop. Returns a new uint8 H W C array."""
         import numpy as np
         from PIL import Image
 
         from vitrail.images.convert import to_channels
 
         if self.channels not in (1, 3):
-            raise VitrailError(f"this model takes {self.channels} channels; image files have 1 or 3")
+            raise ModelError(f"this model takes {self.channels} channels; image files have 1 or 3")
         image = to_channels(image, self.channels)
         height, width = self._resized(image.height, image.width)
         if (width, height) != image.size:
             image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
-        return np.array(self._center(image)).reshape(*self.size, self.channels)
+        return np.array(self._center_crop(image)).reshape(*self.size, self.channels)
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
-        """The size after resizing and before cropping, with each library's own rounding."""
-        goal_h, goal_w = (math.floor(x / self.crop_pct) for x in self.size)
+        """The size after resizing and before cropping, with the rounding of timm or torchvision."""
+        target_h, target_w = (math.floor(x / self.crop_pct) for x in self.size)
         if self.crop_mode == "squash":
-            return goal_h, goal_w
-        if self.crop_mode == "center" and goal_h == goal_w:  # torchvision's Resize(int): the longer side is cut off
+            return target_h, target_w
+        if self.crop_mode == "center" and target_h == target_w:  # torchvision's Resize(int) truncates the longer side
             if width <= height:
-                return int(goal_h * height / width), goal_h
-            return goal_h, int(goal_h * width / height)
-        ratios = height / goal_h, width / goal_w
+                return int(target_h * height / width), target_h
+            return target_h, int(target_h * width / height)
+        ratios = height / target_h, width / target_w
         ratio = max(ratios) if self.crop_mode == "border" else min(ratios)
         return max(1, round(height / ratio)), max(1, round(width / ratio))  # timm's ResizeKeepRatio
 
     def keeps(self, height: int, width: int) -> bool:
-        """Whether images of this size are already what `crop` would make of them."""
+        """Whether `crop` leaves images of this size unchanged."""
         return (height, width) == self.size == self._resized(height, width)
 
-    def _center(self, image: Image.Image) -> Image.Image:
-        """Cut out the middle; where the image is smaller, fill up (the mean colour for "border", else black)."""
+    def _center_crop(self, image: Image.Image) -> Image.Image:
+        """Center crop; a smaller image is padded (with the mean colour for "border", else black)."""
         from PIL import Image
 
         (height, width), (crop_h, crop_w) = (image.height, image.width), self.size
@@ -128,15 +129,13 @@ class Preprocess:
         return image.crop((left, top, left + crop_w, top + crop_h))
 
     def normalize(self, batch: torch.Tensor) -> torch.Tensor:
-        """B C H W, uint8 or float, in 0..255 -> float32 of the same shape: (x / 255 - mean) / std. Runs on its
-        device.
-        """
+        """(x / 255 - mean) / std in float32, on the batch's device. batch: B C H W, uint8 or float, in 0..255."""
         import torch
 
         scale, shift = _affine(self.mean, self.std, batch.device)
         if batch.dtype == torch.uint8:
             if batch.device.type == "cpu" and batch.numel() > (size := _IN_CACHE * torch.get_num_threads()):
-                # The same in parts, each of which goes through three passes without leaving the processor's cache.
+                # In parts that stay in the processor's cache for all three passes.
                 out = torch.empty(batch.shape)
                 count = max(1, size * len(batch) // batch.numel())
                 for source, part in zip(batch.split(count), out.split(count), strict=True):
@@ -149,24 +148,31 @@ class Preprocess:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
+    def with_channels(self, channels: int) -> Preprocess:
+        """A copy for another number of channels, each with the average mean and std of the present ones."""
+        if channels == self.channels:
+            return self
+        mean, std = ((sum(values) / len(values),) * channels for values in (self.mean, self.std))
+        return self.replace(channels=channels, mean=mean, std=std)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Preprocess:
-        """The inverse of to_dict. Raises VitrailError for an unknown key or a value of nonsense."""
+        """The inverse of `to_dict`. Raises ConfigError for an unknown key or an invalid value."""
         known = [field.name for field in dataclasses.fields(cls)]
         for key in record:
             if key not in known:
-                raise VitrailError(f"preprocessing: unknown key {key!r}{did_you_mean(key, known)}")
+                raise ConfigError(f"preprocessing: unknown key {key!r}{did_you_mean(key, known)}")
         try:
             return cls(**record)
         except TypeError as error:
-            raise VitrailError(f"preprocessing: {error}") from None
+            raise ConfigError(f"preprocessing: {error}") from None
 
     def to_timm(self) -> dict[str, Any]:
-        """The part of timm's pretrained_cfg that says the same."""
+        """The same settings as keys of timm's pretrained_cfg."""
         return {
             "input_size": [self.channels, *self.size],
             "interpolation": self.interpolation,
@@ -178,7 +184,7 @@ class Preprocess:
 
     @classmethod
     def from_timm(cls, config: Mapping[str, Any]) -> Preprocess:
-        """From timm's pretrained_cfg; what it leaves out takes timm's defaults."""
+        """From timm's pretrained_cfg; missing keys take timm's defaults."""
         channels, height, width = config.get("input_size", (3, 224, 224))
         record = {
             "size": (height, width),
@@ -194,13 +200,11 @@ class Preprocess:
 
 @lru_cache(maxsize=64)
 def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale, shift), each 1 C 1 1, so that x * scale + shift normalises x in 0..255. Kept a device, for the small
-    batches.
-    """
+    """(scale, shift), each 1 C 1 1, so that x * scale + shift normalises x in 0..255."""
     import torch
 
-    def column(values: list[float]) -> torch.Tensor:
+    def per_channel(values: list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
 
     scale = [1 / (255 * s) for s in std]
-    return column(scale), column([-m / s for m, s in zip(mean, std, strict=True)])
+    return per_channel(scale), per_channel([-m / s for m, s in zip(mean, std, strict=True)])

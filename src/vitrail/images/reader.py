@@ -1,4 +1,4 @@
-"""What a person hands to a model (paths, folders, patterns, images, arrays) to crops that are ready for it.
+"""Inputs of `predict` and `embed` (paths, folders, glob patterns, images, arrays), decoded and cropped for a model.
 
 Shapes: H W height and width, C channels.
 """
@@ -25,9 +25,9 @@ Inputs = Input | Iterable[Input]
 
 @dataclass(frozen=True)
 class Crop:
-    """One input: uint8 H W C pixels of the model's size, or the `error` that kept it from being read.
+    """One input: uint8 H W C pixels of the model's size, or the `error` why it could not be read.
 
-    `path` is None for what came from memory.
+    `path` is None for an image from memory.
     """
 
     path: str | None
@@ -36,9 +36,9 @@ class Crop:
 
 
 def expand(inputs: Inputs) -> Iterator[Input | Crop]:
-    """Single images from all of `inputs`: folders are searched all the way down, patterns are matched.
+    """The single images of `inputs`: folders are searched recursively, glob patterns are matched.
 
-    A folder or pattern without images comes out as a Crop with an error, so that no word of the caller's is lost.
+    A folder or pattern without images yields a Crop with an error.
     """
     if isinstance(inputs, str | os.PathLike | bytes | Image.Image):
         inputs = [inputs]
@@ -50,7 +50,7 @@ def expand(inputs: Inputs) -> Iterator[Input | Crop]:
             continue
         path = os.fspath(source)
         if os.path.isdir(path):
-            yield from _or_error(path, _images_below(path), "holds no images")
+            yield from _or_error(path, _images_below(path), "contains no images")
         elif not os.path.lexists(path) and glob.has_magic(path):
             yield from _or_error(path, _matching(path), "matches no image")
         else:
@@ -66,23 +66,23 @@ def _or_error(path: str, found: Iterator[str], error: str) -> Iterator[str | Cro
 def _matching(pattern: str) -> Iterator[str]:
     for path in sorted(glob.glob(os.path.expanduser(pattern), recursive=True)):
         if os.path.isdir(path):
-            if "**" not in pattern:  # "**" has gone down already
+            if "**" not in pattern:  # "**" matches its content too
                 yield from _images_below(path)
         else:
             yield path
 
 
 def _images_below(folder: str) -> Iterator[str]:
-    """Files that are images by name, in alphabetical order, hidden ones left out."""
-    for here, folders, files in os.walk(folder):
+    """Files with an image's extension, in alphabetical order, without hidden ones."""
+    for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in image_extensions():
-                yield os.path.join(here, name)
+                yield os.path.join(parent, name)
 
 
 def crop(source: Input | Crop, preprocess: Preprocess) -> Crop:
-    """Decode and crop one image; whatever is wrong with it becomes the crop's error."""
+    """Decode and crop one image; a BadImage becomes the crop's error."""
     if isinstance(source, Crop):
         return source
     path = path_of(source)
@@ -115,7 +115,7 @@ def _crop_array(array: npt.NDArray[Any], preprocess: Preprocess) -> Pixels:
 
 
 def _crop_bands(array: npt.NDArray[Any], preprocess: Preprocess) -> Pixels:
-    """Channels that are no colours: each is resized and cropped as a grey image of its own."""
+    """More than 3 channels: each is resized and cropped as a grey image."""
     bands = [
         preprocess.replace(channels=1, mean=(mean,), std=(std,)).crop(Image.fromarray(np.ascontiguousarray(band)))
         for band, mean, std in zip(np.moveaxis(array, 2, 0), preprocess.mean, preprocess.std, strict=True)

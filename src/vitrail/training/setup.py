@@ -221,15 +221,8 @@ def _check_model(model: nn.Module, preprocess: Preprocess, num_classes: int) -> 
 def _fresh_preprocess(dataset: Dataset, size: tuple[int, int], channels: int) -> Preprocess:
     """For a model from scratch: the data's own mean and deviation."""
     crop_pct = 1.0 if max(size) <= _WHOLE_IMAGE else _CROP_PCT
-    return Preprocess(size=size, crop_pct=crop_pct, **_colours(dataset, channels))
-
-
-def _colours(dataset: Dataset, channels: int | None) -> dict[str, Any]:
-    """channels, mean and std for a model of that many channels; grey stands for each colour, their mean for grey."""
     mean, std = dataset.mean or IMAGENET_MEAN, dataset.std or IMAGENET_STD
-    if len(mean) != channels:
-        mean, std = ((sum(values) / len(values),) * (channels or 3) for values in (mean, std))
-    return {"channels": channels, "mean": mean, "std": std}
+    return Preprocess(size=size, crop_pct=crop_pct, mean=mean, std=std, channels=len(mean)).with_channels(channels)
 
 
 def _prepare_external(model: nn.Module, config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, Preprocess]:

@@ -1,8 +1,7 @@
-"""Counted randomness: every random number is a pure function of where it is used.
+"""Counter-based random numbers: each is a pure function of (seed, epoch, stream, index, column).
 
-A draw is a hash of (seed, epoch, stream, index, column), so it does not depend on the order in which samples are
-visited, on the number of workers or processes, or on what was drawn before. The hash is SplitMix64 (Steele, Lea and
-Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014). numpy only.
+They depend neither on the order of samples, nor on the number of workers or processes, nor on earlier draws. The hash
+is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014). numpy only.
 """
 
 import hashlib
@@ -17,7 +16,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """SplitMix64's output function, elementwise: a bijection of 64-bit words that scatters neighbouring inputs."""
+    """SplitMix64's output function, elementwise: a bijection of 64-bit integers."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -31,23 +30,23 @@ def _mix_int(x: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def word(text: str) -> int:
-    """A 64-bit number for a piece of text, the same in every process (Python's own hash() is not)."""
+def hash_text(text: str) -> int:
+    """A 64-bit hash of a text, the same in every process (unlike Python's hash())."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 
 
-def _key(seed: int, *words: int | str) -> int:
+def _key(seed: int, *values: int | str) -> int:
     key = _mix_int((seed + _GOLDEN) & _MASK)
-    for item in words:
-        number = word(item) if isinstance(item, str) else item
-        # Mixing between the words makes their order count: (1, 2) and (2, 1) are two keys.
+    for item in values:
+        number = hash_text(item) if isinstance(item, str) else item
+        # Mixed after each value, so that (1, 2) and (2, 1) give two keys.
         key = _mix_int(((key ^ (number & _MASK)) + _GOLDEN) & _MASK)
     return key
 
 
-def fold(seed: int, *words: int | str) -> int:
-    """Fold numbers and names into a seed. Returns an integer in [0, 2**63), as torch.manual_seed takes it."""
-    return _key(seed, *words) >> 1
+def fold(seed: int, *values: int | str) -> int:
+    """A seed in [0, 2**63) derived from a seed, numbers and names, as `jax.random.fold_in`."""
+    return _key(seed, *values) >> 1
 
 
 def uniform(
@@ -55,7 +54,7 @@ def uniform(
 ) -> npt.NDArray[np.float64]:
     """`n` numbers in [0, 1) for each index: an array of shape (len(indices), n).
 
-    `stream` names the use ("flip", "crop"): two uses of one sample never share numbers.
+    `stream` names the use ("flip", "crop"), so that two uses of one sample draw different numbers.
     """
     index = np.asarray(indices).astype(np.int64).astype(np.uint64)
     base = mix(np.uint64(_key(seed, epoch, stream)) + index * np.uint64(_GOLDEN))

@@ -145,7 +145,7 @@ def _scan(listing: _Listing, skipped: list[SkippedImage], progress: Progress | N
         for path, _ in files:
             try:
                 header = read_header(Path(path))
-                if header.doubtful:
+                if header.may_fail:
                     decode(path)
                 results.append(header)
             except BadImage as bad:

@@ -45,7 +45,7 @@ class Scan:
         """Add a sample if `content` is a readable image, else skip it."""
         try:
             header = read_header(content)
-            if header.doubtful:
+            if header.may_fail:
                 decode(content)
         except BadImage as bad:
             self.skip(path, bad.reason)
