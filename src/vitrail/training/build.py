@@ -14,7 +14,7 @@ from vitrail.training.engine.batch_augmenter import BatchAugmenter
 from vitrail.training.engine.schedule import Schedule
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.objectives.distillation import make_task
-from vitrail.training.resources.trial import blank
+from vitrail.training.resources.trial import blank_batch
 from vitrail.training.setup import Setup
 from vitrail.utils.distributed import DistributedContext
 
@@ -55,7 +55,7 @@ def make_trainer(setup: Setup, steps_per_epoch: int, device: torch.device, distr
         config,
         device,
         distributed,
-        blank(2, setup.preprocess) if distributed.world_size > 1 else None,
+        blank_batch(2, setup.preprocess) if distributed.world_size > 1 else None,
     )
 
 

@@ -29,7 +29,7 @@ from vitrail.training.monitoring.trackers import check_trackers
 from vitrail.training.objectives.teacher import Source, lasting_name
 from vitrail.training.probe import check_probe_keys, result_lines, run_probe
 from vitrail.training.resources.batch_size import fit_batch_size, memory_advice
-from vitrail.training.resources.forecast import cost_lines
+from vitrail.training.resources.forecast import estimate_cost
 from vitrail.training.session import Session
 from vitrail.training.setup import Setup, held_out, prepare, reopen
 from vitrail.utils.device import compiling, cpu_threads, pick_device, uses_bf16
@@ -224,7 +224,7 @@ def _make_session(setup: Setup, reporter: Reporter, device: torch.device, distri
     if not setup.auto_batch:
         return session
     with compiling():
-        size, reason = fit_batch_size(session)
+        size, reason = fit_batch_size(session.trainer, setup.preprocess, len(session.loader.split))
     return Session(setup.with_batch_size(size, reason), reporter, device)
 
 
@@ -236,10 +236,7 @@ def _train(session: Session, folder: RunFolder, reporter: Reporter, resumed: boo
         reporter.say(f"resumed at epoch {session.trainer.state.epoch + 1}, step {session.trainer.state.steps}")
     try:
         if not resumed and session.distributed.world_size == 1:
-            with compiling():
-                lines = cost_lines(session)
-            for line in lines:
-                reporter.say(line)
+            _say_cost(session, reporter)
         with session.trackers, compiling():
             session.run()
             model = session.final_model()
@@ -254,13 +251,24 @@ def _train(session: Session, folder: RunFolder, reporter: Reporter, resumed: boo
             raise
         full = True
     if full:  # outside of `except`, where the error no longer references the step's tensors
-        raise DeviceError(memory_advice(session))
+        raise DeviceError(memory_advice(session.trainer, setup.preprocess))
     classifier = _finish(setup, session.model, summary, folder)
     say_result(reporter, summary, folder)
     if folder.writes:
         _report(setup, result, folder, reporter, session.trainer.groups)
     session.distributed.barrier()  # other processes wait until everything is written
     return classifier
+
+
+def _say_cost(session: Session, reporter: Reporter) -> None:
+    """Print the estimated cost, and reserve time for the last validation."""
+    dataset, trainer = session.setup.dataset, session.trainer
+    with compiling():
+        cost, lines = estimate_cost(trainer, session.loader, dataset.counts(), dataset.eval_split())
+    for line in lines:
+        reporter.say(line)
+    if cost:
+        trainer.state.validation_seconds = trainer.schedule.reserve(cost.validation_seconds)
 
 
 def _probe(setup: Setup, folder: RunFolder, reporter: Reporter, device: torch.device) -> Classifier:

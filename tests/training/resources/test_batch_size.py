@@ -14,7 +14,7 @@ from vitrail.errors import VitrailError
 from vitrail.training.config.schema import make_config, parse_overrides, read_config
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.resources import batch_size as fit
-from vitrail.training.resources.batch_size import Rates, fastest, fit_batch_size, ladder, largest
+from vitrail.training.resources.batch_size import Rates, candidate_sizes, fastest, fit_batch_size, largest
 from vitrail.training.run import train
 from vitrail.training.setup import prepare
 
@@ -25,9 +25,9 @@ def _variant(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_sizes_that_are_tried() -> None:
-    assert ladder(8, 100) == [8, 12, 16, 24, 32, 48, 64, 96]
-    assert ladder(8, 8) == [8]
-    assert ladder(5, 5) == [5]
+    assert candidate_sizes(8, 100) == [8, 12, 16, 24, 32, 48, 64, 96]
+    assert candidate_sizes(8, 8) == [8]
+    assert candidate_sizes(5, 5) == [5]
 
 
 @pytest.mark.parametrize("capacity", [1, 8, 11, 12, 31, 95, 96, 1000])
@@ -38,7 +38,7 @@ def test_the_largest_that_fits_is_found_in_few_tries(capacity: int) -> None:
         tried.append(size)
         return size <= capacity
 
-    sizes = ladder(8, 100)
+    sizes = candidate_sizes(8, 100)
     assert largest(sizes, holds) == max([8, *(size for size in sizes if size <= capacity)])
     assert len(tried) <= 3
 
@@ -83,22 +83,22 @@ def test_the_fastest_of_some_steps_counts_and_the_first_never(monkeypatch: pytes
         now[0] += next(durations)
 
     monkeypatch.setattr(session.trainer, "step", step)
-    assert fit._images_per_second(session, 10) == pytest.approx(10 / 0.2)
+    assert fit._images_per_second(session.trainer, session.setup.preprocess, 10) == pytest.approx(10 / 0.2)
     durations = iter([9.0, 4.0, 3.0])
-    assert fit._images_per_second(session, 10) == pytest.approx(10 / 3)
+    assert fit._images_per_second(session.trainer, session.setup.preprocess, 10) == pytest.approx(10 / 3)
     assert next(durations, None) is None
 
 
 def test_a_fitted_run_is_the_run_with_that_batch_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And so it resumes without being fitted again."""
-    monkeypatch.setattr(fit, "_images_per_second", lambda session, size: min(size, 16.0))
+    monkeypatch.setattr(fit, "_images_per_second", lambda trainer, preprocess, size: min(size, 16.0))
     keys = {key: value for key, value in KEYS.items() if key not in ("batch_size", "lr")}
     train(tiny.dataset(), out=tmp_path / "auto", progress=False, batch_size="auto", **keys)
     config = read_config(tmp_path / "auto" / "config.toml")
     usual = prepare(tiny.dataset(), make_config(keys)).config
     assert usual.schedule.batch_size == 8, "of fifty images"
     assert config.schedule.batch_size == 8, "an epoch has eight steps or nearly"
-    monkeypatch.setattr(fit, "_batch_size", lambda usual, images: 32)
+    monkeypatch.setattr(fit, "limit_batch_size", lambda usual, images: 32)
     train(tiny.dataset(), out=tmp_path / "larger", progress=False, batch_size="auto", **keys)
     config = read_config(tmp_path / "larger" / "config.toml")
     assert config.schedule.batch_size == 16
@@ -109,8 +109,8 @@ def test_a_fitted_run_is_the_run_with_that_batch_named(tmp_path: Path, monkeypat
 
 
 def test_a_rate_that_was_named_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "_images_per_second", lambda session, size: float(size))
-    monkeypatch.setattr(fit, "_batch_size", lambda usual, images: 32)
+    monkeypatch.setattr(fit, "_images_per_second", lambda trainer, preprocess, size: float(size))
+    monkeypatch.setattr(fit, "limit_batch_size", lambda usual, images: 32)
     keys = {**KEYS, "batch_size": "auto", "epochs": 0}
     train(tiny.dataset(), out=tmp_path / "run", progress=False, **keys)
     config = read_config(tmp_path / "run" / "config.toml")
@@ -121,7 +121,7 @@ def test_on_a_device_of_its_own_the_largest_that_fits(monkeypatch: pytest.Monkey
     """A made-up device: a step needs a gigabyte for eight images, and there are ten."""
     session = tiny.session(batch_size=16)
     session.trainer.device = torch.device("cuda")
-    monkeypatch.setattr(fit, "_batch_size", lambda usual, images: usual)
+    monkeypatch.setattr(fit, "limit_batch_size", lambda usual, images: usual)
     monkeypatch.setattr(fit, "available_memory", lambda device: 10 * 2**30)
     needed: list[int] = []
 
@@ -130,13 +130,13 @@ def test_on_a_device_of_its_own_the_largest_that_fits(monkeypatch: pytest.Monkey
         return needed[-1] <= 10 * 2**30
 
     for name, stand_in in {
-        "fits": fits,
+        "fits_in_memory": fits,
         "reset_peak_memory": lambda device: None,
         "peak_memory": lambda device: needed[-1],
-        "untouched": lambda trainer: __import__("contextlib").nullcontext(),
+        "preserve_state": lambda trainer: __import__("contextlib").nullcontext(),
     }.items():
         monkeypatch.setattr(fit, name, stand_in)
-    size, reason = fit_batch_size(session)
+    size, reason = fit_batch_size(session.trainer, session.setup.preprocess, len(session.loader.split))
     assert size == 64, "72 images would take nine tenths, 96 all of it and more"
     assert "10.7 GB" in reason
 
@@ -152,7 +152,7 @@ def test_a_batch_that_does_not_fit_is_told_in_parts_that_do(tmp_path: Path, monk
 
     monkeypatch.setattr(Trainer, "step", step)
     monkeypatch.setattr(
-        fit, "expected_peak", lambda trainer, preprocess, size: size // trainer.config.machine.accumulate * 2**20
+        fit, "estimate_peak_memory", lambda trainer, preprocess, size: size // trainer.config.machine.accumulate * 2**20
     )
     monkeypatch.setattr(fit, "available_memory", lambda device: 4 * 2**20)
     keys = {**KEYS, "batch_size": 12}
@@ -161,7 +161,7 @@ def test_a_batch_that_does_not_fit_is_told_in_parts_that_do(tmp_path: Path, monk
     assert "\n" not in str(error.value)
     train(tiny.dataset(), out=tmp_path / "parts", progress=False, accumulate=4, **keys)
     monkeypatch.setattr(fit, "available_memory", lambda device: 1)
-    with pytest.raises(VitrailError, match="not even image by image"):
+    with pytest.raises(VitrailError, match="single image"):
         train(tiny.dataset(), out=tmp_path / "other", progress=False, **keys)
 
 
@@ -179,7 +179,7 @@ def test_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     train("digits", out=tmp_path / "run", batch_size="auto", epochs=1)
     config = read_config(tmp_path / "run" / "config.toml")
     assert 16 <= config.schedule.batch_size <= 128
-    assert f"batches of {config.schedule.batch_size}: images/s" in capsys.readouterr().err
+    assert f"batch size {config.schedule.batch_size}: images/s" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
@@ -190,5 +190,5 @@ def test_on_cuda(tmp_path: Path) -> None:
     from vitrail.training.session import Session
 
     session = Session(setup, Reporter(False), torch.device("cuda"))
-    size, _ = fit_batch_size(session)
-    assert fit.fits(session.trainer, fit.blank(size, setup.preprocess))
+    size, _ = fit_batch_size(session.trainer, session.setup.preprocess, len(session.loader.split))
+    assert fit.fits_in_memory(session.trainer, fit.blank_batch(size, setup.preprocess))

@@ -15,8 +15,9 @@ from training import tiny
 from training.runs import KEYS
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.resources import forecast as cost
-from vitrail.training.resources.forecast import Cost, cost_lines
+from vitrail.training.resources.forecast import Cost, estimate_cost
 from vitrail.training.run import train
+from vitrail.training.session import Session
 from vitrail.utils import memory
 from vitrail.utils.memory import available_memory, is_out_of_memory, peak_memory, resident_memory
 
@@ -57,22 +58,21 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def measured(monkeypatch: pytest.MonkeyPatch, **keys: Any) -> Cost:
-    found = []
-    original = Cost.line
-
-    def line(self: Cost) -> str:
-        found.append(self)
-        return original(self)
-
-    monkeypatch.setattr(Cost, "line", line)
-    cost_lines(tiny.session(**keys))
-    return found[0]
+def estimate(session: Session) -> tuple[Cost | None, list[str]]:
+    dataset = session.setup.dataset
+    return estimate_cost(session.trainer, session.loader, dataset.counts(), dataset.eval_split())
 
 
-def test_the_estimate_by_hand(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def measured(**keys: Any) -> Cost:
+    found, lines = estimate(tiny.session(**keys))
+    assert found is not None
+    assert lines == [found.line()]
+    return found
+
+
+def test_the_estimate_by_hand(clock: Clock) -> None:
     """Five steps an epoch of 2.5 s; 12 images to validate, 15 to test, each a tenth of (0.5 + 2 / 3) s."""
-    told = measured(monkeypatch, epochs=40, eval_every=2)
+    told = measured(epochs=40, eval_every=2)
     an_image = (0.5 + 2 / 3) / 10
     assert told.seconds == pytest.approx(40 * 5 * 2.5 + 20 * 12 * an_image + 15 * an_image)
     assert (told.epochs, told.images_per_second) == (40, 4.0)
@@ -81,14 +81,14 @@ def test_the_estimate_by_hand(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> 
 def test_beside_an_accelerator_reading_and_learning_overlap(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     session = tiny.session(epochs=40)
     session.trainer.device = torch.device("meta")
-    monkeypatch.setattr(cost, "untouched", lambda trainer: __import__("contextlib").nullcontext())
+    monkeypatch.setattr(cost, "preserve_state", lambda trainer: __import__("contextlib").nullcontext())
     monkeypatch.setattr(cost, "available_memory", lambda device: None)
-    (line,) = cost_lines(session)
+    _, (line,) = estimate(session)
     assert "(5 images/s)" in line
 
 
-def test_a_budget_is_told_in_epochs(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = measured(monkeypatch, epochs=None, budget=1000)
+def test_a_budget_is_told_in_epochs(clock: Clock) -> None:
+    told = measured(epochs=None, budget=1000)
     an_image = (0.5 + 2 / 3) / 10
     assert told.epochs == pytest.approx(1000 / (5 * 2.5 + 12 * an_image))
     assert told.seconds == pytest.approx(1000, rel=0.02)
@@ -105,19 +105,20 @@ def test_trials_take_a_fiftieth_of_the_run_at_most(clock: Clock, monkeypatch: py
     monkeypatch.setattr(Trainer, "step", step)
     for epochs, expected in ((19, 0), (20, 2), (30, 3), (400, 4)):
         steps.clear()
-        assert len(cost_lines(tiny.session(epochs=epochs))) == (expected > 0)
+        assert len(estimate(tiny.session(epochs=epochs))[1]) == (expected > 0)
         assert len(steps) == expected
     steps.clear()
-    cost_lines(tiny.session(epochs=None, budget=100))
+    estimate(tiny.session(epochs=None, budget=100))
     assert len(steps) == 1, "after nine seconds of a hundred"
 
 
 def test_too_little_memory_is_told_before_it_is_taken(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     session = tiny.session(epochs=40)
     monkeypatch.setattr(cost, "available_memory", lambda device: 2**30)
-    monkeypatch.setattr(cost, "expected_peak", lambda *_: 2 * 2**30)
-    (line,) = cost_lines(session)
-    assert line.startswith("warning: the run takes about 2.15 GB of memory, and 1.07 GB are available; accumulate=2")
+    monkeypatch.setattr(cost, "estimate_peak_memory", lambda *_: 2 * 2**30)
+    _, (line,) = estimate(session)
+    assert line.startswith("warning: ")
+    assert all(fact in line for fact in ("2.15 GB", "1.07 GB", "accumulate=2"))
     assert session.trainer.state.steps == 0
     assert clock.now == 0, "and no step is tried"
 
@@ -125,7 +126,7 @@ def test_too_little_memory_is_told_before_it_is_taken(clock: Clock, monkeypatch:
 def test_the_line() -> None:
     told = Cost(754.0, 20.0, 10.0, 1349.8, 2**30 // 2, 8 * 2**30)
     assert told.line() == "cost    about 12 m 34 s for 10 epochs (1,350 images/s), 537 MB of 8.59 GB memory"
-    assert replace(told, peak=None).line().endswith("(1,350 images/s)")
+    assert replace(told, peak_memory=None).line().endswith("(1,350 images/s)")
 
 
 def test_a_run_says_what_it_will_cost_and_keeps_to_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

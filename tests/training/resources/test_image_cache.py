@@ -97,10 +97,8 @@ def test_a_run_decodes_each_image_once(
     assert len(seen) == len(set(seen)) >= 24  # 4 of them are left out in each epoch
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cache")]
     total = 3 * (28 * 16 * 22 + 4 * 64)  # 30x41 shrunk to a side of 2 x 8
-    assert line == (
-        f"cache   {format_bytes(total)} of decoded images, shorter sides of at most 16 pixels, kept "
-        "on the disk for later epochs and runs"
-    )
+    assert line.startswith(f"cache   {format_bytes(total)} of decoded images")
+    assert "16 pixels" in line
     # Another run finds them decoded.
     del seen[:]
     train(photos, out=tmp_path / "two", **KEYS)
@@ -121,7 +119,7 @@ def test_a_resumed_run_sees_the_same_pixels(photos: Path, tmp_path: Path, monkey
         train(photos, out=tmp_path / "cut", **KEYS)
     monkeypatch.setenv("VITRAIL_CACHE", "/dev/null/no")
     for value in ("off", "auto", "2GB"):
-        with pytest.raises(VitrailError, match="cache=1MB: leave cache out"):
+        with pytest.raises(VitrailError, match="cache=1MB"):
             train(resume=tmp_path / "cut", progress=False, cache=value)
     train(resume=tmp_path / "cut", progress=False)
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
@@ -156,31 +154,25 @@ def settled(photos: Path, **keys: Any) -> tuple[str, list[str]]:
 def test_auto_is_on_where_it_helps(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert settled(photos)[0] == "1MB"
     assert settled(photos, epochs=None, budget=5)[0] == "1MB"
-    assert settled(photos, epochs=1) == ("off", ["cache   off: every image is read once"])
+    assert settled(photos, epochs=1)[0] == "off"
     assert settled(photos, epochs=1, cache="3GB")[0] == "3GB"
-    assert settled(photos, cache="0.01MB") == (
-        "0.01MB",
-        ["cache   10 kB of 30.3 kB of decoded images, shorter sides of at most 16 pixels, kept on the disk for later "
-         "epochs and runs"],
-    )  # fmt: skip
-    assert settled(photos, crop_scale=None)[1] == [
-        "cache   6.14 kB of decoded images kept on the disk for later epochs and runs"
-    ]
+    value, (line,) = settled(photos, cache="0.01MB")
+    assert value == "0.01MB"
+    assert "10 kB of 30.3 kB" in line
+    assert "6.14 kB" in settled(photos, crop_scale=None)[1][0]
     assert settled(photos, probe=True) == ("off", [])
     assert settled(photos, cache="off") == ("off", [])
     monkeypatch.setattr(cached, "room", lambda: 20_000)
     value, (line,) = settled(photos)
     assert value == "off"
-    assert (
-        line
-        == "cache   off: decoded, the images take 30.3 kB, and half of the free disk is 20 kB; cache=20GB keeps a part"
-    )
+    assert all(fact in line for fact in ("30.3 kB", "20 kB", "cache=20GB"))
 
 
 def test_arrays_need_none() -> None:
-    for value, lines in (("auto", []), ("2GB", ["cache   off: there is nothing to decode"])):
+    for value, lines in (("auto", 0), ("2GB", 1)):
         config = make_config({"data": "x", "model": "y", "cache": value})
-        assert settle_cache(config, tiny.dataset(), Preprocess(size=(8, 8)))[1] == lines
+        config, found = settle_cache(config, tiny.dataset(), Preprocess(size=(8, 8)))
+        assert (config.io.cache, len(found)) == ("off", lines)
 
 
 def test_sizes() -> None:

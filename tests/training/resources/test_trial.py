@@ -13,7 +13,7 @@ from vitrail.training import run as run_module
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.resources import forecast as cost
 from vitrail.training.resources import trial
-from vitrail.training.resources.trial import blank, expected_peak, fits, untouched
+from vitrail.training.resources.trial import blank_batch, estimate_peak_memory, fits_in_memory, preserve_state
 from vitrail.training.session import Session
 
 
@@ -51,7 +51,7 @@ def test_a_trial_leaves_everything_as_it_was() -> None:
         assert everything(session)["place"] != before["place"]
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), untouched(session.trainer):
+    with pytest.raises(ZeroDivisionError), preserve_state(session.trainer):
         fail()
     after = everything(session)
     assert tiny.same(after.pop("state"), before.pop("state"))
@@ -71,16 +71,16 @@ def test_a_run_that_was_estimated_is_the_run_that_was_not(tmp_path: Path, monkey
     monkeypatch.setattr(Trainer, "step", step)
     run(tmp_path / "plain")
     assert len(steps) == 12, "a run of twelve steps is too short to be estimated"
-    monkeypatch.setattr(cost, "_SHARE", 0.5)
+    monkeypatch.setattr(cost, "_MAX_SHARE", 0.5)
     run(tmp_path / "estimated")
-    assert len(steps) == 12 + 12 + cost._STEPS
+    assert len(steps) == 12 + 12 + cost._MAX_STEPS
     assert_same(outcome(tmp_path / "plain"), outcome(tmp_path / "estimated"))
 
 
 def test_a_step_without_memory_does_not_fit_and_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     session = tiny.session()
-    batch = blank(4, session.setup.preprocess)
-    assert fits(session.trainer, batch)
+    batch = blank_batch(4, session.setup.preprocess)
+    assert fits_in_memory(session.trainer, batch)
     task = session.trainer.task
 
     def hungry(model: Any, view: Any) -> torch.Tensor:
@@ -88,7 +88,7 @@ def test_a_step_without_memory_does_not_fit_and_is_forgotten(monkeypatch: pytest
         return torch.empty(2**60)
 
     session.trainer.task = hungry
-    assert not fits(session.trainer, batch)
+    assert not fits_in_memory(session.trainer, batch)
     assert all(p.grad is None for p in session.trainer.model.parameters())
 
     def wrong(model: Any, view: Any) -> torch.Tensor:
@@ -96,7 +96,7 @@ def test_a_step_without_memory_does_not_fit_and_is_forgotten(monkeypatch: pytest
 
     session.trainer.task = wrong
     with pytest.raises(RuntimeError, match="something else"):
-        fits(session.trainer, batch)
+        fits_in_memory(session.trainer, batch)
 
 
 def test_kept_tensors_counted_by_hand() -> None:
@@ -113,15 +113,15 @@ def test_kept_tensors_counted_by_hand() -> None:
             return out
 
     session.trainer.model = Two()
-    few, more = (trial._saved(session.trainer, session.setup.preprocess, size) for size in (2, 4))
+    few, more = (trial._saved_bytes(session.trainer, session.setup.preprocess, size) for size in (2, 4))
     an_image = 4 * (64 + 100 + 3) + 8  # float32, and the label as int64
     assert more - few == 2 * an_image
 
 
 def test_the_memory_foreseen_grows_with_the_part_that_is_learnt_at_once() -> None:
     whole, parts = tiny.session(), tiny.session(accumulate=4)
-    held = expected_peak(whole.trainer, whole.setup.preprocess, 1)
-    kept = [expected_peak(one.trainer, one.setup.preprocess, 40_000) - held for one in (whole, parts)]
+    held = estimate_peak_memory(whole.trainer, whole.setup.preprocess, 1)
+    kept = [estimate_peak_memory(one.trainer, one.setup.preprocess, 40_000) - held for one in (whole, parts)]
     assert kept[0] == pytest.approx(4 * kept[1], rel=0.2)
     assert kept[0] > 40_000 * 8 * 8 * 4
 
@@ -140,11 +140,11 @@ from vitrail.utils.memory import peak_memory
 from vitrail.training.setup import prepare
 from vitrail.training.monitoring.progress import Reporter
 from vitrail.training.session import Session
-from vitrail.training.resources.trial import blank, expected_peak
+from vitrail.training.resources.trial import blank_batch, estimate_peak_memory
 keys = dict(model="vit_tiny_patch16_224", img_size=128, batch_size=64, workers=0)
 session = Session(prepare("digits", make_config(keys)), Reporter(False), torch.device("cpu"))
-foreseen = expected_peak(session.trainer, session.setup.preprocess, 64)
-session.trainer.step(blank(64, session.setup.preprocess))
+foreseen = estimate_peak_memory(session.trainer, session.setup.preprocess, 64)
+session.trainer.step(blank_batch(64, session.setup.preprocess))
 print(foreseen, peak_memory(torch.device("cpu")))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -161,7 +161,7 @@ def test_no_trial_for_a_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(Killed):
             run(tmp_path / "run")
     asked: list[Session] = []
-    monkeypatch.setattr(run_module, "cost_lines", lambda session: asked.append(session) or [])
+    monkeypatch.setattr(run_module, "_say_cost", lambda session, reporter: asked.append(session))
     train(tiny.dataset(), resume=tmp_path / "run", progress=False)
     assert asked == []
     run(tmp_path / "other", epochs=1)
@@ -175,5 +175,5 @@ def test_checkpointed_blocks_are_foreseen_to_need_less() -> None:
         model.set_grad_checkpointing(checkpointing)
         session = tiny.session(img_size=32)
         session.trainer.model = model.train()
-        kept.append(trial._saved(session.trainer, session.setup.preprocess, 8))
+        kept.append(trial._saved_bytes(session.trainer, session.setup.preprocess, 8))
     assert kept[1] < 0.3 * kept[0]

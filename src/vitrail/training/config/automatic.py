@@ -139,7 +139,7 @@ def choose(facts: DatasetStats, given: Mapping[str, Any], recipe: Recipe | None 
         settings = {key: value for key, value in settings.items() if key not in keys_for(Use.BUILD)}
     usual, epochs = settings["batch_size"], given.get("epochs")
     keeps = recipe is not None and recipe.keeps_batch
-    batch = given.get("batch_size") or (usual if keeps else _batch_size(usual, facts.images))
+    batch = given.get("batch_size") or (usual if keeps else limit_batch_size(usual, facts.images))
     own_epochs = settings.pop("epochs")
     values |= {"recipe": row.recipe} | settings | {"batch_size": batch} | rates_for(batch, settings)
     if epochs is None and not given.get("budget"):
@@ -159,7 +159,7 @@ def choose(facts: DatasetStats, given: Mapping[str, Any], recipe: Recipe | None 
     return Choice({key: value for key, value in values.items() if key not in given}, reasons)
 
 
-def _batch_size(usual: int, images: int) -> int:
-    """The usual one; of few images a power of two such that an epoch has about eight steps."""
-    fitting = 2 ** max(3, (images // 8).bit_length() - 1)
-    return int(min(usual, fitting, images))
+def limit_batch_size(usual: int, images: int) -> int:
+    """The usual batch size, lowered for few images to a power of two that gives about eight steps per epoch."""
+    largest = 2 ** max(3, (images // 8).bit_length() - 1)
+    return int(min(usual, largest, images))

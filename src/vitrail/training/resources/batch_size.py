@@ -1,58 +1,64 @@
-"""A batch that suits the machine: on CUDA the largest that fits into its memory, elsewhere the fastest.
+"""batch_size=auto: on CUDA the largest batch that fits into memory, elsewhere the one with the highest throughput.
 
-The learning rate follows the batch by a rule that is known to hold over some range alone, so the batch stays within
-a factor of `_FAR` of the recipe's own.
+The learning rate is scaled with the batch size by a rule that holds over a limited range, so the batch stays within a
+factor of `_MAX_FACTOR` of the recipe's.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
-from vitrail.training.config.automatic import _batch_size
-from vitrail.training.resources.trial import blank, expected_peak, fits, forget_step, untouched, wait_for
+from vitrail.images.preprocess import Preprocess
+from vitrail.training.config.automatic import limit_batch_size
+from vitrail.training.engine.trainer import Trainer
+from vitrail.training.resources.trial import (
+    blank_batch,
+    estimate_peak_memory,
+    fits_in_memory,
+    free_step_memory,
+    preserve_state,
+    synchronize,
+)
 from vitrail.utils.memory import available_memory, peak_memory, reset_peak_memory
 from vitrail.utils.text import format_bytes
 
-if TYPE_CHECKING:
-    from vitrail.training.session import Session
-
-_FAR = 8
-_MARGIN = 0.9  # of the memory, so that a later, unluckier step finds a place too
-_GAIN = 1.05  # a batch must be so much faster to be worth leaving the recipe's for it
-_TRIAL_SECONDS = (0.5, 5.0)  # for a rate: at least, with at least `_TRIAL_STEPS`, and at most
-_TRIAL_STEPS = 3
-_SEARCH_SECONDS = 30.0  # after which no further batch is tried
+_MAX_FACTOR = 8
+_MEMORY_FRACTION = 0.9  # of the available memory, which leaves a margin
+_MIN_GAIN = 1.05  # a batch must be faster by this factor to replace a smaller or larger one
+_MIN_SECONDS, _MAX_SECONDS = 0.5, 5.0  # of a measurement, which ends after the first and _MIN_STEPS, or the second
+_MIN_STEPS = 3
+_SEARCH_SECONDS = 30.0  # after which no further batch size is measured
 
 
-def fit_batch_size(session: "Session") -> tuple[int, str]:
-    """A batch size for a session that has not begun and has the usual one, and the reason in a line.
-
-    What was tried leaves no trace in the session.
-    """
-    usual = session.config.schedule.batch_size
-    most = _batch_size(_FAR * usual, len(session.loader.split))
-    device, trainer, preprocess = session.trainer.device, session.trainer, session.setup.preprocess
+def fit_batch_size(trainer: Trainer, preprocess: Preprocess, train_images: int) -> tuple[int, str]:
+    """A batch size for this device, and the reason in one line. The trainer must be new, and is left unchanged."""
+    usual, device = trainer.config.schedule.batch_size, trainer.device
+    most = limit_batch_size(_MAX_FACTOR * usual, train_images)
     limit = available_memory(device)
-    with untouched(trainer):
+
+    def fits(size: int) -> bool:
+        return _fits(trainer, preprocess, size, limit)
+
+    with preserve_state(trainer):
         if device.type == "cuda":
-            assert limit is not None
-
-            def holds(size: int) -> bool:
-                reset_peak_memory(device)
-                return fits(trainer, blank(size, preprocess)) and (peak_memory(device) or 0) <= _MARGIN * limit
-
-            size = largest(ladder(min(8, most), most), holds)
-            return size, f"batches of {size}: the largest tried that fits into {format_bytes(limit)} with a margin"
-        rates = Rates(lambda size: _images_per_second(session, size))
-        size = fastest(
-            usual, most, rates, lambda size: limit is None or expected_peak(trainer, preprocess, size) < _MARGIN * limit
-        )
+            size = largest(candidate_sizes(min(8, most), most), fits)
+            return size, f"batch size {size}: the largest tried that fits into {format_bytes(limit or 0)} with a margin"
+        rates = Rates(lambda size: _images_per_second(trainer, preprocess, size))
+        size = fastest(usual, most, rates, fits)
     tried = ", ".join(f"{rate:,.0f} with {tried}" for tried, rate in sorted(rates.known.items()))
-    return size, f"batches of {size}: images/s {tried}"
+    return size, f"batch size {size}: images/s {tried}"
+
+
+def _fits(trainer: Trainer, preprocess: Preprocess, size: int, limit: int | None) -> bool:
+    """Whether a step fits into `limit` bytes: tried on CUDA, only estimated where running out ends the process."""
+    if trainer.device.type != "cuda":
+        return limit is None or estimate_peak_memory(trainer, preprocess, size) < _MEMORY_FRACTION * limit
+    reset_peak_memory(trainer.device)
+    fits = fits_in_memory(trainer, blank_batch(size, preprocess))
+    return fits and (peak_memory(trainer.device) or 0) <= _MEMORY_FRACTION * (limit or 0)
 
 
 class Rates:
-    """Images a second by batch size, each measured once, and none that begins after the search's time is up."""
+    """Images per second by batch size. Each is measured once; after `seconds` an unmeasured size counts as 0."""
 
     def __init__(self, measure: Callable[[int], float], seconds: float = _SEARCH_SECONDS) -> None:
         self.known: dict[int, float] = {}
@@ -65,16 +71,17 @@ class Rates:
         return self.known.get(size, 0.0)
 
 
-def fastest(usual: int, most: int, rate: Callable[[int], float], holds: Callable[[int], bool]) -> int:
-    """Climb from the usual size, by doubling or halving, for as long as that gains enough; up to `most` images."""
+def fastest(usual: int, most: int, rate: Callable[[int], float], fits: Callable[[int], bool]) -> int:
+    """Double or halve the usual size as long as that is faster by `_MIN_GAIN`; at most `most`."""
     best = usual
-    while best > 1 and not holds(best):
+    while best > 1 and not fits(best):
         best //= 2
     for step in (2.0, 0.5):
         start = best
         while True:
             size = int(best * step)
-            if not max(1, usual // _FAR) <= size <= most or not holds(size) or rate(size) < _GAIN * rate(best):
+            in_range = max(1, usual // _MAX_FACTOR) <= size <= most
+            if not in_range or not fits(size) or rate(size) < _MIN_GAIN * rate(best):
                 break
             best = size
         if best != start:
@@ -82,63 +89,58 @@ def fastest(usual: int, most: int, rate: Callable[[int], float], holds: Callable
     return best
 
 
-def ladder(low: int, high: int) -> list[int]:
-    """Powers of two and the halves between them, from low to high: 8, 12, 16, 24, 32 ..."""
+def candidate_sizes(low: int, high: int) -> list[int]:
+    """Powers of two and 1.5 times these, from low to high: 8, 12, 16, 24, 32 ..."""
     powers = [2**k for k in range(high.bit_length())]
     return sorted(size for size in {*powers, *(3 * power for power in powers)} if low <= size <= high) or [high]
 
 
-def largest(sizes: Sequence[int], holds: Callable[[int], bool]) -> int:
-    """The largest of ascending sizes that holds, by bisection; the smallest is taken untried."""
+def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
+    """The largest of ascending sizes that fits, by bisection; the smallest is assumed to fit."""
     low, high = 0, len(sizes) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        if holds(sizes[middle]):
+        if fits(sizes[middle]):
             low = middle
         else:
             high = middle - 1
     return sizes[low]
 
 
-def _images_per_second(session: "Session", size: int) -> float:
-    """Of the fastest of some steps, the first of which does not count."""
-    trainer, batch = session.trainer, blank(size, session.setup.preprocess)
+def _images_per_second(trainer: Trainer, preprocess: Preprocess, size: int) -> float:
+    """The rate of the fastest of several steps after a warm-up step."""
+    batch = blank_batch(size, preprocess)
     trainer.step(batch)
-    wait_for(trainer.device)
+    synchronize(trainer.device)
     start, times = time.perf_counter(), []
-    least, most = _TRIAL_SECONDS
     while True:
         begin = time.perf_counter()
         trainer.step(batch)
-        wait_for(trainer.device)
+        synchronize(trainer.device)
         now = time.perf_counter()
         times.append(now - begin)
-        if now - start >= (least if len(times) >= _TRIAL_STEPS else most):
+        if now - start >= (_MIN_SECONDS if len(times) >= _MIN_STEPS else _MAX_SECONDS):
             return size / min(times)
 
 
-def memory_advice(session: "Session") -> str:
-    """What to do about a batch that did not fit, for a session that is over: the parts in which it does, if any."""
-    trainer, config, preprocess = session.trainer, session.config, session.setup.preprocess
-    forget_step(trainer)
+def memory_advice(trainer: Trainer, preprocess: Preprocess) -> str:
+    """What to do about a batch that did not fit into memory, with a value of `accumulate` that does. The trainer
+    cannot be used afterwards."""
+    config = trainer.config
+    free_step_memory(trainer)
     limit = available_memory(trainer.device)
-    size = config.schedule.batch_size
-    how_much = "" if limit is None else f" ({format_bytes(limit)})"
-    fault = f"a batch of {size} images does not fit into memory{how_much}"
-    if session.distributed.world_size > 1:  # the other processes are elsewhere: nothing can be tried
-        return f"{fault}: use accumulate=2 or more, a smaller batch_size, or grad_checkpointing=true"
-    if config.machine.accumulate > 1:
-        fault += f" in {config.machine.accumulate} parts"
+    size, accumulate = config.schedule.batch_size, config.machine.accumulate
+    problem = f"a batch of {size} images does not fit into memory{f' ({format_bytes(limit)})' if limit else ''}"
+    if trainer.distributed.world_size > 1:  # other processes have failed or wait: no step is possible
+        return f"{problem}: use accumulate=2 or more, a smaller batch_size, or grad_checkpointing=true"
+    if accumulate > 1:
+        problem += f" with accumulate={accumulate}"
     for parts in [2**k for k in range(1, size.bit_length() + 1)]:
-        if config.machine.accumulate < parts <= size:
+        if accumulate < parts <= size:
             trainer.config = config.updated({"accumulate": parts})
-            if trainer.device.type == "cuda":
-                holds = fits(trainer, blank(size, preprocess))
-            else:
-                holds = limit is None or expected_peak(trainer, preprocess, size) < _MARGIN * limit
-            if holds:
+            if _fits(trainer, preprocess, size, limit):
                 return (
-                    f"{fault}: use accumulate={parts}, with which it fits and learns the same, a smaller batch_size, "
+                    f"{problem}: use accumulate={parts}, which fits and gives the same updates, a smaller batch_size, "
                     "or grad_checkpointing=true"
                 )
-    return f"{fault}, not even image by image: use grad_checkpointing=true, a smaller img_size or a smaller model"
+    return f"{problem}, nor does a single image: use grad_checkpointing=true, a smaller img_size or a smaller model"

@@ -1,131 +1,123 @@
-"""What a run will take, told before its first epoch: time, from a few real steps, and memory.
-
-The steps are taken back (see trial.py). They are left out where they would be more than a fiftieth of the run.
-"""
+"""Estimated time and memory of a training, from a few real steps, which are undone."""
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
 
-from vitrail.data.loader import Batch
-from vitrail.training.resources.trial import expected_peak, untouched, wait_for
+from vitrail.data.loader import Batch, TrainLoader
+from vitrail.training.engine.trainer import Trainer
+from vitrail.training.resources.trial import estimate_peak_memory, preserve_state, synchronize
 from vitrail.utils.memory import available_memory, peak_memory, reset_peak_memory
 from vitrail.utils.text import format_bytes, format_duration
 
-if TYPE_CHECKING:
-    from vitrail.training.session import Session
-
-_STEPS = 4  # at most; the first does not count where there are others
-_SHARE = 0.02  # of the run
-_FORWARD = 1 / 3  # of the time of a step is the forward pass, which is all that validation does
-_TIGHT = 0.9  # of the memory, from which on a run is warned of
+_MAX_STEPS = 4  # the first of several is a warm-up
+_MAX_SHARE = 0.02  # of the training that trial steps may take
+_FORWARD_SHARE = 1 / 3  # of a step's time is the forward pass
+_WARN_SHARE = 0.9  # of the available memory, above which a warning is given
 
 
 @dataclass(frozen=True)
 class Cost:
-    """An estimate. seconds: of the whole run, and of a validation; epochs: how many there will be; peak, room: bytes,
-    as in memory.py.
-    """
+    """An estimate. seconds: of the training with its evaluations; validation_seconds: of one validation. peak_memory
+    and available_memory: bytes, None if unknown."""
 
     seconds: float
-    validation: float
+    validation_seconds: float
     epochs: float
     images_per_second: float
-    peak: int | None
-    room: int | None
+    peak_memory: int | None
+    available_memory: int | None
 
     def line(self) -> str:
         memory = ""
-        if self.peak is not None:
-            of = "" if self.room is None else f" of {format_bytes(self.room)}"
-            memory = f", {format_bytes(self.peak)}{of} memory"
+        if self.peak_memory is not None:
+            of = "" if self.available_memory is None else f" of {format_bytes(self.available_memory)}"
+            memory = f", {format_bytes(self.peak_memory)}{of} memory"
         about = f"about {format_duration(self.seconds)} for {self.epochs:.3g} epochs"
         return f"cost    {about} ({self.images_per_second:,.0f} images/s){memory}"
 
 
-def cost_lines(session: "Session") -> list[str]:
-    """The line on what the run will cost, and a warning where its memory is tight; none for a short run.
+def estimate_cost(
+    trainer: Trainer, loader: TrainLoader, images: Mapping[str, int], eval_split: str
+) -> tuple[Cost | None, list[str]]:
+    """The cost of a training, and lines that state it and warn of too little memory.
 
-    The session is of one process, has not begun, and is afterwards as it was.
+    There is no cost, and there are no lines, where trial steps would take more than 2 % of the training; and no cost
+    where a step might exhaust the memory. The trainer must be new, of a single process, and is left unchanged.
+
+    images: their number by split. eval_split: the split of the final evaluation.
     """
-    steps = _steps_to_try(session)
+    # With a time budget alone the number of steps is unknown; `_step_seconds` keeps to the share.
+    steps = trainer.schedule.steps
+    steps = _MAX_STEPS if steps is None else min(_MAX_STEPS, int(_MAX_SHARE * steps))
     if steps < 2:
-        return []
-    trainer, config, limit = session.trainer, session.config, available_memory(session.trainer.device)
-    with untouched(trainer):
+        return None, []
+    limit = available_memory(trainer.device)
+    with preserve_state(trainer):
         if trainer.device.type != "cuda" and limit is not None:
-            expected = expected_peak(trainer, session.setup.preprocess, config.schedule.batch_size)
-            if expected > _TIGHT * limit:
-                return [_warning(expected, limit)]  # a step could bring the machine down
-        cost = _measure(session, steps, limit)
-    trainer.state.validation_seconds = trainer.schedule.reserve(cost.validation)
-    tight = cost.peak is not None and limit is not None and cost.peak > _TIGHT * limit
-    return [cost.line(), *([_warning(cost.peak or 0, limit or 0)] if tight else [])]
-
-
-def _steps_to_try(session: "Session") -> int:
-    """So many are at most a fiftieth of the run. Of a budget nobody knows the steps before the first is done."""
-    steps = session.trainer.schedule.steps
-    return _STEPS if steps is None else min(_STEPS, int(_SHARE * steps))
+            expected = estimate_peak_memory(trainer, loader.preprocess, loader.batch_size)
+            if expected > _WARN_SHARE * limit:
+                return None, [_warning(expected, limit)]
+        cost = _measure(trainer, loader, steps, images, eval_split, limit)
+    peak = cost.peak_memory
+    too_much = peak is not None and limit is not None and peak > _WARN_SHARE * limit
+    return cost, [cost.line(), *([_warning(peak or 0, limit or 0)] if too_much else [])]
 
 
 def _warning(expected: int, limit: int) -> str:
     return (
-        f"warning: the run takes about {format_bytes(expected)} of memory, and {format_bytes(limit)} are available; "
-        "accumulate=2 or more, a smaller batch_size, or grad_checkpointing=true takes less"
+        f"warning: training needs about {format_bytes(expected)} of memory, and {format_bytes(limit)} are available; "
+        "accumulate=2 or more, a smaller batch_size, or grad_checkpointing=true needs less"
     )
 
 
-def _measure(session: "Session", steps: int, limit: int | None) -> Cost:
-    """Time some steps with real images, and add up what the whole run will take."""
-    trainer, config, schedule = session.trainer, session.config, session.trainer.schedule
+def _measure(
+    trainer: Trainer, loader: TrainLoader, steps: int, images: Mapping[str, int], eval_split: str, limit: int | None
+) -> Cost:
+    """Time some steps on real images and extrapolate."""
+    schedule, eval_every = trainer.schedule, trainer.config.schedule.eval_every
     reset_peak_memory(trainer.device)
-    batches, load = _load(session, steps)
-    learn = _learn(session, batches)
-    # On the CPU, reading images and learning share its cores; beside an accelerator they go on at the same time.
-    step = load + learn if trainer.device.type == "cpu" else max(load, learn)
-    image = (load + learn * _FORWARD) / config.schedule.batch_size
-    counts = session.setup.dataset.counts()
-    validation = image * counts.get("val", 0)
-    epoch = step * session.loader.steps_per_epoch
-    epochs = math.inf
-    if schedule.steps is not None:
-        epochs = schedule.steps / session.loader.steps_per_epoch
+    batches, load = _load(loader, steps)
+    compute = _step_seconds(trainer, batches)
+    # On the CPU, data loading and training share the cores; with an accelerator they overlap.
+    step = load + compute if trainer.device.type == "cpu" else max(load, compute)
+    eval_image = (load + compute * _FORWARD_SHARE) / loader.batch_size
+    validation = eval_image * images.get("val", 0)
+    epoch = step * loader.steps_per_epoch
+    epochs = math.inf if schedule.steps is None else schedule.steps / loader.steps_per_epoch
     if schedule.budget is not None:
-        epochs = min(epochs, schedule.budget / (epoch + validation / config.schedule.eval_every))
-    validations = math.ceil(epochs / config.schedule.eval_every)
-    test = image * counts[session.setup.dataset.eval_split()]
-    seconds = epochs * epoch + validations * validation + test
-    return Cost(seconds, validation, epochs, config.schedule.batch_size / step, peak_memory(trainer.device), limit)
+        epochs = min(epochs, schedule.budget / (epoch + validation / eval_every))
+    seconds = epochs * epoch + math.ceil(epochs / eval_every) * validation + eval_image * images[eval_split]
+    return Cost(seconds, validation, epochs, loader.batch_size / step, peak_memory(trainer.device), limit)
 
 
-def _load(session: "Session", steps: int) -> tuple[list[Batch], float]:
-    """Some batches, and the seconds that one of them takes with nothing else to do."""
-    loader, waited = session.loader, session.loader.wait_seconds
+def _load(loader: TrainLoader, count: int) -> tuple[list[Batch], float]:
+    """The first batches, and the seconds to load one."""
+    waited = loader.wait_seconds
     stream, times, batches = loader.epoch(0), [time.perf_counter()], []
-    for batch in islice(stream, steps):
+    for batch in islice(stream, count):
         batches.append(batch)
         times.append(time.perf_counter())
     stream.close()  # type: ignore[attr-defined]  # a generator
     loader.wait_seconds = waited
-    # Threads begin with several batches at once, so only all of them together tell. Without, the first is slower.
+    # Workers load several batches at once, so only the mean over all is valid; without workers the first is slower.
     skip = 0 if loader.workers or len(batches) < 2 else 1
     return batches, (times[-1] - times[skip]) / (len(batches) - skip)
 
 
-def _learn(session: "Session", batches: list[Batch]) -> float:
-    """Seconds of a step: the middle one of those after the first. A budget stops the trial early."""
-    trainer, times = session.trainer, []
+def _step_seconds(trainer: Trainer, batches: list[Batch]) -> float:
+    """The median duration of the steps after the first. With a budget, stops after `_MAX_SHARE` of it."""
+    times: list[float] = []
     budget = trainer.schedule.budget or math.inf
     start = time.perf_counter()
     for batch in batches:
         begin = time.perf_counter()
         trainer.step(batch)
-        wait_for(trainer.device)
+        synchronize(trainer.device)
         times.append(time.perf_counter() - begin)
-        if time.perf_counter() - start + times[-1] > _SHARE * budget:
+        if time.perf_counter() - start + times[-1] > _MAX_SHARE * budget:
             break
     later = sorted(times[1:] or times)
     return later[(len(later) - 1) // 2]
