@@ -161,10 +161,10 @@ def test_a_file_may_ask_for_a_probe_and_a_named_recipe_may_not(tmp_path: Path) -
     recipe = tmp_path / "own.toml"
     recipe.write_text(f"probe = true\nmodel = '{tiny.VARIANT.name}'\ndevice = 'cpu'\n")
     assert train(tiny.dataset(), recipe=recipe, out=tmp_path / "a", progress=False).report
-    with pytest.raises(VitrailError, match="a probe has no recipe"):
+    with pytest.raises(VitrailError, match=r"recipe .* probe"):
         train(tiny.dataset(), recipe="deit", probe=True, out=tmp_path / "b", progress=False)
     recipe.write_text("probe = true\nbatch_size = 8\nlr = 1e-3\n")
-    with pytest.raises(VitrailError, match=r"a probe has no (lr|batch_size)"):
+    with pytest.raises(VitrailError, match=r"(lr|batch_size) .* probe"):
         train(tiny.dataset(), recipe=recipe, out=tmp_path / "c", progress=False)
 
 
