@@ -16,7 +16,7 @@ def test_sides_need_no_divisor() -> None:
 
 
 def test_an_image_too_small_is_refused() -> None:
-    with pytest.raises(ValueError, match="31x64 is too small"):
+    with pytest.raises(ValueError, match="31x64"):
         small()(torch.zeros(1, 3, 31, 64))
 
 

@@ -143,12 +143,12 @@ def test_weights_of_a_padded_swin(size: tuple[int, int]) -> None:
         hook.remove()
     for block, into, weights in zip(blocks, inputs, vitrail.attention_weights(model, x), strict=True):
         plan = plan_windows((into.shape[1], into.shape[2]), block.attn.window, block.shifted, into.device)
-        cut = plan.cut(block.norm1(into))
+        cut = plan.partition(block.norm1(into))
         v = block.attn._split(block.attn.qkv(cut))[2]
         out = block.attn.proj((weights @ v).transpose(1, 2).flatten(2))
         fused = block.attn(cut, plan)
-        assert_close(plan.join(out, 2), plan.join(fused, 2))
-        is_token = torch.zeros(len(plan.slots), dtype=torch.bool).index_fill(0, plan.places, True)
+        assert_close(plan.reverse(out, 2), plan.reverse(fused, 2))
+        is_token = torch.zeros(len(plan.gather), dtype=torch.bool).index_fill(0, plan.inverse, True)
         is_token = is_token.view(-1, cut.shape[1]).repeat(2, 1)  # (B M) n
         on_padding = weights.masked_fill(is_token[:, None, None, :], 0).sum(-1)  # (B M) A n
         assert (on_padding.masked_fill(~is_token[:, None], 0) == 0).all()

@@ -54,7 +54,7 @@ def test_its_layers_are_numbered() -> None:
 
 @pytest.mark.parametrize("values", [{"layers": ()}, {"layers": (1, 1)}, {"layers": (1,), "channels": (0,)}], ids=str)
 def test_stages_without_sense_are_refused(values: dict[str, tuple[int, ...]]) -> None:
-    with pytest.raises(ValueError, match="name each stage once"):
+    with pytest.raises(ValueError, match="layers and channels"):
         ResNetConfig(**values)  # type: ignore[arg-type]
 
 

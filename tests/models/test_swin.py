@@ -53,10 +53,10 @@ def test_block_equals_its_explicit_twin(size: tuple[int, int], shifted: bool) ->
     layer = block(shifted)
     x = torch.randn(2, *size, 8, dtype=torch.double)
     with torch.no_grad():
-        out, weights = layer.explain(x)
+        out, weights = layer.forward_with_weights(x)
         torch.testing.assert_close(layer(x), out)
     n = layer.windows(x).window[0] * layer.windows(x).window[1]
-    assert weights.shape == (2 * len(layer.windows(x).slots) // n, 2, n, n)
+    assert weights.shape == (2 * len(layer.windows(x).gather) // n, 2, n, n)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (5, 64), (1, 1), (7, 30)], ids=str)

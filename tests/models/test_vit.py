@@ -43,7 +43,7 @@ def test_the_last_block_computes_the_class_token_alone() -> None:
 @pytest.mark.parametrize("size", [(30, 32), (32, 31)])
 def test_an_image_that_is_no_whole_number_of_patches_is_refused(size: tuple[int, int]) -> None:
     model = VisionTransformer(ViTConfig(**SMALL))
-    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} does not divide into patches of 8.*32x32"):
+    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} .*patch size 8.*32x32"):
         model(torch.zeros(1, 3, *size))
 
 

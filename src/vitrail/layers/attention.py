@@ -1,9 +1,9 @@
-"""Multi-head self-attention: the fused path, and the explicit twin that shows its weights.
+"""Multi-head self-attention: the fused path, and an explicit one that returns the weights.
 
 Vaswani et al., "Attention Is All You Need", 2017 (https://arxiv.org/abs/1706.03762); for images,
 Dosovitskiy et al., "An Image is Worth 16x16 Words", 2020 (https://arxiv.org/abs/2010.11929), equations 5 to 8.
 
-Shapes: B batch, N tokens, Q tokens that ask (Q <= N), C width, H heads, D = C / H width of one head.
+Shapes: B batch, N tokens, Q query tokens (Q <= N), C width, H heads, D = C / H width of one head.
 """
 
 from typing import Any
@@ -16,10 +16,9 @@ from vitrail.utils.torch_compat import flash_attention_cpu, flash_attention_cpu_
 
 
 class _AttendInBf16(torch.autograd.Function):
-    """`attend` on the CPU, bfloat16 forward and float32 backward: q B H Q D, k and v B H N D.
+    """`attend` on the CPU, with forward in bfloat16 and backward in float32.
 
-    torch's own gradient in bfloat16 takes 1.7 (197 tokens, heads 64 wide) to twenty times (17 tokens, 32 wide) as long
-    as in float32.
+    PyTorch's backward in bfloat16 takes 1.7 (N=197, D=64) to 20 times (N=17, D=32) as long as in float32.
     """
 
     @staticmethod
@@ -44,15 +43,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout:
     Args:
         q: B H Q D.
         k, v: B H N D.
-        bias: added to the scores, any shape that broadcasts to B H Q N; -inf forbids a pair.
-        dropout: probability with which a weight is set to zero.
+        bias: added to the scores, broadcast to B H Q N; -inf masks a pair.
+        dropout: probability of setting a weight to zero.
 
     Returns:
         B H Q D.
     """
     needs_grad = torch.is_grad_enabled() and q.requires_grad and not torch.compiler.is_compiling()
-    plain = q.is_cpu and q.dtype is torch.bfloat16 and bias is None and not dropout
-    if needs_grad and plain and flash_attention_cpu is not None:
+    has_kernel = q.is_cpu and q.dtype is torch.bfloat16 and bias is None and not dropout
+    if needs_grad and has_kernel and flash_attention_cpu is not None:
         fast: Tensor = _AttendInBf16.apply(q, k, v)  # type: ignore[no-untyped-call]
         return fast
     out: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
@@ -60,16 +59,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout:
 
 
 def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The weights that `attend` uses and never shows: softmax(q k^T / sqrt(D) + bias), B H Q N, rows sum to 1."""
+    """The weights of `attend`, which the fused kernel does not return: softmax(q k^T / sqrt(D) + bias), B H Q N."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     weights: Tensor = (scores if bias is None else scores + bias).softmax(dim=-1)
     return weights
-
-
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """B N C -> B H N D."""
-    heads: Tensor = x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-    return heads
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -78,14 +71,14 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens B N C, with one matrix for queries, keys and values (`qkv`)."""
+    """Multi-head self-attention over tokens B N C, with one linear layer for queries, keys and values (`qkv`)."""
 
     def __init__(
         self, dim: int, num_heads: int, qkv_bias: bool = True, attn_drop: float = 0.0, proj_drop: float = 0.0
     ) -> None:
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"a width of {dim} does not divide into {num_heads} heads")
+            raise ValueError(f"the width {dim} is not a multiple of num_heads={num_heads}")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.attn_drop = attn_drop
@@ -93,27 +86,27 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def project(self, x: Tensor, queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries B H Q D of the first `queries` tokens (None: of all), keys and values B H N D of all."""
+        """Queries B H Q D of the first `queries` tokens (None for all), and keys and values B H N D of all tokens."""
         if queries is None or queries == x.shape[1]:
             qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # B N 3 H D
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # B H N D each
             return q, k, v
         dim = x.shape[-1]
         weight, bias = self.qkv.weight, self.qkv.bias
         q = F.linear(x[:, :queries], weight[:dim], None if bias is None else bias[:dim])
         kv = F.linear(x, weight[dim:], None if bias is None else bias[dim:])
         k, v = kv.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return split_heads(q, self.num_heads), k, v
+        return q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2), k, v
 
     def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
-        """B N C -> B Q C: what the first `queries` tokens (None: all) gather from all tokens."""
+        """B N C -> B Q C: attention of the first `queries` tokens (None for all) to all N."""
         q, k, v = self.project(x, queries)
         out = attend(q, k, v, dropout=self.attn_drop if self.training else 0.0)
         projected: Tensor = self.proj_drop(self.proj(merge_heads(out)))
         return projected
 
-    def explain(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The explicit twin of `forward`, without dropout: its output B N C and its weights B H N N."""
+    def forward_with_weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` without dropout: the output B N C and the attention weights B H N N."""
         q, k, v = self.project(x)
         weights = attention_weights(q, k)
         return self.proj(merge_heads(weights @ v)), weights

@@ -1,4 +1,4 @@
-"""The pre-norm transformer block, and the small layers that it and Swin share.
+"""The pre-norm transformer block, and its layers that other architectures use too.
 
 Shapes: B batch, N tokens, Q query tokens (Q <= N), C width, H heads.
 """
@@ -10,7 +10,7 @@ from vitrail.layers.attention import Attention
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU between them, applied to every token: C -> hidden -> C."""
+    """Two linear layers with a GELU in between, applied to every token: ... C -> ... C."""
 
     def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
         super().__init__()
@@ -26,13 +26,13 @@ class Mlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., 2016, https://arxiv.org/abs/1603.09382): in training, an image skips the
-    residual branch with probability `rate`, and the branch is scaled up so that its mean stays the same."""
+    """Stochastic depth (Huang et al., 2016, https://arxiv.org/abs/1603.09382): in training, the residual branch is set
+    to zero for an image with probability `rate`, and else divided by 1 - rate."""
 
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
         if not 0 <= rate < 1:
-            raise ValueError(f"a drop path rate lies in [0, 1), not {rate}")
+            raise ValueError(f"drop path rate must be in [0, 1), not {rate}")
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class DropPath(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learnt factor for each channel of a residual branch, near zero at first (Touvron et al., "Going deeper with
+    """A learnable factor per channel of a residual branch, initialised near zero (Touvron et al., "Going deeper with
     Image Transformers", 2021, https://arxiv.org/abs/2103.17239)."""
 
     def __init__(self, dim: int, init: float) -> None:
@@ -58,7 +58,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)): ViT's equations 2 and 3 (https://arxiv.org/abs/2010.11929)."""
+    """x + attention(norm(x)), then x + MLP(norm(x)): equations 2 and 3 of ViT (https://arxiv.org/abs/2010.11929)."""
 
     def __init__(
         self,
@@ -88,27 +88,27 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
-        """B N C -> B Q C. With `queries`, only the first that many tokens are computed; they still see all N."""
+        """B N C -> B Q C. With `queries`, only the first `queries` tokens are computed; they attend to all N."""
         x = x[:, :queries] + self.drop_path1(self.ls1(self.attn(self.norm1(x), queries)))
         out: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return out
 
-    def explain(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The explicit twin of `forward` in inference: its output B N C and its attention weights B H N N."""
-        attended, weights = self.attn.explain(self.norm1(x))
+    def forward_with_weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` without dropout or drop path: the output B N C and the attention weights B H N N."""
+        attended, weights = self.attn.forward_with_weights(self.norm1(x))
         x = x + self.ls1(attended)
         return x + self.ls2(self.mlp(self.norm2(x))), weights
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
-    """Stochastic depth's linear rule: 0 at the first block, `rate` at the last."""
+    """Stochastic depth's rates, which increase linearly from 0 at the first block to `rate` at the last."""
     return [rate * index / max(depth - 1, 1) for index in range(depth)]
 
 
-def init_linear(module: nn.Module) -> None:
-    """For `nn.Module.apply`: linear layers as in DeiT (https://arxiv.org/abs/2012.12877) and Swin, weights from a
-    normal of standard deviation 0.02 truncated at two, biases zero."""
-    if isinstance(module, nn.Linear):
+def init_linear(module: nn.Module, layer: type[nn.Linear | nn.Conv2d] = nn.Linear) -> None:
+    """For `nn.Module.apply`: initialise modules of type `layer` as in DeiT (https://arxiv.org/abs/2012.12877) and Swin,
+    weights from a normal distribution with std 0.02 truncated at 2 std, biases zero."""
+    if isinstance(module, layer):
         nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

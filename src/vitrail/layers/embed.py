@@ -1,4 +1,4 @@
-"""From an image to tokens: patch embedding, the convolutional stem, position embedding and its resampling.
+"""From images to tokens: patch embedding, convolutional stem, and resampling of position embeddings.
 
 Shapes: B batch, I channels of the image, H W its height and width, P side of a patch, h = H / P and w = W / P the
 grid, N = h w patches, C width.
@@ -12,27 +12,25 @@ from torch import Tensor, nn
 
 
 def check_divides(height: int, width: int, patch_size: int) -> None:
-    """Raise ValueError unless both sides are whole numbers of patches."""
+    """Raise ValueError unless both sides are multiples of the patch size."""
     if height % patch_size or width % patch_size or not height or not width:
         raise ValueError(
-            f"an image of {height}x{width} does not divide into patches of {patch_size}: "
-            f"use sides that are multiples of {patch_size}, for example "
+            f"the image size {height}x{width} is not a multiple of the patch size {patch_size}: use for example "
             f"{max(1, round(height / patch_size)) * patch_size}x{max(1, round(width / patch_size)) * patch_size}"
         )
 
 
 class PatchEmbed(nn.Module):
-    """Cut into patches and project each: B I H W -> B N C (ViT's equation 1, https://arxiv.org/abs/2010.11929).
+    """Linear projection of every patch, by a convolution with stride P (`proj`): B I H W -> B N C.
 
-    The weight is that of a convolution whose stride equals its kernel (`proj`), which is one matrix product for each
-    patch.
+    Equation 1 of ViT (https://arxiv.org/abs/2010.11929).
     """
 
     def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
-        # LeCun normal over the patch, as ViT's own code does: what counts is the fan-in of the matrix product.
+        # LeCun normal with the fan-in of one patch, as in ViT's code.
         nn.init.trunc_normal_(self.proj.weight, std=(in_chans * patch_size**2) ** -0.5)
         nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]  # bias=True
 
@@ -43,25 +41,27 @@ class PatchEmbed(nn.Module):
 
 
 def channels_last(images: Tensor) -> Tensor:
-    """B I H W in the memory order B H W I: a step of a ResNet or of a stem of 3x3 convolutions then takes 0.8 to 0.9
-    of the time on the CPU, and it is the order of a GPU's tensor cores. On MPS, where nobody measured it, as it was."""
+    """Images in channels_last memory format, except on MPS, where it was not measured. On CPUs, training steps of a
+    ResNet or convolutional stem then take 0.8 to 0.9 of the time; tensor cores of GPUs need this format."""
     return images if images.device.type == "mps" else images.contiguous(memory_format=torch.channels_last)
 
 
 class ConvStem(nn.Module):
-    """Overlapping 3x3 convolutions in place of the patch projection: B I H W -> B N C, one token a patch, as before.
+    """Overlapping 3x3 convolutions instead of the patch projection: B I H W -> B N C, with as many tokens.
 
     Xiao et al., "Early Convolutions Help Transformers See Better", 2021 (https://arxiv.org/abs/2106.14881). Each
-    convolution halves the size (for patches of 2, one before it keeps it) and the widths grow evenly to the model's,
-    with a 1x1 convolution at the end; with a `depth` above 1, more convolutions of the same width follow at each size
-    but the last, which is the blocks'. What it gives on few small images is told in `vitrail.models.catalog`.
+    convolution has stride 2 (for patches of 2, after one of stride 1), the widths increase linearly to `dim`, and a
+    1x1 convolution follows. `depth`: convolutions per resolution, except the last, which has one. Accuracies with and
+    without this stem are in `vitrail.models.catalog`.
     """
 
     def __init__(self, patch_size: int, in_chans: int, dim: int, depth: int = 1) -> None:
         super().__init__()
         halvings = int(math.log2(patch_size))
         if 2**halvings != patch_size or not halvings:
-            raise ValueError(f"a convolutional stem needs a patch size of 2, 4, 8, ..., not {patch_size}")
+            raise ValueError(
+                f"a convolutional stem needs a patch size of 2, 4, 8 or a higher power of 2, not {patch_size}"
+            )
         self.patch_size = patch_size
         count = max(halvings, 2)
         layers: list[nn.Module] = []
@@ -85,9 +85,9 @@ class ConvStem(nn.Module):
 
 
 def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int = 0) -> Tensor:
-    """Position embedding 1 (prefix + h w) C of the grid `old`, resampled to the grid `new`; prefix rows are kept.
+    """Resample a position embedding 1 (prefix + h w) C from the grid `old` to the grid `new`; prefix rows are copied.
 
-    Bicubic with antialiasing in float32, which is what timm does (`timm.layers.resample_abs_pos_embed`).
+    Bicubic with antialiasing in float32, as in timm (`timm.layers.resample_abs_pos_embed`).
     """
     if old == new:
         return table

@@ -21,7 +21,7 @@ Pair = tuple[int, int]
 
 
 def relative_position_index(window: Pair) -> Tensor:
-    """n n: for each pair of a window's tokens, the row of the bias table, which has (2 Wh - 1)(2 Ww - 1) rows."""
+    """n n: for each pair of tokens of a window, its row in the bias table of (2 Wh - 1)(2 Ww - 1) rows."""
     rows = torch.arange(window[0])[:, None] - torch.arange(window[0]) + window[0] - 1  # Wh Wh
     columns = torch.arange(window[1])[:, None] - torch.arange(window[1]) + window[1] - 1  # Ww Ww
     index = rows[:, None, :, None] * (2 * window[1] - 1) + columns[None, :, None, :]  # Wh Ww Wh Ww
@@ -30,35 +30,35 @@ def relative_position_index(window: Pair) -> Tensor:
 
 @dataclass(frozen=True)
 class Windows:
-    """How a feature map of one size is cut into windows: the map is padded at the bottom and the right to whole
-    windows, then rolled by `shift` rows and columns to the top and the left, then partitioned."""
+    """The partition of a feature map into windows: it is padded at the bottom and right to whole windows, then rolled
+    by `shift` to the top and left, then partitioned."""
 
     size: Pair  # H, W before padding
     window: Pair
     shift: Pair
-    slots: Tensor  # (M n): which token (row by row) stands at each place of each window; at padding, token 0
-    places: Tensor  # (H W): where each token stands, the inverse of `slots`
-    mask: Tensor | None  # M n n: 0 or -inf where a pair is forbidden; None where every pair is allowed
+    gather: Tensor  # (M n): index of the token, in H W, at each position of each window; 0 at padding
+    inverse: Tensor  # (H W): position of each token in (M n), the inverse of `gather`
+    mask: Tensor | None  # M n n: -inf for pairs that may not attend to each other, else 0; None without such pairs
 
     @property
     def padded(self) -> bool:
-        return len(self.slots) != len(self.places)
+        return len(self.gather) != len(self.inverse)
 
-    def cut(self, x: Tensor) -> Tensor:
-        """B H W C -> (B M) n C. What stands at padding is arbitrary: no token attends to it."""
-        tokens = _take(x.flatten(1, 2), self.slots, None if self.padded else self.places)
+    def partition(self, x: Tensor) -> Tensor:
+        """B H W C -> (B M) n C. Values at padding are arbitrary, since no token attends to them."""
+        tokens = _reorder(x.flatten(1, 2), self.gather, None if self.padded else self.inverse)
         return tokens.reshape(-1, self.window[0] * self.window[1], x.shape[-1])
 
-    def join(self, windows: Tensor, batch: int) -> Tensor:
-        """(B M) n C -> B H W C, the inverse of `cut`; padding is left out."""
-        tokens = windows.reshape(batch, -1, windows.shape[-1])
-        tokens = _take(tokens, self.places, None if self.padded else self.slots)
+    def reverse(self, windows: Tensor, batch: int) -> Tensor:
+        """(B M) n C -> B H W C, the inverse of `partition`, without the padding."""
+        tokens = windows.reshape(batch, -1, windows.shape[-1])  # B (M n) C
+        tokens = _reorder(tokens, self.inverse, None if self.padded else self.gather)
         return tokens.reshape(batch, *self.size, windows.shape[-1])
 
 
 class _Permute(torch.autograd.Function):
-    """`index_select` of tokens by a permutation. Its gradient is the inverse permutation, which is far cheaper than
-    the sum over equal indices that autograd would do without that knowledge."""
+    """`index_select` of tokens by a permutation. The gradient is the inverse permutation, which is much faster than
+    autograd's `index_add` for arbitrary indices."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
@@ -71,8 +71,8 @@ class _Permute(torch.autograd.Function):
         return _Permute.apply(grad, inverse, index), None, None  # type: ignore[no-untyped-call]
 
 
-def _take(x: Tensor, index: Tensor, inverse: Tensor | None) -> Tensor:
-    """Tokens B N C in the order `index`; `inverse` is the inverse permutation, None where there is none."""
+def _reorder(x: Tensor, index: Tensor, inverse: Tensor | None) -> Tensor:
+    """Tokens B N C in the order `index`; inverse: the inverse permutation, or None if `index` is not a permutation."""
     if inverse is None or not x.requires_grad:
         return x.index_select(1, index)
     permuted: Tensor = _Permute.apply(x, index, inverse)  # type: ignore[no-untyped-call]
@@ -83,25 +83,25 @@ _plans: dict[tuple[Pair, Pair, bool, torch.device], Windows] = {}
 
 
 def plan_windows(size: Pair, window: Pair, shifted: bool, device: torch.device) -> Windows:
-    """The windows of a feature map of `size`, computed once for each size and device.
+    """The windows of a feature map of `size`, cached by size and device.
 
-    A side that is not longer than the window gets one window of its own length and no shift; else the shift is half a
-    window.
+    Along a side not longer than the window, the window has that length and there is no shift. `shifted`: by half a
+    window along the other sides.
     """
     key = (size, window, shifted, device)
     plan = _plans.get(key)
     if plan is None:
-        with torch.inference_mode(False):  # the plan outlives this call and may serve a training step
+        with torch.inference_mode(False):  # a cached plan may be used in training later
             plan = _plan_windows(size, window, shifted, device)
-        if type(plan.slots) is Tensor:  # a tracer's stand-in must not be kept
-            if len(_plans) >= 256:  # images of ever new sizes
+        if type(plan.gather) is Tensor:  # not a tracer's fake tensor
+            if len(_plans) >= 256:  # bounds the memory when image sizes vary
                 _plans.clear()
             _plans[key] = plan
     return plan
 
 
 def _plan_windows(size: Pair, window: Pair, shifted: bool, device: torch.device) -> Windows:
-    """In NumPy, so that it runs for real under a tracer or on the meta device too."""
+    """Computed in NumPy, so that the values are real under a tracer or on the meta device too."""
     shift = tuple(w // 2 if shifted and s > w else 0 for s, w in zip(size, window, strict=True))
     window = (min(size[0], window[0]), min(size[1], window[1]))
     rows, row_regions = _roll_axis(size[0], window[0], shift[0])
@@ -114,33 +114,33 @@ def _plan_windows(size: Pair, window: Pair, shifted: bool, device: torch.device)
         grid = grid.reshape(len(rows) // window[0], window[0], len(columns) // window[1], window[1])
         return grid.swapaxes(1, 2).reshape(-1, window[0] * window[1])  # M n
 
-    slots, regions = partition(tokens).ravel(), partition(regions)
-    places = np.empty(size[0] * size[1], dtype=np.int64)
-    places[slots[slots >= 0]] = np.flatnonzero(slots >= 0)
-    forbidden = regions[:, :, None] != regions[:, None, :]
-    mask = np.where(forbidden, np.float32("-inf"), np.float32(0)) if forbidden.any() else None
+    gather, regions = partition(tokens).ravel(), partition(regions)
+    inverse = np.empty(size[0] * size[1], dtype=np.int64)
+    inverse[gather[gather >= 0]] = np.flatnonzero(gather >= 0)
+    masked = regions[:, :, None] != regions[:, None, :]
+    mask = np.where(masked, np.float32("-inf"), np.float32(0)) if masked.any() else None
     return Windows(
         size=size,
         window=window,
         shift=(shift[0], shift[1]),
-        slots=torch.as_tensor(slots.clip(min=0), device=device),
-        places=torch.as_tensor(places, device=device),
+        gather=torch.as_tensor(gather.clip(min=0), device=device),
+        inverse=torch.as_tensor(inverse, device=device),
         mask=None if mask is None else torch.as_tensor(mask, device=device),
     )
 
 
 def _roll_axis(size: int, window: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
-    """One axis, padded and rolled: the position that stands at each place, and 1 where it came over the edge."""
+    """Pad and roll one axis: the original position of each entry, and 1 where it was rolled over the edge."""
     length = -(-size // window) * window
-    places = np.arange(length, dtype=np.int64) + shift
-    return places % length, (places >= length).astype(np.int64)
+    positions = np.arange(length, dtype=np.int64) + shift
+    return positions % length, (positions >= length).astype(np.int64)
 
 
 class _AttendWithBias(torch.autograd.Function):
     """softmax(q k^T / sqrt(D) + bias) v with a gradient for the bias, on the CPU.
 
-    There `scaled_dot_product_attention` has no fused kernel once the bias needs a gradient, and autograd over single
-    operations makes a new array of all scores at every one of them. Here they are reused in place.
+    `scaled_dot_product_attention` has no fused CPU kernel for a bias that needs a gradient, and allocates the scores
+    anew for every operation. Here operations are in place.
     """
 
     @staticmethod
@@ -174,8 +174,8 @@ class _AttendWithBias(torch.autograd.Function):
 
 
 class WindowAttention(nn.Module):
-    """Multi-head self-attention in windows (B M) n C; a learnt bias for each head and relative position is added to
-    the scores."""
+    """Multi-head self-attention in windows (B M) n C, with a learnable bias per head and relative position added to the
+    scores."""
 
     relative_position_index: Tensor
 
@@ -190,7 +190,7 @@ class WindowAttention(nn.Module):
     ) -> None:
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"a width of {dim} does not divide into {num_heads} heads")
+            raise ValueError(f"the width {dim} is not a multiple of num_heads={num_heads}")
         self.num_heads = num_heads
         self.window = window
         self.relative_position_bias_table = nn.Parameter(
@@ -204,17 +204,17 @@ class WindowAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02, a=-0.04, b=0.04)
 
     def bias(self, windows: Windows) -> Tensor:
-        """1 A n n, or M A n n where some pairs are forbidden: relative position bias and mask."""
+        """Relative position bias and mask: M A n n, or 1 A n n without mask."""
         height, width = windows.window
         index = self.relative_position_index
-        if windows.window != self.window:  # a smaller window is the corner of a full one
+        if windows.window != self.window:  # use the corner of the index of a full window
             index = index.view(*self.window, *self.window)[:height, :width, :height, :width]
         bias = self.relative_position_bias_table[index.flatten()]  # (n n) A
         bias = bias.t().reshape(1, self.num_heads, height * width, height * width)
         return bias if windows.mask is None else bias + windows.mask.to(bias.dtype)[:, None]
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:
-        """(B M) n C -> (B M) n C, where `windows` tells how x was cut."""
+        """(B M) n C -> (B M) n C; windows: the partition that x is from."""
         qkv, bias = self.qkv(x), self.bias(windows)
         dropout = self.attn_drop if self.training else 0.0
         if bias.requires_grad and not dropout and x.is_cpu:
@@ -223,19 +223,19 @@ class WindowAttention(nn.Module):
             q, k, v = self._split(qkv)
             bias = bias.to(q.dtype)
             if len(bias) > 1:
-                bias = bias.repeat(len(q) // len(bias), 1, 1, 1)
+                bias = bias.repeat(len(q) // len(bias), 1, 1, 1)  # (B M) A n n
             out = merge_heads(attend(q, k, v, bias, dropout))
         projected: Tensor = self.proj_drop(self.proj(out))
         return projected
 
-    def explain(self, x: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
-        """The explicit twin of `forward`, without dropout: its output (B M) n C and its weights (B M) A n n."""
+    def forward_with_weights(self, x: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+        """`forward` without dropout: the output (B M) n C and the attention weights (B M) A n n."""
         q, k, v = self._split(self.qkv(x))
         bias = self.bias(windows)
         weights = attention_weights(q, k, bias.repeat(len(q) // len(bias), 1, 1, 1))
         return self.proj(merge_heads(weights @ v)), weights
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B M) n 3C to queries, keys and values, (B M) A n D each."""
+        """(B M) n 3C -> queries, keys and values, (B M) A n D each."""
         q, k, v = qkv.reshape(*qkv.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v

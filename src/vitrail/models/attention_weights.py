@@ -44,6 +44,6 @@ def attention_weights(model: nn.Module, images: Tensor) -> list[Tensor]:
         if isinstance(layer, PatchMerging):
             x = layer(x)
         elif isinstance(layer, Block | SwinBlock):
-            x, block_weights = layer.explain(x)
+            x, block_weights = layer.forward_with_weights(x)
             weights.append(block_weights)
     return weights

@@ -1,4 +1,7 @@
-"""The interface that every model has: timm's, so that models of both stand in for each other."""
+"""The interface that every model has. It is timm's, so that models of either library can be used in the same code.
+
+Shapes: B batch, I channels of the image, H W height and width of the image or of a feature map, C channels, K classes.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,33 +14,46 @@ from vitrail.models.configs import ModelConfig
 
 
 class ImageModel(nn.Module):
-    """Images B C H W to logits B num_classes (or to features, where num_classes is 0)."""
+    """Images B I H W to logits B K, or to features B num_features if num_classes is 0."""
 
     config: ModelConfig
-    num_features: int  # width of what the head reads
+    num_features: int  # width of the head's input
     num_classes: int
-    num_stages: int  # how many feature maps `forward_intermediates` can return
+    num_stages: int  # number of feature maps that `forward_intermediates` can return
     grad_checkpointing: bool = False
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The last feature map, normalised and not pooled: B N C, B H W C or B C H W, as in timm."""
+        """Images to the last feature map, normalised and not pooled: B N C, B H W C or B C H W, as in timm."""
         raise NotImplementedError
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool `forward_features`' output; B num_features with `pre_logits`, else logits B num_classes."""
+        """Pool the output of `forward_features`, and apply the head unless `pre_logits`: B num_features or B K."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return self.forward_head(self.forward_features(x))
 
     def forward_pre_logits(self, x: Tensor) -> Tensor:
-        """Images B C H W to what the head reads, B num_features, at the least cost."""
+        """Images to the input of the head, B num_features, without computing what it does not need."""
         return self.forward_head(self.forward_features(x), pre_logits=True)
 
     def forward_stages(self, x: Tensor, norm: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """For `forward_intermediates`, after each stage: its feature map B C H W (the last one normalised if `norm`),
-        and what `forward_features` would return if this stage were the last computed."""
+        """Images to, for each stage, its output (with the final norm if `norm`, where it applies) and the features:
+        what `forward_intermediates` returns as such when this stage is the last one computed."""
         raise NotImplementedError
+
+    def run_stages(
+        self, x: Tensor, indices: int | Sequence[int] | None, norm: bool, stop_early: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The features, and the outputs of the chosen stages; see `forward_intermediates`."""
+        chosen, outputs = choose_stages(self.num_stages, indices), []
+        for index, (output, features) in enumerate(self.forward_stages(x, norm)):
+            if index in chosen:
+                outputs.append(output)
+            x = features
+            if stop_early and index == max(chosen):
+                break
+        return x, outputs
 
     def forward_intermediates(
         self,
@@ -48,73 +64,101 @@ class ImageModel(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """The feature maps of chosen stages, as timm's method of this name.
+        """The feature maps of chosen stages, like timm's method of the same name.
 
         Args:
-            x: images B C H W.
-            indices: the last n stages for a number, these stages for a list (-1 is the last), all for None.
-            norm: apply the final norm to the last stage's map, where the architecture has one.
+            x: images B I H W.
+            indices: an int n for the last n stages, a list for these stages (-1 is the last), None for all.
+            norm: apply the final norm to the map of the last stage, if the architecture has one.
             stop_early: compute nothing after the last chosen stage.
             output_fmt: "NCHW".
-            intermediates_only: return the list alone.
+            intermediates_only: return only the list.
 
         Returns:
-            (features, list of B C H W), with features as `forward_features` returns them; or the list.
+            (features, list of B C H W), with features as from `forward_features`; or the list.
 
         Raises:
-            ModelError: an index out of range, or another output_fmt.
+            ModelError: an index out of range, or an unsupported output_fmt.
         """
         if output_fmt != "NCHW":
-            raise ModelError(f"output_fmt={output_fmt!r}: {type(self).__name__} has 'NCHW' alone")
-        taken, found = take_indices(self.num_stages, indices), []
-        for index, (feature_map, features) in enumerate(self.forward_stages(x, norm)):
-            if index in taken:
-                found.append(feature_map.contiguous())
-            x = features
-            if stop_early and index == max(taken):
-                break
-        return found if intermediates_only else (x, found)
+            raise ModelError(f"output_fmt={output_fmt!r}: {type(self).__name__} supports only 'NCHW'")
+        features, maps = self.run_stages(x, indices, norm, stop_early)
+        maps = [feature_map.contiguous() for feature_map in maps]
+        return maps if intermediates_only else (features, maps)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Put a fresh head for `num_classes` in place of the old one; 0 takes the head off."""
+        """Replace the head by a newly initialised one for `num_classes`, or by the identity for 0."""
         raise NotImplementedError
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay would harm, beside the biases and norms that never get any."""
+        """Names of parameters without weight decay, in addition to biases and norms, which never have any."""
         return set()
 
     def layer_ids(self) -> dict[str, int]:
-        """Depth of every parameter by name, for layer-wise decay: 0 at the input, the largest at the head."""
+        """Depth of every parameter by name, for layer-wise learning rate decay: 0 for the stem, 1 for the first block
+        and so on, and the largest for the head. A downsampling layer belongs to the block after it."""
+        return {name: self.layer_id(name.split(".")) for name, _ in self.named_parameters()}
+
+    def layer_id(self, path: list[str]) -> int:
+        """The depth of one parameter; path: the parts of its name."""
         raise NotImplementedError
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory: blocks are computed again in the backward pass and not kept."""
+        """Recompute blocks in the backward pass instead of keeping their activations: less memory, more time."""
         self.grad_checkpointing = enable
 
     def run_block(self, block: Callable[..., Tensor], *args: Any) -> Tensor:
-        """Call `block`, with gradient checkpointing where that is on."""
+        """Call `block`, with gradient checkpointing if enabled."""
         if self.grad_checkpointing and self.training:
             out: Tensor = checkpoint(block, *args, use_reentrant=False)
             return out
         return block(*args)
 
 
-def take_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
-    """Which of `count` stages or blocks `indices` chooses: the last n for a number, all for None.
+class Stage(nn.Module):
+    """A stage of a hierarchical model: a downsampling layer (the identity in the first stage), then blocks."""
+
+    def __init__(self, downsample: nn.Module, blocks: Iterator[nn.Module]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor, run_block: Callable[..., Tensor]) -> Tensor:
+        """run_block: `ImageModel.run_block` of the model."""
+        x = self.downsample(x)
+        for block in self.blocks:
+            x = run_block(block, x)
+        return x
+
+
+def stage_layer_id(path: list[str], depths: Sequence[int]) -> int:
+    """`ImageModel.layer_id` of a model whose parts are a stem, a sequence of `Stage`s, and norm and head."""
+    match path:
+        case ["stem" | "patch_embed", *_]:
+            return 0
+        case ["stages" | "layers", stage, "blocks", block, *_]:
+            return 1 + sum(depths[: int(stage)]) + int(block)
+        case ["stages" | "layers", stage, "downsample", *_]:
+            return 1 + sum(depths[: int(stage)])
+    return 1 + sum(depths)
+
+
+def choose_stages(count: int, indices: int | Sequence[int] | None) -> list[int]:
+    """The stages, 0 to `count` - 1, that `indices` selects: the last n for an int, all for None.
 
     Raises:
-        ModelError: an index out of range, or none at all.
+        ModelError: an index out of range, or none selected.
     """
     if indices is None or isinstance(indices, int):
         last = count if indices is None else indices
-        taken = list(range(count - last, count)) if 0 < last <= count else []
+        chosen = list(range(count - last, count)) if 0 < last <= count else []
     else:
-        taken = [index + count if index < 0 else index for index in indices]
-    if not taken or min(taken) < 0 or max(taken) >= count:
+        chosen = [index + count if index < 0 else index for index in indices]
+    if not chosen or min(chosen) < 0 or max(chosen) >= count:
         raise ModelError(f"indices={indices} is out of range: give 1 to {count}, or a list of 0 to {count - 1}")
-    return taken
+    return chosen
 
 
 def head_layer(num_features: int, num_classes: int) -> nn.Module:
-    """A linear head, or the identity for no classes."""
+    """A linear layer, or the identity for 0 classes."""
     return nn.Linear(num_features, num_classes) if num_classes else nn.Identity()

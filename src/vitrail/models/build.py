@@ -1,9 +1,9 @@
-"""From a name or a config to a model."""
+"""Build a model from its config."""
 
 from dataclasses import fields, replace
 from typing import Any
 
-from vitrail.errors import VitrailError, did_you_mean
+from vitrail.errors import ModelError, did_you_mean
 from vitrail.models.base import ImageModel
 from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig
 from vitrail.models.convnext import ConvNeXt
@@ -14,10 +14,10 @@ from vitrail.models.vit import VisionTransformer
 
 
 def build_model(config: ModelConfig) -> ImageModel:
-    """A model of `config`'s architecture with fresh weights.
+    """The model that `config` describes, with newly initialised weights.
 
     Raises:
-        VitrailError: the values do not fit together (a width that the heads do not divide, say).
+        ModelError: the values are inconsistent (for example a width that is not a multiple of num_heads).
     """
     try:
         match config:
@@ -32,20 +32,20 @@ def build_model(config: ModelConfig) -> ImageModel:
             case ConvNeXtConfig():
                 return ConvNeXt(config)
     except ValueError as error:
-        raise VitrailError(f"no such model can be built: {error}") from error
-    raise TypeError(f"no architecture goes with a {type(config).__name__}")
+        raise ModelError(f"invalid {type(config).__name__}: {error}") from error
+    raise TypeError(f"unknown config type {type(config).__name__}")
 
 
 def configure(config: ModelConfig, **changes: Any) -> ModelConfig:
-    """`config` with `changes`; those that are None change nothing. `img_size` may be one number for a square.
+    """`config` with `changes`, of which None values are ignored. `img_size` may be an int for a square.
 
     Raises:
-        VitrailError: the architecture has no such option, or the value does not fit.
+        ModelError: the architecture has no such option, or the value is invalid.
     """
     changes = {key: value for key, value in changes.items() if value is not None}
     known = {field.name for field in fields(config)}
     for key in changes.keys() - known:
-        raise VitrailError(
+        raise ModelError(
             f"{type(config).__name__.removesuffix('Config')} has no option {key!r}{did_you_mean(key, known)}"
         )
     if isinstance(changes.get("img_size"), int):
@@ -53,4 +53,4 @@ def configure(config: ModelConfig, **changes: Any) -> ModelConfig:
     try:
         return replace(config, **changes)
     except (TypeError, ValueError) as error:
-        raise VitrailError(f"no such model can be built: {error}") from error
+        raise ModelError(f"invalid {type(config).__name__}: {error}") from error

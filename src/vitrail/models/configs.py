@@ -1,6 +1,6 @@
-"""One frozen config for each architecture. Field names are the arguments of timm's constructors.
+"""One frozen config per architecture. Field names are the arguments of timm's constructors.
 
-Importing this imports no torch, so that the catalog can be read in an instant.
+Importing this module does not import torch, so that listing the catalog is fast.
 """
 
 from dataclasses import dataclass
@@ -11,22 +11,22 @@ Pool = Literal["token", "avg"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What every architecture has."""
+    """The options of every architecture."""
 
     img_size: tuple[int, int] = (224, 224)  # height, width
     in_chans: int = 3
     num_classes: int = 1000  # 0: no head
     drop_rate: float = 0.0  # dropout before the head
-    drop_path_rate: float = 0.0  # stochastic depth at the last block; it grows linearly from 0 at the first
+    drop_path_rate: float = 0.0  # stochastic depth of the last block; increases linearly from 0 at the first
 
     def __post_init__(self) -> None:
         if min(self.img_size) < 1 or self.in_chans < 1 or self.num_classes < 0:
-            raise ValueError(f"img_size and in_chans are at least 1, num_classes at least 0: {self}")
+            raise ValueError(f"img_size and in_chans must be at least 1 and num_classes at least 0: {self}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig(ModelConfig):
-    """Vision Transformer and its kin (ViT, DeiT, DeiT III, DINOv2)."""
+    """Vision Transformer, DeiT, DeiT III and DINOv2."""
 
     patch_size: int = 16
     embed_dim: int = 768
@@ -36,14 +36,14 @@ class ViTConfig(ModelConfig):
     qkv_bias: bool = True
     class_token: bool = True
     dist_token: bool = False  # DeiT's distillation token
-    dist_head: bool = True  # the distillation token has a head of its own, if there is such a token
+    dist_head: bool = True  # the distillation token, if any, has a separate head
     reg_tokens: int = 0  # registers (https://arxiv.org/abs/2309.16588)
-    no_embed_class: bool = False  # the position embedding covers the patches alone, not the prefix tokens
-    init_values: float | None = None  # LayerScale's first value; None leaves LayerScale out
+    no_embed_class: bool = False  # the position embedding covers only the patches, not the prefix tokens
+    init_values: float | None = None  # initial value of LayerScale; None for no LayerScale
     global_pool: Pool = "token"
-    fc_norm: bool = False  # the norm stands after pooling (pre-head) and not before it
-    stem: Literal["patch", "conv"] = "patch"  # conv: a small convolutional stem in place of the patch projection
-    stem_depth: int = 1  # convolutions of that stem at each size but the last
+    fc_norm: bool = False  # the final norm follows pooling instead of preceding it
+    stem: Literal["patch", "conv"] = "patch"  # conv: 3x3 convolutions instead of the patch projection
+    stem_depth: int = 1  # convolutions per resolution of that stem, except the last, which has one
     pos_drop_rate: float = 0.0
     proj_drop_rate: float = 0.0
     attn_drop_rate: float = 0.0
@@ -52,11 +52,11 @@ class ViTConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.global_pool == "token" and not self.class_token:
-            raise ValueError("global_pool='token' needs class_token=True; without one use global_pool='avg'")
+            raise ValueError("global_pool='token' needs class_token=True: without a class token use global_pool='avg'")
         if self.stem_depth < 1:
-            raise ValueError(f"stem_depth is at least 1, not {self.stem_depth}")
+            raise ValueError(f"stem_depth must be at least 1, not {self.stem_depth}")
         if self.dist_token and (not self.class_token or self.global_pool != "token" or self.reg_tokens):
-            raise ValueError("dist_token=True goes with class_token=True, global_pool='token' and reg_tokens=0")
+            raise ValueError("dist_token=True needs class_token=True, global_pool='token' and reg_tokens=0")
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -88,12 +88,12 @@ class ResNetConfig(ModelConfig):
     block: Literal["basic", "bottleneck"] = "bottleneck"
     layers: tuple[int, ...] = (3, 4, 6, 3)  # blocks of each stage
     channels: tuple[int, ...] = (64, 128, 256, 512)  # width of each stage, before a bottleneck's expansion
-    small_stem: bool = False  # one 3x3 convolution that keeps the size, for small images
+    small_stem: bool = False  # one 3x3 convolution with stride 1 and no pooling, for small images
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.layers or len(self.layers) != len(self.channels) or min(*self.layers, *self.channels) < 1:
-            raise ValueError(f"layers and channels name each stage once, as 1 or more: {self.layers}, {self.channels}")
+            raise ValueError(f"layers and channels need one positive number per stage: {self.layers}, {self.channels}")
 
 
 @dataclass(frozen=True, kw_only=True)

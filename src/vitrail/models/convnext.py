@@ -3,14 +3,15 @@
 Shapes: B batch, I channels of the image, H W height and width of the image or of a feature map, C channels, K classes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.layers.block import DropPath, Mlp, drop_path_rates, init_linear
-from vitrail.models.base import ImageModel, head_layer
+from vitrail.models.base import ImageModel, Stage, head_layer, stage_layer_id
 from vitrail.models.configs import ConvNeXtConfig
 
 
@@ -39,24 +40,9 @@ class ConvNeXtBlock(nn.Module):
         return out
 
 
-class ConvNeXtStage(nn.Module):
-    """A 2x2 convolution that halves the feature map (in all stages but the first), then blocks."""
-
-    def __init__(self, before: int, dim: int, drop_paths: list[float], config: ConvNeXtConfig) -> None:
-        super().__init__()
-        self.downsample = (
-            nn.Identity()
-            if before == dim
-            else nn.Sequential(ChannelNorm(before, eps=config.norm_eps), nn.Conv2d(before, dim, 2, stride=2))
-        )
-        self.blocks = nn.Sequential(*(ConvNeXtBlock(dim, rate, config) for rate in drop_paths))
-
-    def forward(self, x: Tensor, run_block: Callable[..., Tensor]) -> Tensor:
-        """B C H W -> B C' H/2 W/2; `run_block(block, x)` calls a block (the model's, for gradient checkpointing)."""
-        x = self.downsample(x)
-        for block in self.blocks:
-            x = run_block(block, x)
-        return x
+def _downsample(before: int, dim: int, norm_eps: float) -> nn.Module:
+    """Norm and a 2x2 convolution with stride 2: B C H W -> B C' H/2 W/2."""
+    return nn.Sequential(ChannelNorm(before, eps=norm_eps), nn.Conv2d(before, dim, 2, stride=2))
 
 
 class NormHead(nn.Module):
@@ -75,7 +61,7 @@ class NormHead(nn.Module):
 
 
 class ConvNeXt(ImageModel):
-    """Images B I H W to logits B K. Sides need no divisor, but must be 32 at least."""
+    """Images B I H W to logits B K, of any size from 32x32."""
 
     config: ConvNeXtConfig
 
@@ -93,16 +79,17 @@ class ConvNeXt(ImageModel):
         self.stages = nn.Sequential()
         before = first
         for dim, depth in zip(config.dims, config.depths, strict=True):
-            self.stages.append(ConvNeXtStage(before, dim, [next(rates) for _ in range(depth)], config))
+            downsample = nn.Identity() if dim == before else _downsample(before, dim, config.norm_eps)
+            self.stages.append(Stage(downsample, (ConvNeXtBlock(dim, next(rates), config) for _ in range(depth))))
             before = dim
         self.head = NormHead(self.num_features, config)
         self.apply(init_linear)
-        self.apply(_init_conv)
+        self.apply(partial(init_linear, layer=nn.Conv2d))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images B I H W to the last feature map B C H/32 W/32, not normalised: the norm follows pooling."""
         if min(x.shape[2:]) < 32:
-            raise ValueError(f"an image of {x.shape[2]}x{x.shape[3]} is too small: ConvNeXt needs sides of 32 or more")
+            raise ValueError(f"an image of {x.shape[2]}x{x.shape[3]} is too small: ConvNeXt needs at least 32x32")
         x = self.stem(x)
         for stage in self.stages:
             x = stage(x, self.run_block)
@@ -123,24 +110,5 @@ class ConvNeXt(ImageModel):
         self.head.fc = head_layer(self.num_features, num_classes).to(self.head.norm.weight)
         self.head.fc.apply(init_linear)
 
-    def layer_ids(self) -> dict[str, int]:
-        """0 for the stem, one for each block, a last one for the head; a downsampling belongs to the block after it."""
-        return {name: self._layer_of(name.split(".")) for name, _ in self.named_parameters()}
-
-    def _layer_of(self, path: list[str]) -> int:
-        match path:
-            case ["stem", *_]:
-                return 0
-            case ["stages", stage, "blocks", block, *_]:
-                return 1 + sum(self.config.depths[: int(stage)]) + int(block)
-            case ["stages", stage, "downsample", *_]:
-                return 1 + sum(self.config.depths[: int(stage)])
-        return 1 + sum(self.config.depths)
-
-
-def _init_conv(module: nn.Module) -> None:
-    """For `nn.Module.apply`: convolutions as the linear layers, as in the paper's code."""
-    if isinstance(module, nn.Conv2d):
-        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    def layer_id(self, path: list[str]) -> int:
+        return stage_layer_id(path, self.config.depths)

@@ -14,9 +14,10 @@ from vitrail.models.vit import VisionTransformer
 
 
 class DistilledVisionTransformer(VisionTransformer):
-    """A ViT with a second token that learns from a teacher, and a head for each of the two.
+    """A ViT with a class token and a distillation token, and a head for each.
 
-    In training `forward` gives both heads' logits (class, distillation), B K each; in inference their mean, B K.
+    In training mode `forward` returns the logits of both heads (class, distillation), B K each; in evaluation mode
+    their mean B K.
     """
 
     def __init__(self, config: ViTConfig) -> None:
@@ -29,17 +30,17 @@ class DistilledVisionTransformer(VisionTransformer):
         return 2
 
     def pool(self, x: Tensor) -> Tensor:
-        """Tokens B N C to B 2 C: the class and the distillation token."""
+        """Tokens B N C to the class and distillation tokens B 2 C."""
         normalised: Tensor = self.fc_norm(x[:, :2])
         return normalised
 
     def forward_heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens B N C to both heads' logits, B K each."""
+        """Tokens B N C to the logits of both heads, B K each."""
         class_token, dist_token = self.head_drop(self.pool(x)).unbind(dim=1)
         return self.head(class_token), self.head_dist(dist_token)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens B N C to the mean of both tokens B C (`pre_logits`), or to the mean of both heads' logits B K."""
+        """Tokens B N C to the mean of both heads' logits B K, or with `pre_logits` of both tokens B C."""
         if pre_logits:
             mean: Tensor = self.head_drop(self.pool(x)).mean(dim=1)
             return mean

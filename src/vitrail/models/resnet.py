@@ -1,8 +1,8 @@
 """ResNet, version 1.5: He et al., "Deep Residual Learning for Image Recognition", 2015 (https://arxiv.org/abs/1512.03385).
 
 In 1.5 the stride of a bottleneck is in its 3x3 convolution, not in the first 1x1 (https://arxiv.org/abs/1706.02677).
-With a small stem it is the paper's network for CIFAR (section 4.2), but for the shortcuts, which are convolutions
-where the width changes, as everywhere here (the paper's "option B"; there it is "A", which pads with zeros).
+With a small stem it is the paper's network for CIFAR (section 4.2), but with convolutions as shortcuts where the width
+changes (the paper's option B; the paper's CIFAR network pads with zeros, option A).
 
 Shapes: B batch, I channels of the image, H W height and width of the image or of a feature map, C channels, K classes.
 """
@@ -21,7 +21,7 @@ from vitrail.models.configs import ResNetConfig
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut: B C H W -> B C' H/stride W/stride."""
+    """Two 3x3 convolutions and a shortcut: B C H W -> B C' H/stride W/stride."""
 
     expansion = 1
 
@@ -45,7 +45,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Convolutions 1x1, 3x3 and 1x1 beside a shortcut, narrow in the middle: B C H W -> B 4C' H/stride W/stride."""
+    """Convolutions 1x1, 3x3 and 1x1 of widths C', C', 4C', and a shortcut: B C H W -> B 4C' H/stride W/stride."""
 
     expansion = 4
 
@@ -72,7 +72,7 @@ class Bottleneck(nn.Module):
 
 
 def shortcut(dim: int, out: int, stride: int) -> nn.Sequential | None:
-    """A 1x1 convolution with a norm where the shape changes, else None: the shortcut is the identity."""
+    """A 1x1 convolution with batch norm if the shape changes, else None for the identity."""
     if stride == 1 and dim == out:
         return None
     return nn.Sequential(nn.Conv2d(dim, out, 1, stride=stride, bias=False), nn.BatchNorm2d(out))
@@ -118,36 +118,40 @@ class ResNet(ImageModel):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def blocks(self) -> Iterator[nn.Module]:
-        """The residual blocks of all stages, in order."""
-        for stage in self.stages:
-            yield from self.get_submodule(stage).children()
-
     def run_block(self, block: Callable[..., Tensor], *args: Any) -> Tensor:
-        """As everywhere; but when a block is computed again, its norms' statistics must not move a second time."""
+        """As in the base class, but recomputing a block must not update the running statistics a second time."""
         if not (self.grad_checkpointing and self.training and isinstance(block, nn.Module)):
             return super().run_block(block, *args)
         out: Tensor = checkpoint(
-            block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_at_rest(block))
+            block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_statistics(block))
         )
         return out
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images B I H W to the last feature map, B C H/32 W/32 with four stages and the large stem."""
-        x = self.maxpool(self.act(self.bn1(self.conv1(channels_last(x)))))
-        for block in self.blocks():
+    def stem(self, x: Tensor) -> Tensor:
+        """Images B I H W to B C H/2 W/2, or B C H W with the small stem."""
+        features: Tensor = self.act(self.bn1(self.conv1(channels_last(x))))
+        return features
+
+    def run_stage(self, stage: str, x: Tensor) -> Tensor:
+        for block in self.get_submodule(stage).children():
             x = self.run_block(block, x)
         return x
 
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images B I H W to the last feature map, B C H/32 W/32 with four stages and the large stem."""
+        x = self.maxpool(self.stem(x))
+        for stage in self.stages:
+            x = self.run_stage(stage, x)
+        return x
+
     def forward_stages(self, x: Tensor, norm: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """The stem before pooling counts as a stage, as in timm."""
-        x = self.act(self.bn1(self.conv1(channels_last(x))))
+        """Maps B C H W; as in timm, the first is the output of the stem before pooling. There is no final norm."""
+        x = self.stem(x)
         pooled = self.maxpool(x)
         yield x, pooled
         x = pooled
         for stage in self.stages:
-            for block in self.get_submodule(stage).children():
-                x = self.run_block(block, x)
+            x = self.run_stage(stage, x)
             yield x, x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -159,11 +163,7 @@ class ResNet(ImageModel):
         self.num_classes = num_classes
         self.fc = head_layer(self.num_features, num_classes).to(self.conv1.weight)
 
-    def layer_ids(self) -> dict[str, int]:
-        """0 for the stem, one for each block, a last one for the head."""
-        return {name: self._layer_of(name.split(".")) for name, _ in self.named_parameters()}
-
-    def _layer_of(self, path: list[str]) -> int:
+    def layer_id(self, path: list[str]) -> int:
         match path:
             case ["fc", *_]:
                 return 1 + sum(self.config.layers)
@@ -173,8 +173,8 @@ class ResNet(ImageModel):
 
 
 @contextmanager
-def _statistics_at_rest(block: nn.Module) -> Iterator[None]:
-    """Within, the block's batch norms normalise as in training and leave their running statistics as they are."""
+def _frozen_statistics(block: nn.Module) -> Iterator[None]:
+    """Let the block's batch norms normalise as in training mode without updating their running statistics."""
     norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:

@@ -5,7 +5,7 @@ Shapes: B batch, I channels of the image, H W height and width of the image or o
 n tokens of a window, A heads, K classes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from vitrail.layers.block import DropPath, Mlp, drop_path_rates, init_linear
 from vitrail.layers.embed import PatchEmbed
 from vitrail.layers.window import Pair, WindowAttention, Windows, plan_windows
-from vitrail.models.base import ImageModel, head_layer
+from vitrail.models.base import ImageModel, Stage, head_layer, stage_layer_id
 from vitrail.models.configs import SwinConfig
 
 
 class SwinPatchEmbed(PatchEmbed):
-    """Patches B I H W -> B H W C with a norm. An image that is no whole number of patches is padded with zeros."""
+    """Project patches and normalise: B I H W -> B H/P W/P C, for patches of side P. Sides that are not multiples of P
+    are padded with zeros."""
 
     def __init__(self, patch_size: int, in_chans: int, dim: int, norm_eps: float) -> None:
         super().__init__(patch_size, in_chans, dim)
@@ -32,7 +33,7 @@ class SwinPatchEmbed(PatchEmbed):
 
 
 class PatchMerging(nn.Module):
-    """Each 2x2 tokens become one of twice the width: B H W C -> B H/2 W/2 2C. An odd side is padded with zeros."""
+    """Merge 2x2 tokens into one of twice the width: B H W C -> B H/2 W/2 2C. Odd sides are padded with zeros."""
 
     def __init__(self, dim: int, norm_eps: float) -> None:
         super().__init__()
@@ -43,7 +44,7 @@ class PatchMerging(nn.Module):
         x = _pad_to_multiple(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
         batch, height, width, dim = x.shape
         x = x.reshape(batch, height // 2, 2, width // 2, 2, dim)
-        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # the column within the 2x2 comes before the row, as published
+        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # B H/2 W/2 4C; column before row within the 2x2, as published
         merged: Tensor = self.reduction(self.norm(x))
         return merged
 
@@ -66,48 +67,25 @@ class SwinBlock(nn.Module):
         self.drop_path2 = DropPath(drop_path)
 
     def windows(self, x: Tensor) -> Windows:
-        """How this block cuts the feature map x, B H W C."""
+        """The partition of the feature map x, B H W C, into windows."""
         return plan_windows((x.shape[1], x.shape[2]), self.attn.window, self.shifted, x.device)
 
     def forward(self, x: Tensor) -> Tensor:
         windows = self.windows(x)
-        attended = windows.join(self.attn(windows.cut(self.norm1(x)), windows), len(x))
+        attended = windows.reverse(self.attn(windows.partition(self.norm1(x)), windows), len(x))
         x = x + self.drop_path1(attended)
         out: Tensor = x + self.drop_path2(self.mlp(self.norm2(x)))
         return out
 
-    def explain(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The explicit twin of `forward` in inference: its output and its attention weights (B M) A n n.
+    def forward_with_weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` without dropout or drop path: the output B H W C and the attention weights (B M) A n n.
 
-        `self.windows(x)` tells which tokens stand in which window.
+        `self.windows(x)` maps windows to tokens.
         """
         windows = self.windows(x)
-        attended, weights = self.attn.explain(windows.cut(self.norm1(x)), windows)
-        x = x + windows.join(attended, len(x))
+        attended, weights = self.attn.forward_with_weights(windows.partition(self.norm1(x)), windows)
+        x = x + windows.reverse(attended, len(x))
         return x + self.mlp(self.norm2(x)), weights
-
-
-class SwinStage(nn.Module):
-    """Patch merging (in all stages but the first), then blocks, every second one with shifted windows."""
-
-    def __init__(self, index: int, size: Pair, drop_paths: list[float], config: SwinConfig) -> None:
-        super().__init__()
-        dim = config.embed_dim * 2**index
-        window = (min(size[0], config.window_size), min(size[1], config.window_size))
-        self.downsample = PatchMerging(dim // 2, config.norm_eps) if index else nn.Identity()
-        self.blocks = nn.Sequential(
-            *(
-                SwinBlock(dim, config.num_heads[index], window, position % 2 == 1, rate, config)
-                for position, rate in enumerate(drop_paths)
-            )
-        )
-
-    def forward(self, x: Tensor, run_block: Callable[..., Tensor]) -> Tensor:
-        """B H W C -> B H' W' C'; `run_block(block, x)` calls a block (the model's, for gradient checkpointing)."""
-        x = self.downsample(x)
-        for block in self.blocks:
-            x = run_block(block, x)
-        return x
 
 
 class PoolHead(nn.Module):
@@ -125,11 +103,12 @@ class PoolHead(nn.Module):
 
 
 class SwinTransformer(ImageModel):
-    """Images B I H W to logits B K, through feature maps B H W C of ever fewer and wider tokens.
+    """Images B I H W to logits B K, through feature maps B H W C; each stage halves H and W and doubles C.
 
-    Height and width may be any size. A feature map that is no whole number of windows is padded first and shifted then,
-    and no token attends to padding or across an edge of the image. At a side no longer than the window there is one
-    window of its length and no shift. The sizes of the bias tables follow `config.img_size`, as in timm.
+    Images may have any size. A feature map that is not a whole number of windows is padded and then shifted, and no
+    token attends to padding or across an edge of the image (timm shifts first, see `window_mismatch`). Along a side no
+    longer than the window, the window has that length and there is no shift. The sizes of the bias tables follow
+    `config.img_size`, as in timm.
     """
 
     config: SwinConfig
@@ -146,13 +125,17 @@ class SwinTransformer(ImageModel):
         for index, depth in enumerate(config.depths):
             stride = config.patch_size * 2**index
             size = (-(-config.img_size[0] // stride), -(-config.img_size[1] // stride))
-            self.layers.append(SwinStage(index, size, [next(rates) for _ in range(depth)], config))
+            window = (min(size[0], config.window_size), min(size[1], config.window_size))
+            dim, heads = config.embed_dim * 2**index, config.num_heads[index]
+            merging = PatchMerging(dim // 2, config.norm_eps) if index else nn.Identity()
+            blocks = (SwinBlock(dim, heads, window, i % 2 == 1, next(rates), config) for i in range(depth))
+            self.layers.append(Stage(merging, blocks))
         self.norm = nn.LayerNorm(self.num_features, eps=config.norm_eps)
         self.head = PoolHead(self.num_features, config.num_classes, config.drop_rate)
         self.apply(init_linear)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images B I H W to the last feature map, normalised: B H/32 W/32 C (with patches of 4 and four stages)."""
+        """Images B I H W to the last feature map, normalised: B H/32 W/32 C with patches of 4 and four stages."""
         x = self.patch_embed(x)
         for stage in self.layers:
             x = stage(x, self.run_block)
@@ -178,23 +161,11 @@ class SwinTransformer(ImageModel):
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
 
-    def layer_ids(self) -> dict[str, int]:
-        """0 for the embedding, one for each block, a last one for norm and head; patch merging belongs to the block
-        that follows it."""
-        return {name: self._layer_of(name.split(".")) for name, _ in self.named_parameters()}
-
-    def _layer_of(self, path: list[str]) -> int:
-        match path:
-            case ["patch_embed", *_]:
-                return 0
-            case ["layers", stage, "blocks", block, *_]:
-                return 1 + sum(self.config.depths[: int(stage)]) + int(block)
-            case ["layers", stage, "downsample", *_]:
-                return 1 + sum(self.config.depths[: int(stage)])
-        return 1 + sum(self.config.depths)
+    def layer_id(self, path: list[str]) -> int:
+        return stage_layer_id(path, self.config.depths)
 
 
 def _pad_to_multiple(x: Tensor, step: int) -> Tensor:
-    """B C H W with zeros at the bottom and the right, so that both sides are multiples of `step`."""
+    """Pad B C H W with zeros at the bottom and right to multiples of `step`."""
     pad: Any = (0, -x.shape[3] % step, 0, -x.shape[2] % step)
     return F.pad(x, pad) if any(pad) else x

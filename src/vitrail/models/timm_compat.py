@@ -1,6 +1,6 @@
-"""A config of ours in timm's words: which of timm's constructors builds the same model, and with what arguments.
+"""The timm equivalent of a config: the variant whose constructor builds the same model, and its arguments.
 
-The config dataclasses use timm's names, so most of this is which fields to leave out.
+The fields of the configs have timm's names already, so this is mostly about which of them to omit.
 """
 
 import dataclasses
@@ -11,19 +11,19 @@ from typing import Any
 from vitrail.images.preprocess import Preprocess
 from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig
 
-# They change training only. timm's own files leave them out too.
+# They affect training only; timm's own config files omit them too.
 RATES = {"drop_rate", "drop_path_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate"}
 
 
 @dataclass(frozen=True)
 class Family:
-    """What timm wants to know of a family. `first_conv` and `classifier` are the names of modules."""
+    """A row of `FAMILIES`. `first_conv` and `classifier` are names of modules."""
 
     config: type[ModelConfig]
     first_conv: str
     classifier: str
-    fixed_size: bool  # the constructor takes img_size, and the model no other size
-    not_args: frozenset[str]  # fields that are no arguments of timm's constructor
+    fixed_size: bool  # the constructor takes img_size, and the model accepts only that size
+    not_args: frozenset[str]  # fields that timm's constructor does not have
 
 
 FAMILIES = {
@@ -46,9 +46,9 @@ def family_of(config: ModelConfig) -> str:
 
 
 def timm_stand_in(config: ModelConfig, size: tuple[int, int] | None = None) -> str | None:
-    """A variant of timm's that becomes this model when given `model_args`; None where timm has no such model.
+    """The timm variant that `model_args` turns into this model; None if timm has no equivalent.
 
-    size: the height and width of its images, if other than `config.img_size`.
+    size: height and width of the images, if not `config.img_size`.
     """
     match config:
         case ViTConfig():
@@ -71,15 +71,14 @@ def timm_stand_in(config: ModelConfig, size: tuple[int, int] | None = None) -> s
 def window_mismatch(config: ModelConfig, size: tuple[int, int] | None = None) -> str | None:
     """Why a Swin's logits at this image size differ from timm's, and the nearest sizes at which they are equal.
 
-    None where they are equal, and for every other architecture. size: height and width, if other than
-    `config.img_size`.
+    None if they are equal, and for other architectures. size: height and width, if not `config.img_size`.
     """
     size = size or config.img_size
     if not isinstance(config, SwinConfig) or all(
         _has_whole_windows(config, side, built) for side, built in zip(size, config.img_size, strict=True)
     ):
         return None
-    rebuilt = size == config.img_size  # the windows then follow the size; else they stay those of config.img_size
+    rebuilt = size == config.img_size  # windows follow config.img_size
     height, width = (
         " or ".join(str(near) for near in _nearest_sides(config, side, None if rebuilt else built))
         for side, built in zip(size, config.img_size, strict=True)
@@ -92,8 +91,8 @@ def window_mismatch(config: ModelConfig, size: tuple[int, int] | None = None) ->
 
 
 def _has_whole_windows(config: SwinConfig, side: int, built: int) -> bool:
-    """Whether every stage's feature map has a whole number of windows along a side of the image (in pixels), in a
-    model built for images with the side `built`."""
+    """Whether the feature maps of all stages have a whole number of windows along an image side (in pixels), in a model
+    built for the side `built`."""
     strides = [config.patch_size * 2**stage for stage in range(len(config.depths))]
     return side % config.patch_size == 0 and all(
         -(-side // stride) % min(-(-built // stride), config.window_size) == 0 for stride in strides
@@ -101,17 +100,17 @@ def _has_whole_windows(config: SwinConfig, side: int, built: int) -> bool:
 
 
 def _nearest_sides(config: SwinConfig, side: int, built: int | None) -> list[int]:
-    """The largest side up to `side` and the smallest from `side` on with whole windows, in a model built for that
-    side (None) or for `built`."""
+    """The nearest sides below and above `side` with whole windows, for a model built for `built`, or for the new side
+    if None."""
     step = config.patch_size
     below = range(side // step * step, 0, -step)
-    above = itertools.count(-(-side // step) * step, step)  # ends: a multiple of all strides and windows always fits
+    above = itertools.count(-(-side // step) * step, step)  # finite: a common multiple of strides and windows exists
     found = [next((s for s in sides if _has_whole_windows(config, s, built or s)), None) for sides in (below, above)]
     return sorted({near for near in found if near is not None})
 
 
 def same_but_for_args(one: ModelConfig, other: ModelConfig) -> bool:
-    """Whether timm's constructor for `one` builds `other` when it is given `model_args`."""
+    """Whether timm's constructor for `one` can build `other` by its `model_args`."""
     if type(one) is not type(other):
         return False
     fixed = FAMILIES[family_of(one)].not_args - {"img_size"}
@@ -119,19 +118,17 @@ def same_but_for_args(one: ModelConfig, other: ModelConfig) -> bool:
 
 
 def model_args(config: ModelConfig, preprocess: Preprocess) -> dict[str, Any]:
-    """The arguments with which timm's constructor builds this model, whatever its own defaults are."""
+    """All arguments with which timm's constructor builds this model, independent of timm's defaults."""
     family = FAMILIES[family_of(config)]
-    left_out = (
-        RATES | family.not_args | {"num_classes"}
-    )  # timm reads it beside, and transformers passes it on by itself
-    args = {key: value for key, value in dataclasses.asdict(config).items() if key not in left_out}
+    omitted = RATES | family.not_args | {"num_classes"}  # num_classes: timm and transformers read it elsewhere
+    args = {key: value for key, value in dataclasses.asdict(config).items() if key not in omitted}
     if family.fixed_size and preprocess.size != config.img_size:
-        args["dynamic_img_size"] = True  # the model runs at another size than it was built for
+        args["dynamic_img_size"] = True  # runs at a size that it was not built for
     return args
 
 
 def pretrained_cfg(config: ModelConfig, preprocess: Preprocess) -> dict[str, Any]:
-    """timm's record of the weights: preprocessing, and the modules that it adapts to other channels and classes."""
+    """timm's `pretrained_cfg`: preprocessing, and the modules to adapt to other in_chans and num_classes."""
     family = FAMILIES[family_of(config)]
     heads: str | list[str] = family.classifier
     if isinstance(config, ViTConfig) and config.dist_token:
@@ -147,5 +144,5 @@ def pretrained_cfg(config: ModelConfig, preprocess: Preprocess) -> dict[str, Any
 
 
 def global_pool(config: ModelConfig) -> str:
-    """How features are pooled: "token" or "avg"."""
+    """How features are pooled, "token" or "avg"."""
     return config.global_pool if isinstance(config, ViTConfig) else "avg"

@@ -3,10 +3,11 @@
 With its options this is also DeiT (https://arxiv.org/abs/2012.12877; the distillation token is in `deit.py`), DeiT III
 (https://arxiv.org/abs/2204.07118) and DINOv2 (https://arxiv.org/abs/2304.07193).
 
-Shapes: B batch, I channels of the image, H W its height and width, N tokens (prefix and patches), C width, K classes.
+Shapes: B batch, I channels of the image, H W its height and width, h w height and width of the grid of patches,
+N = prefix tokens + h w, C width, K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,15 +16,15 @@ from torch import Tensor, nn
 from vitrail.errors import ModelError
 from vitrail.layers.block import Block, drop_path_rates, init_linear
 from vitrail.layers.embed import ConvStem, PatchEmbed, check_divides, resample_positions
-from vitrail.models.base import ImageModel, head_layer, take_indices
+from vitrail.models.base import ImageModel, head_layer
 from vitrail.models.configs import ViTConfig
 
 
 class VisionTransformer(ImageModel):
     """Images B I H W to logits B K.
 
-    Tokens stand in the order class, distillation, registers, patches (row by row). An image of another size than
-    `config.img_size` is taken too, if its sides are multiples of the patch size: the position embedding is resampled.
+    The order of tokens is class, distillation, registers, patches (row by row). Images may have another size than
+    `config.img_size`, in multiples of the patch size: the position embedding is resampled to it.
     """
 
     config: ViTConfig
@@ -35,7 +36,7 @@ class VisionTransformer(ImageModel):
         self.num_features = dim = config.embed_dim
         check_divides(*config.img_size, config.patch_size)
         self.grid = (config.img_size[0] // config.patch_size, config.img_size[1] // config.patch_size)
-        self.prefix = config.num_prefix_tokens
+        self.num_prefix_tokens = config.num_prefix_tokens
         self.num_stages = config.depth
 
         self.patch_embed: PatchEmbed | ConvStem
@@ -74,16 +75,16 @@ class VisionTransformer(ImageModel):
 
     @property
     def _embedded_prefix(self) -> int:
-        """Prefix tokens that have a row in the position embedding."""
-        return 0 if self.config.no_embed_class else self.prefix
+        """Number of prefix tokens that the position embedding covers."""
+        return 0 if self.config.no_embed_class else self.num_prefix_tokens
 
     @property
     def _read_tokens(self) -> int | None:
-        """Tokens, from the first, that the head reads; None for all (average pooling)."""
+        """Number of leading tokens that the head reads; None for all (average pooling)."""
         return None if self.config.global_pool == "avg" else 1
 
     def _init_weights(self) -> None:
-        """As in the papers' code: truncated normal of 0.02 for linear layers and positions, class token near 0."""
+        """As in the papers' code: truncated normal with std 0.02 for linear layers and positions, tokens near 0."""
         self.apply(init_linear)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for token in (self.cls_token, self.dist_token, self.reg_token):
@@ -91,7 +92,7 @@ class VisionTransformer(ImageModel):
                 nn.init.normal_(token, std=1e-6)
 
     def embed(self, x: Tensor) -> Tensor:
-        """Images B I H W to the tokens B N C that enter the first block: prefix and patches, with positions."""
+        """Images B I H W to the input of the first block B N C: prefix and patch tokens with position embedding."""
         grid = (x.shape[2] // self.config.patch_size, x.shape[3] // self.config.patch_size)
         x = self.patch_embed(x)
         positions = resample_positions(self.pos_embed, self.grid, grid, self._embedded_prefix)
@@ -104,11 +105,11 @@ class VisionTransformer(ImageModel):
         return dropped
 
     def encode(self, x: Tensor, queries: int | None = None) -> Tensor:
-        """Images B I H W to normalised tokens B N C; with `queries`, to the first that many tokens.
+        """Images B I H W to normalised tokens B N C; with `queries`, to the first `queries` of them.
 
-        The last block then computes nothing for the others: they are read as keys and values only.
+        The last block then uses the other tokens as keys and values only, which saves their queries and MLP.
         """
-        x = self.embed(x)
+        x = self.embed(x)  # B N C
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
             x = self.run_block(block, x, queries if index == last else None)
@@ -117,13 +118,20 @@ class VisionTransformer(ImageModel):
 
     def pool(self, x: Tensor) -> Tensor:
         """Tokens B N C to B C: the class token, or the mean of the patches."""
-        x = x[:, 0] if self.config.global_pool == "token" else x[:, self.prefix :].mean(dim=1)
+        x = x[:, 0] if self.config.global_pool == "token" else x[:, self.num_prefix_tokens :].mean(dim=1)
         pooled: Tensor = self.fc_norm(x)
         return pooled
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images B I H W to all normalised tokens B N C."""
         return self.encode(x)
+
+    def forward_stages(self, x: Tensor, norm: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each block, its tokens B N C (normalised if `norm`), and the same without norm."""
+        x = self.embed(x)
+        for block in self.blocks:
+            x = self.run_block(block, x)
+            yield self.norm(x) if norm else x, x
 
     def forward_intermediates(  # type: ignore[override]  # timm's order of arguments
         self,
@@ -135,30 +143,23 @@ class VisionTransformer(ImageModel):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """The tokens after chosen blocks, as timm's method of this name; see `ImageModel.forward_intermediates`.
+        """The tokens after chosen blocks, like timm's method of the same name; see `ImageModel.forward_intermediates`.
 
         Args:
-            return_prefix_tokens: pair each map with the block's prefix tokens, B prefix C, if the model has any.
-            norm: apply the final norm to every block's tokens.
-            output_fmt: "NCHW" for maps B C h w of the patches, "NLC" for B (h w) C.
+            return_prefix_tokens: return pairs of map and prefix tokens B n C, if the model has any.
+            norm: apply the final norm to the tokens of every block.
+            output_fmt: "NCHW" for maps of the patches B C h w, "NLC" for B (h w) C.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ModelError(f"output_fmt={output_fmt!r}: give 'NCHW' or 'NLC'")
-        taken, outputs = take_indices(len(self.blocks), indices), []
-        grid = (x.shape[2] // self.config.patch_size, x.shape[3] // self.config.patch_size)
-        x = self.embed(x)
-        for index, block in enumerate(self.blocks):
-            x = self.run_block(block, x)
-            if index in taken:
-                outputs.append(self.norm(x) if norm else x)
-            if stop_early and index == max(taken):
-                break
-        found: list[Any] = [tokens[:, self.prefix :] for tokens in outputs]
+        features, tokens = self.run_stages(x, indices, norm, stop_early)
+        maps: list[Any] = [t[:, self.num_prefix_tokens :] for t in tokens]
         if output_fmt == "NCHW":
-            found = [patches.transpose(1, 2).unflatten(2, grid).contiguous() for patches in found]
-        if return_prefix_tokens and self.prefix:
-            found = [(patches, tokens[:, : self.prefix]) for patches, tokens in zip(found, outputs, strict=True)]
-        return found if intermediates_only else (self.norm(x), found)
+            grid = (x.shape[2] // self.config.patch_size, x.shape[3] // self.config.patch_size)
+            maps = [patches.transpose(1, 2).unflatten(2, grid).contiguous() for patches in maps]
+        if return_prefix_tokens and self.num_prefix_tokens:
+            maps = [(patches, t[:, : self.num_prefix_tokens]) for patches, t in zip(maps, tokens, strict=True)]
+        return maps if intermediates_only else (self.norm(features), maps)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.head_drop(self.pool(x))
@@ -166,7 +167,7 @@ class VisionTransformer(ImageModel):
         return logits
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Images B I H W to logits B K. Equal to `forward_head(forward_features(x))` and cheaper: see `encode`."""
+        """Images B I H W to logits B K; equal to `forward_head(forward_features(x))` but cheaper, see `encode`."""
         return self.forward_head(self.encode(x, self._read_tokens))
 
     def forward_pre_logits(self, x: Tensor) -> Tensor:
@@ -181,11 +182,10 @@ class VisionTransformer(ImageModel):
         tokens = {"pos_embed", "cls_token", "dist_token", "reg_token"}
         return tokens & {name for name, _ in self.named_parameters()}
 
-    def layer_ids(self) -> dict[str, int]:
-        """0 for the embeddings, 1 to depth for the blocks, depth + 1 for what follows."""
-        return {name: self._layer_of(name) for name, _ in self.named_parameters()}
-
-    def _layer_of(self, name: str) -> int:
-        if name.startswith("blocks."):
-            return int(name.split(".")[1]) + 1
-        return 0 if name.startswith(("patch_embed.", *self.no_weight_decay())) else self.config.depth + 1
+    def layer_id(self, path: list[str]) -> int:
+        match path:
+            case ["blocks", block, *_]:
+                return int(block) + 1
+            case ["patch_embed" | "pos_embed" | "cls_token" | "dist_token" | "reg_token", *_]:
+                return 0
+        return self.config.depth + 1
