@@ -24,7 +24,7 @@ import benchmarks.oracles  # noqa: F401
 from benchmarks.measure import Comparison, interleave, publish
 from vitrail.data.augment.augment import augment
 from vitrail.data.augment.settings import Augment
-from vitrail.data.cache.readers import reader
+from vitrail.data.cache.readers import cached_reader
 from vitrail.data.catalog import open_dataset
 from vitrail.data.loader import TrainLoader
 from vitrail.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
@@ -109,7 +109,7 @@ class Ours:
             os.environ["VITRAIL_CACHE"] = empty
             read = None
             if self.cached:
-                read = reader(self.split, self.preprocess, 1 << 40, print, whole=True)
+                read = cached_reader(self.split, self.preprocess, 1 << 40, print, random_crop=True)
         self.loader = TrainLoader(
             self.split,
             self.preprocess,

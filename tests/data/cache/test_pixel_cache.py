@@ -82,7 +82,7 @@ def test_an_image_of_another_shape_is_not_kept() -> None:
 
 
 @pytest.mark.parametrize("damage", [b"\0", b"\xff\xff\xff"])
-def test_pixels_that_do_not_fit_their_mark_are_not_given_out(damage: bytes) -> None:
+def test_pixels_with_a_wrong_checksum_are_not_returned(damage: bytes) -> None:
     """As after a power cut that came between the two writes."""
     cache = opened()
     cache.put(3, pixels(3) | 1)
@@ -95,7 +95,7 @@ def test_pixels_that_do_not_fit_their_mark_are_not_given_out(damage: bytes) -> N
     np.testing.assert_array_equal(opened().get(3), pixels(3))
 
 
-def test_a_mark_is_never_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checksum_is_never_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.zlib, "crc32", lambda _: 0)
     opened().put(0, pixels(0))
     assert opened().get(0) is not None
@@ -168,7 +168,7 @@ def test_a_full_disk_switches_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
     for i in (3, 1):
         cache.put(i, pixels(i))
     assert len(said) == 1
-    assert "no more images are kept (No space left on device)" in said[0]
+    assert "no more images are stored (No space left on device)" in said[0]
     assert cache.get(3) is None
     assert cache.get(0) is not None  # what is there stays of use
     monkeypatch.undo()
@@ -189,10 +189,10 @@ def test_a_folder_that_cannot_be_written(root: Path) -> None:
     root.write_text("a file")
     said: list[str] = []
     assert open_cache("test", ["a"], SHAPES[:1], 3, 1 << 20, said.append) is None
-    assert said[0].startswith("cache   off: cannot write")
+    assert said[0].startswith("cache   off: could not write")
 
 
-def test_old_caches_make_room_oldest_first(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_caches_are_removed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = 3 * int(SHAPES.prod(axis=1).sum())
     folders, caches = [], []
     for age, stamp in enumerate("abc"):
@@ -203,23 +203,23 @@ def test_old_caches_make_room_oldest_first(root: Path, monkeypatch: pytest.Monke
         os.utime(cache.folder, (1000 + age, 1000 + age))
         if stamp != "a":
             cache.close()
-    used = module._taken(folders[0])
+    used = module._disk_usage(folders[0])
     assert used >= 3 * 60 * 80
-    monkeypatch.setattr(module, "room", lambda: 2 * used + taken)
+    monkeypatch.setattr(module, "max_total_size", lambda: 2 * used + taken)
     opened(stamp="d", said=[]).close()
     # a is the oldest and in use: b goes in its place.
     assert [folder.exists() for folder in folders] == [True, False, True]
-    assert sorted(path.name for path in folders[0].iterdir()) == ["lock", "marks", "pixels"]
+    assert sorted(path.name for path in folders[0].iterdir()) == ["checksums", "lock", "pixels"]
 
 
-def test_room_counts_what_caches_take_and_leaves_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_limit_counts_existing_caches_and_free_space(monkeypatch: pytest.MonkeyPatch) -> None:
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage(0, 0, module.RESERVE + 1000))
-    assert module.room() == 500
+    assert module.max_total_size() == 500
     cache = opened()
     cache.put(3, pixels(3))
-    assert module.room() == (1000 + module._taken(cache.folder)) // 2
+    assert module.max_total_size() == (1000 + module._disk_usage(cache.folder)) // 2
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage(0, 0, 5))
-    assert module.room() == module._taken(cache.folder) // 2
+    assert module.max_total_size() == module._disk_usage(cache.folder) // 2

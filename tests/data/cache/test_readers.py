@@ -1,4 +1,4 @@
-"""Views do not depend on the cache: filled or empty, whole or bounded, on any number of workers."""
+"""Views do not depend on the cache: filled or empty, unlimited or limited, on any number of workers."""
 
 from pathlib import Path
 
@@ -13,11 +13,10 @@ from data.make_folder import make_folder
 from vitrail.data.augment.crop import CROP_DRAWS, crop_box, crop_stored
 from vitrail.data.cache.readers import (
     cache_size,
+    cached_reader,
     cached_shapes,
     decode_shrunk,
-    image_sizes,
     max_short_side,
-    reader,
     shrunk_size,
 )
 from vitrail.data.catalog import open_dataset
@@ -67,31 +66,33 @@ def assert_same(one: list[torch.Tensor], two: list[torch.Tensor]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def read(split: FileSplit, limit: int = 1 << 30, *, whole: bool = True):
-    return reader(split, P, limit, pytest.fail, whole=whole)
+def read(split: FileSplit, limit: int = 1 << 30, *, random_crop: bool = True):
+    return cached_reader(split, P, limit, pytest.fail, random_crop=random_crop)
 
 
 def test_views_do_not_depend_on_what_is_kept(split: FileSplit, monkeypatch: pytest.MonkeyPatch) -> None:
     cold = views(split, read(split))
     assert_same(views(split, read(split)), cold)  # filled
     assert_same(views(split, read(split), workers=3), cold)
-    total = cache_size(split, P, whole=True)
+    total = cache_size(split, P, random_crop=True)
     monkeypatch.setenv("VITRAIL_CACHE", "/dev/null/no")
     said: list[str] = []
-    assert_same(views(split, reader(split, P, total, said.append, whole=True)), cold)  # no disk to keep anything on
+    assert_same(
+        views(split, cached_reader(split, P, total, said.append, random_crop=True)), cold
+    )  # no disk to keep anything on
     assert "cache   off" in said[0]
     assert_same(views(split, read(split, 0)), cold)
 
 
 def test_a_bounded_cache_keeps_a_part(split: FileSplit) -> None:
-    half = cache_size(split, P, whole=True) // 2
+    half = cache_size(split, P, random_crop=True) // 2
     cold = views(split, read(split, half), workers=2)
     assert_same(views(split, read(split, half)), cold)
     assert_same(views(split, read(split)), cold)
 
 
 def test_later_epochs_decode_nothing(split: FileSplit, monkeypatch: pytest.MonkeyPatch) -> None:
-    keep, crops = read(split), read(split, whole=False)
+    keep, crops = read(split), read(split, random_crop=False)
     first = views(split, keep, epochs=1)
     read_crops(split, P, crops)
     monkeypatch.setattr(FileSplit, "image", lambda *_: pytest.fail("decoded again"))
@@ -106,15 +107,15 @@ def test_evaluation_is_exact(split: FileSplit, fit: str) -> None:
     p = P.replace(crop_mode=fit)
     plain, _ = read_crops(split, p)
     for _ in range(2):
-        kept = reader(split, p, 1 << 30, pytest.fail, whole=False)
+        kept = cached_reader(split, p, 1 << 30, pytest.fail, random_crop=False)
         np.testing.assert_array_equal(read_crops(split, p, kept)[0], plain)
-    assert_same(views(split, read(split, whole=False), crop=False), views(split, None, crop=False))
+    assert_same(views(split, read(split, random_crop=False), crop=False), views(split, None, crop=False))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_kind_of_image_has_the_shape_that_was_foreseen(split: FileSplit, channels: int) -> None:
     p = P if channels == 3 else P.replace(channels=1, mean=(0.5,), std=(0.5,))
-    shapes = cached_shapes(split, p, whole=True)
+    shapes = cached_shapes(split, p, random_crop=True)
     side = max_short_side(p)
     assert side == 64
     for row, (height, width) in enumerate(shapes.tolist()):
@@ -130,15 +131,14 @@ def test_every_kind_of_image_has_the_shape_that_was_foreseen(split: FileSplit, c
             near = full.resize((width, height), Image.Resampling.BICUBIC)
             near = np.asarray(near if channels == 3 else near.convert("L")).reshape(pixels.shape)
             assert np.abs(pixels.astype(int) - near).mean() < 3  # a JPEG was decoded at half the size first
-    assert cache_size(split, p, whole=True) == channels * shapes.prod(axis=1).sum()
-    assert cache_size(split, p, whole=False) == channels * 32 * 32 * len(split)
+    assert cache_size(split, p, random_crop=True) == channels * shapes.prod(axis=1).sum()
+    assert cache_size(split, p, random_crop=False) == channels * 32 * 32 * len(split)
 
 
 def test_what_has_nothing_to_decode() -> None:
     arrays = ArraySplit(np.zeros((3, 8, 8), np.uint8), np.arange(3))
-    assert image_sizes(arrays) is None
-    assert cache_size(arrays, P, whole=True) == 0
-    assert image_sizes(FileSplit(["a.jpg"], np.zeros(1, dtype=np.int64))) is None
+    assert cache_size(arrays, P, random_crop=True) == 0
+    assert cache_size(FileSplit(["a.jpg"], np.zeros(1, dtype=np.int64)), P, random_crop=True) == 0
 
 
 def test_shrunk() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from data.crops import read_crops
 from data.make_shards import encoded, write_shard, write_tar
 from data.serving import serving
-from vitrail.data.cache.readers import reader
+from vitrail.data.cache.readers import cached_reader
 from vitrail.data.catalog import absolute_data, open_dataset
 from vitrail.data.formats import webdataset as module
 from vitrail.data.formats.shards import ShardSplit, scan_shard
@@ -111,7 +111,7 @@ def test_views_of_threads_and_resumed_epochs(shards: Path) -> None:
     threads.close()
     exact, _ = read_crops(split, P)
     for _ in range(2):
-        kept, _ = read_crops(split, P, reader(split, P, 1 << 30, pytest.fail, whole=False))
+        kept, _ = read_crops(split, P, cached_reader(split, P, 1 << 30, pytest.fail, random_crop=False))
         np.testing.assert_array_equal(kept, exact)
 
 

@@ -162,7 +162,7 @@ def test_auto_is_on_where_it_helps(photos: Path, monkeypatch: pytest.MonkeyPatch
     assert "6.14 kB" in settled(photos, crop_scale=None)[1][0]
     assert settled(photos, probe=True) == ("off", [])
     assert settled(photos, cache="off") == ("off", [])
-    monkeypatch.setattr(cached, "room", lambda: 20_000)
+    monkeypatch.setattr(cached, "max_total_size", lambda: 20_000)
     value, (line,) = settled(photos)
     assert value == "off"
     assert all(fact in line for fact in ("30.3 kB", "20 kB", "cache=20GB"))

@@ -1,14 +1,12 @@
-"""Decoded images on disk, so that later epochs, later runs and other runs at the same time decode nothing.
+"""A disk cache of decoded images, shared by later epochs, later runs and concurrent runs.
 
-A cache is a folder with one file of pixels, in which every image has a place that is known beforehand from the images'
-sizes, and a small file of marks: 0 for a place that is empty, else the CRC-32 of what stands there. Pixels are written
-first and the mark after; two runs that fill one place write the same bytes, so nobody waits for anybody. A mark is
-checked against the pixels the first time that a process reads them, so what a power cut left half written is written
-again. Pixels are written by `pwrite` and read through a memory map: a full disk is an error of the write, and never a
-signal that kills the process.
+A cache is a folder with two files. `pixels` has every image at an offset that follows from the sizes of all images;
+`checksums` has the CRC-32 of each image, 0 for one that is not stored. An image is written before its checksum, which a
+process verifies when it first reads the image: one that was half written before a power cut is decoded again. Processes
+that store the same image write the same bytes, so they need no lock. Pixels are written by `pwrite` and read through a
+memory map: a full disk is an error of the write, not a signal that kills the process.
 
-The folder is named after the images (their paths, sizes and times) and what was made of them: other images, other
-folder.
+The folder is named by a hash of the images' paths, sizes and times, and of how they were processed.
 """
 
 from __future__ import annotations
@@ -35,56 +33,56 @@ from vitrail.utils.text import format_bytes
 Shapes = npt.NDArray[np.int64]
 Log = Callable[[str], None]
 
-RESERVE = 1 << 30  # bytes of a disk that are left free, for checkpoints and for others
-SHARE = 0.5  # of what a disk has free for caches, which all of them together may take
-_VERSION = "1"  # of the files' layout, and of how pixels are made
+RESERVE = 1 << 30  # bytes of the disk that are left free
+_MAX_FRACTION = 0.5  # of the free disk space, for all caches together
+_VERSION = "1"  # of the files' layout, and of how pixels are computed
 
 
 class PixelCache:
-    """uint8 H W C pixels by number. Made by `open_cache`; safe for threads and for processes at the same time.
+    """uint8 H W C pixels by number. Made by `open_cache`; safe for several threads and processes.
 
-    shapes: int64 (N, 2), the (height, width) of each. limit: bytes; images whose place lies beyond are never kept.
+    shapes: int64 (N, 2), the (height, width) of each image. limit: bytes; images beyond it are not stored.
     """
 
-    def __init__(self, folder: Path, shapes: Shapes, channels: int, limit: int, say: Log) -> None:
+    def __init__(self, folder: Path, shapes: Shapes, channels: int, limit: int, log: Log) -> None:
         self.folder = folder
         self._shapes = shapes
         self._channels = channels
         self._ends = np.cumsum(shapes.prod(axis=1) * channels)
         self._limit = limit
-        self._say = say
+        self._log = log
         self._lock = threading.Lock()
-        self._checked = bytearray(len(shapes))  # 1: the mark was found right, or set, by this process
-        self._writes = True
+        self._verified = bytearray(len(shapes))  # 1: the checksum was verified, or written, by this process
+        self._writable = True
         size = int(self._ends[-1])
-        handles = [_hold(folder)]
-        self.close = weakref.finalize(self, _close, handles)  # also on its own; pixels given out stay readable
-        for name in ("pixels", "marks"):
-            handles.append(os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666))
-        _, self._pixels, self._marks = handles
-        _at_least(self._pixels, size)
-        _at_least(self._marks, 4 * len(shapes))
-        self._map = mmap.mmap(self._pixels, size, access=mmap.ACCESS_READ)
-        self._mark_map = mmap.mmap(self._marks, 4 * len(shapes), access=mmap.ACCESS_READ)
-        os.utime(folder)  # when it was last of use
+        files = [_lock_shared(folder)]
+        self.close = weakref.finalize(self, _close, files)  # arrays that `get` has returned stay valid
+        for name in ("pixels", "checksums"):
+            files.append(os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666))
+        _, self._pixels, self._checksums = files
+        _extend(self._pixels, size)
+        _extend(self._checksums, 4 * len(shapes))
+        self._pixel_map = mmap.mmap(self._pixels, size, access=mmap.ACCESS_READ)
+        self._checksum_map = mmap.mmap(self._checksums, 4 * len(shapes), access=mmap.ACCESS_READ)
+        os.utime(folder)  # the time of the last use
 
     def get(self, i: int) -> Pixels | None:
-        """Image i, read-only, or None where it is not kept."""
+        """Image i, read-only; None if it is not stored."""
         shape, end = self._shape(i), int(self._ends[i])
         begin = end - shape[0] * shape[1] * shape[2]
-        if not self._checked[i]:
+        if not self._verified[i]:
             if end > self._limit:
                 return None
-            mark = int.from_bytes(self._mark_map[4 * i : 4 * i + 4], "little")
-            if mark == 0 or mark != _mark(memoryview(self._map)[begin:end]):
+            checksum = int.from_bytes(self._checksum_map[4 * i : 4 * i + 4], "little")
+            if checksum == 0 or checksum != _checksum(memoryview(self._pixel_map)[begin:end]):
                 return None
-            self._checked[i] = 1
-        return np.frombuffer(self._map, np.uint8, end - begin, begin).reshape(shape)
+            self._verified[i] = 1
+        return np.frombuffer(self._pixel_map, np.uint8, end - begin, begin).reshape(shape)
 
     def put(self, i: int, pixels: Pixels) -> None:
-        """Keep image i, where there is room for it and it has the shape that was said."""
+        """Store image i, unless it is beyond the limit or has another shape than expected."""
         end = int(self._ends[i])
-        if not self._writes or end > self._limit or pixels.shape != self._shape(i):
+        if not self._writable or end > self._limit or pixels.shape != self._shape(i):
             return
         content = memoryview(np.ascontiguousarray(pixels).reshape(-1).data)
         try:
@@ -92,68 +90,66 @@ class PixelCache:
             if disk.f_bavail * disk.f_frsize < RESERVE + len(content):
                 raise OSError(errno.ENOSPC, f"less than {format_bytes(RESERVE)} of the disk is free")
             _write(self._pixels, content, end - len(content))
-            _write(self._marks, memoryview(_mark(content).to_bytes(4, "little")), 4 * i)
+            _write(self._checksums, memoryview(_checksum(content).to_bytes(4, "little")), 4 * i)
         except OSError as error:
-            self._stop(error.strerror or str(error))
+            self._stop_writing(error.strerror or str(error))
             return
-        self._checked[i] = 1
+        self._verified[i] = 1
 
     def _shape(self, i: int) -> tuple[int, int, int]:
         height, width = self._shapes[i].tolist()
         return height, width, self._channels
 
-    def _stop(self, reason: str) -> None:
+    def _stop_writing(self, reason: str) -> None:
         with self._lock:
-            first, self._writes = self._writes, False
+            first, self._writable = self._writable, False
         if first:
-            self._say(f"cache   no more images are kept ({reason}); the run goes on without")
+            self._log(f"cache   no more images are stored ({reason}); training continues without")
 
 
 def open_cache(
-    what: str, stamps: Iterable[str], shapes: Shapes, channels: int, limit: int, say: Log
+    kind: str, fingerprints: Iterable[str], shapes: Shapes, channels: int, limit: int, log: Log
 ) -> PixelCache | None:
-    """The cache of what was made (`what`, in a few words) of images that `stamps` tell apart, a line each.
+    """The cache of images processed in one way (`kind`). None if limit is 0 or the cache cannot be written (logged).
 
-    None where there is no disk to write to; `say` is told so.
+    fingerprints: a line per image that changes when its content does.
     """
     if not len(shapes) or limit <= 0:
         return None
-    digest = hashlib.blake2b(f"{_VERSION}\n{what}\n{channels}\n".encode(), digest_size=12)
-    for stamp, (height, width) in zip(stamps, shapes.tolist(), strict=True):
-        digest.update(f"{stamp}\t{height}\t{width}\n".encode("utf-8", "surrogateescape"))
+    digest = hashlib.blake2b(f"{_VERSION}\n{kind}\n{channels}\n".encode(), digest_size=12)
+    for fingerprint, (height, width) in zip(fingerprints, shapes.tolist(), strict=True):
+        digest.update(f"{fingerprint}\t{height}\t{width}\n".encode("utf-8", "surrogateescape"))
     folder = _root() / digest.hexdigest()
     try:
         if not hasattr(os, "pwrite"):
-            raise OSError("this system cannot write at a place in a file")
+            raise OSError("this operating system has no pwrite")
         size = min(limit, int((shapes.prod(axis=1) * channels).sum()))
-        make_room(size, folder)
+        _evict(size, folder)
         folder.mkdir(parents=True, exist_ok=True)
-        return PixelCache(folder, shapes, channels, size, say)
+        return PixelCache(folder, shapes, channels, size, log)
     except OSError as error:
-        say(f"cache   off: cannot write {folder} ({error.strerror or error})")
+        log(f"cache   off: could not write {folder}: {error.strerror or error}")
         return None
 
 
-def room() -> int:
-    """Bytes that all caches together may take, of the disk that they are or would be on."""
+def max_total_size() -> int:
+    """Bytes that all caches together may use on their disk."""
     root = _root()
     disk = next(path for path in (root, *root.parents) if path.exists())
-    return int(SHARE * (max(0, shutil.disk_usage(disk).free - RESERVE) + sum(map(_taken, _folders()))))
+    free = max(0, shutil.disk_usage(disk).free - RESERVE)
+    return int(_MAX_FRACTION * (free + sum(map(_disk_usage, _folders()))))
 
 
-def make_room(size: int, keep: Path) -> None:
-    """Remove the caches that nobody has used for longest, as far as `size` bytes more for `keep` ask for it.
-
-    A cache that a process has open is never removed.
-    """
-    others = sorted((folder for folder in _folders() if folder != keep), key=_last_use)
-    over = sum(map(_taken, others)) + size - room()
+def _evict(size: int, keep: Path) -> None:
+    """Remove the least recently used caches until `keep` may use `size` bytes. Caches that are open are not removed."""
+    others = sorted((folder for folder in _folders() if folder != keep), key=_last_used)
+    excess = sum(map(_disk_usage, others)) + size - max_total_size()
     for folder in others:
-        if over <= 0:
+        if excess <= 0:
             return
-        taken = _taken(folder)
+        used = _disk_usage(folder)
         if _remove(folder):
-            over -= taken
+            excess -= used
 
 
 def _root() -> Path:
@@ -166,49 +162,46 @@ def _folders() -> list[Path]:
     return []
 
 
-def _taken(folder: Path) -> int:
-    """Bytes on the disk: the file of pixels is sparse, and places that are empty take nothing."""
+def _disk_usage(folder: Path) -> int:
+    """Bytes on the disk: the file is sparse, images that are not stored use no space."""
     with suppress(OSError):
         return (folder / "pixels").stat().st_blocks * 512
     return 0
 
 
-def _last_use(folder: Path) -> float:
+def _last_used(folder: Path) -> float:
     with suppress(OSError):
         return folder.stat().st_mtime
     return 0.0
 
 
-def _close(handles: list[int]) -> None:
-    for handle in handles:
-        os.close(handle)
+def _close(files: list[int]) -> None:
+    for file in files:
+        os.close(file)
 
 
-def _hold(folder: Path) -> int:
-    """Hold the folder, with others who use it; the system lets go of it when the process ends, however it ends.
-
-    A handle of its lock file, whose closing lets go of it.
-    """
+def _lock_shared(folder: Path) -> int:
+    """Lock a folder against removal, until the returned lock file is closed or the process ends."""
     import fcntl
 
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(handle, fcntl.LOCK_SH)
-            # Whoever removes a cache holds its lock meanwhile: then this is the lock of a folder that is gone.
-            if os.path.samestat(os.fstat(handle), os.stat(folder / "lock")):
-                return handle
+            fcntl.flock(file, fcntl.LOCK_SH)
+            # If the folder was removed meanwhile, this is the lock file of the removed one.
+            if os.path.samestat(os.fstat(file), os.stat(folder / "lock")):
+                return file
         except FileNotFoundError:
             pass
         except BaseException:
-            os.close(handle)
+            os.close(file)
             raise
-        os.close(handle)
+        os.close(file)
 
 
 def _remove(folder: Path) -> bool:
-    """Remove a cache, unless a process uses it."""
+    """Remove a cache, unless a process has it open."""
     import fcntl
 
     try:
@@ -220,19 +213,19 @@ def _remove(folder: Path) -> bool:
     return True
 
 
-def _at_least(handle: int, size: int) -> None:
-    """Make a file so long. What is added reads as zeros and takes no room until it is written."""
-    if os.fstat(handle).st_size < size:
-        os.ftruncate(handle, size)
+def _extend(file: int, size: int) -> None:
+    """Extend a file to at least `size` bytes. The new bytes are 0, and use no space until they are written."""
+    if os.fstat(file).st_size < size:
+        os.ftruncate(file, size)
 
 
-def _write(handle: int, content: memoryview, place: int) -> None:
-    """All of it; a disk that fills up on the way takes a part at first, and says so at the next call."""
+def _write(file: int, content: memoryview, offset: int) -> None:
+    """Write everything. On a disk that becomes full, the first call writes a part and the next one raises."""
     while content:
-        count = os.pwrite(handle, content, place)
-        content, place = content[count:], place + count
+        count = os.pwrite(file, content, offset)
+        content, offset = content[count:], offset + count
 
 
-def _mark(content: memoryview) -> int:
-    """Never 0, which means empty."""
+def _checksum(content: memoryview) -> int:
+    """The CRC-32, but never 0, which means that nothing is stored."""
     return zlib.crc32(content) or 1

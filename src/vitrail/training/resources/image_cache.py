@@ -3,8 +3,8 @@
 import functools
 import math
 
-from vitrail.data.cache.pixel_cache import Log, room
-from vitrail.data.cache.readers import ReadImage, cache_size, image_sizes, max_short_side, reader
+from vitrail.data.cache.pixel_cache import Log, max_total_size
+from vitrail.data.cache.readers import ReadImage, cache_size, cached_reader, max_short_side
 from vitrail.data.dataset import Dataset
 from vitrail.images.preprocess import Preprocess
 from vitrail.training.config.schema import TrainConfig, byte_count
@@ -19,14 +19,14 @@ def settle_cache(config: TrainConfig, dataset: Dataset, preprocess: Preprocess) 
     """
     if config.io.cache == "off" or config.model.probe:
         return config.updated({"cache": "off"}), []
-    if image_sizes(dataset.split("train")) is None:
+    total = sum(_bytes(config, dataset, preprocess).values())
+    if not total:
         line = [] if config.io.cache == "auto" else ["cache   off: the dataset has no encoded images"]
         return config.updated({"cache": "off"}), line
-    total = sum(_bytes(config, dataset, preprocess).values())
     if config.io.cache == "auto":
         if config.schedule.epochs is not None and config.schedule.epochs <= 1:
             return config.updated({"cache": "off"}), ["cache   off: each image is read only once"]
-        if total > (free := room()):
+        if total > (free := max_total_size()):
             why = f"decoded images take {format_bytes(total)}, and half of the free disk space is {format_bytes(free)}"
             return config.updated({"cache": "off"}), [f"cache   off: {why}; cache=20GB stores a part"]
         config = config.updated({"cache": f"{math.ceil(total / 1e6)}MB"})
@@ -43,8 +43,8 @@ def cached_readers(config: TrainConfig, dataset: Dataset, preprocess: Preprocess
     readers, left = {}, byte_count(config.io.cache)
     say_once = functools.cache(say)  # the splits may have the same problem, such as a full disk
     for name, count in _bytes(config, dataset, preprocess).items():
-        whole = name == "train" and config.augment.crop_scale is not None
-        readers[name] = reader(dataset.split(name), preprocess, left, say_once, whole=whole)
+        random_crop = name == "train" and config.augment.crop_scale is not None
+        readers[name] = cached_reader(dataset.split(name), preprocess, left, say_once, random_crop=random_crop)
         left = max(0, left - count)
     return readers
 
@@ -53,7 +53,7 @@ def _bytes(config: TrainConfig, dataset: Dataset, preprocess: Preprocess) -> dic
     """The size of the decoded images of each split that is read in every epoch."""
     crops = config.augment.crop_scale is not None
     return {
-        name: cache_size(dataset.split(name), preprocess, whole=name == "train" and crops)
+        name: cache_size(dataset.split(name), preprocess, random_crop=name == "train" and crops)
         for name in ("train", "val")
         if name in dataset.splits
     }
