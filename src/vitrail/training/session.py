@@ -127,8 +127,8 @@ class Session:
             state.step_seconds += now - begin
             state.wait_seconds += self.loader.wait_seconds - waited
             begin, waited = now, self.loader.wait_seconds
-            self._sync.update(state, now - self._started, interrupt.number)
             self.reporter.step(trainer)
+            self._sync.update(state, now - self._started, interrupt.number)
             if state.consecutive_bad_steps >= MAX_CONSECUTIVE_BAD_STEPS:
                 break
             self._save_if_due()
