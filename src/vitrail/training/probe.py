@@ -5,14 +5,12 @@ Shapes: N images, C features, K classes.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor, nn
 
 from vitrail.errors import ConfigError, DataError, ModelError
@@ -24,7 +22,7 @@ from vitrail.models.base import ImageModel
 from vitrail.training.checkpoints.run_folder import RunFolder
 from vitrail.training.config.schema import Use, keys_for
 from vitrail.training.engine.interrupt import Interrupt, Stopped
-from vitrail.training.monitoring.plan import class_words
+from vitrail.training.monitoring.plan import data_lines
 from vitrail.training.monitoring.progress import Reporter
 from vitrail.training.setup import Setup
 from vitrail.utils.device import describe_precision, precision, uses_bf16
@@ -35,7 +33,6 @@ from vitrail.weights.heads import HEADS
 GRID = tuple(10.0**-power for power in range(7))  # l2 penalties from which validation chooses, strong to weak
 _DEFAULT_L2 = 1e-3  # where there are no validation images
 _PATIENCE = 2  # penalties in a row that do not improve validation, after which the search ends
-_LINE_SECONDS = 10.0  # between two progress lines without a terminal
 _CHUNK = 8192  # images whose logits are computed at once
 
 
@@ -51,16 +48,18 @@ class Features:
 
 @dataclass
 class _Throughput:
-    """Images that went through the model, and the time spent, in seconds."""
+    """Images that went through the model, those skipped included in `done`, and the time spent, in seconds."""
 
+    done: int = 0
     images: int = 0
     seconds: float = 0.0
     wait_seconds: float = 0.0
 
-    def add(self, images: int, seconds: float, wait_seconds: float) -> None:
-        self.images += images
+    def add(self, batch: BatchResult[int], seconds: float) -> None:
+        self.done += len(batch.items)
+        self.images += len(batch.outputs)
         self.seconds += seconds
-        self.wait_seconds += wait_seconds
+        self.wait_seconds += batch.wait_seconds
 
     @property
     def rate(self) -> float:
@@ -71,6 +70,10 @@ class _Throughput:
     def waiting(self) -> float:
         """The share of time spent waiting for data, 0 to 1."""
         return self.wait_seconds / self.seconds if self.seconds else 0.0
+
+    def describe(self, total: int) -> str:
+        left = format_duration((total - self.done) / self.rate) if self.rate else "?"
+        return f"{self.done / total:4.0%}  {self.rate:,.0f} images/s  {left} left  data wait {self.waiting:.0%}"
 
 
 def check_probe_keys(given: Mapping[str, Any]) -> None:
@@ -153,26 +156,27 @@ def _all_features(
 ) -> dict[str, Features]:
     """Features of each split with readable images: train, val, and the one whose metrics are reported."""
     machine, dataset = setup.config.machine, setup.dataset
-    names = [name for name in ("train", "val", dataset.eval_split()) if name in dataset.splits]
+    names = dict.fromkeys(name for name in ("train", "val", dataset.eval_split()) if name in dataset.splits)
+    total = sum(len(dataset.split(name)) for name in names)
     runtime = TorchRuntime(setup.model, setup.preprocess, machine.amp)
     found = {}
-    for name in dict.fromkeys(names):
-        reader = SplitReader(dataset.split(name), setup.preprocess)
-        with _progress(reporter, f"{name} features", len(reader.split), throughput) as advance:
+    with reporter:
+        for name in names:
+            reader = SplitReader(dataset.split(name), setup.preprocess)
             begin = time.perf_counter()
 
-            def on_batch(batch: BatchResult[int], reader: SplitReader = reader, advance: Any = advance) -> None:
+            def on_batch(batch: BatchResult[int], name: str = name, reader: SplitReader = reader) -> None:
                 nonlocal begin
                 now = time.perf_counter()
-                throughput.add(len(batch.outputs), now - begin, batch.wait_seconds)
+                throughput.add(batch, now - begin)
                 begin = now
                 skipped.update({item["path"]: item["reason"] for item in reader.skipped(batch)})
-                advance(len(batch.items))
+                reporter.update(f"{name} features", throughput.done / total, lambda: throughput.describe(total))
                 check()
 
             features = compute_features(runtime, reader, machine.eval_batch_size, machine.workers, on_batch)
-        if features is not None:
-            found[name] = features
+            if features is not None:
+                found[name] = features
     if "train" not in found:
         reason = next(iter(skipped.values()), "there are none")
         raise DataError(f"none of the training images could be read: {reason}")
@@ -334,41 +338,14 @@ def _knn(features: Mapping[str, Features], name: str, num_classes: int) -> dict[
 
 def _plan_lines(setup: Setup, folder: RunFolder, device: torch.device, own_model: bool) -> list[str]:
     config, dataset = setup.config, setup.dataset
-    counts = ", ".join(f"{count:,} {name}" for name, count in dataset.counts().items())
     height, width = setup.preprocess.size
     published = "published weights" if config.model.pretrained else None
     start = config.model.weights or published or ("the given model's" if own_model else None)
     random = "random weights, so the features are random too: use --weights or --pretrained"
     return [
         *(reason for reason in setup.reasons if reason.startswith("model")),
-        f"data    {dataset.name}: {counts} images, {class_words(dataset)} ({dataset.how_split})",
-        *([f"skipped {len(dataset.skipped)} unusable files, listed in the summary"] if dataset.skipped else []),
+        *data_lines(dataset),
         f"model   {config.model.model}, frozen, input {height}x{width}; {start or random}",
         f"device  {device}, {describe_precision(device, uses_bf16(setup.model, device, config.machine.amp))}",
         f"output  {folder.path}",
     ]
-
-
-@contextmanager
-def _progress(reporter: Reporter, title: str, total: int, throughput: _Throughput) -> Iterator[Callable[[int], None]]:
-    """Yields a function that is called with the number of images done since the last call. In a terminal it updates a
-    bar, elsewhere it prints a line every few seconds."""
-    console = reporter.console
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"))
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal or console.quiet)
-    last, done = time.perf_counter(), 0
-    with bar:
-        task = bar.add_task(title, total=total, status="")
-
-        def advance(count: int) -> None:
-            nonlocal last, done
-            done += count
-            left = format_duration((total - done) / throughput.rate) if throughput.rate else "?"
-            speed = f"{throughput.rate:,.0f} images/s  {throughput.waiting:.0%} waiting for data"
-            status = f"{done:,} of {total:,}  {speed}  {left} left"
-            bar.update(task, completed=done, status=status)
-            if bar.disable and time.perf_counter() - last >= _LINE_SECONDS:
-                last = time.perf_counter()
-                reporter.say(f"{title}  {status}")
-
-        yield advance

@@ -30,7 +30,7 @@ from vitrail.training import run as run_module
 from vitrail.training.checkpoints.run_folder import RunFolder
 from vitrail.training.engine.interrupt import Stopped
 from vitrail.training.engine.trainer import Trainer
-from vitrail.training.monitoring.report import make_report, wilson, write_report
+from vitrail.training.monitoring.report import make_report, write_report
 from vitrail.training.monitoring.report_data import calibration_bins, confused_pairs, report_details
 from vitrail.training.run import train
 
@@ -431,9 +431,6 @@ def test_short_words() -> None:
         "12,000",
     ]
     assert escape_unprintable("a\u202eb\x00c\udcffd\n") == "a\\u202eb\\x00c\\udcffd\n"
-    low, high = wilson(0.9, 100)  # Newcombe, 1998: 82.6 to 94.5
-    assert (round(low, 1), round(high, 1)) == (82.6, 94.5)
-    assert wilson(float("nan"), 0) == (0, 100)
 
 
 def test_the_report_needs_no_torch(tmp_path: Path, like: Path) -> None:

@@ -21,7 +21,6 @@ _ADVISE_BALANCE = 5.0  # ratio of largest to smallest class from which balancing
 def plan_lines(setup: Setup, trainer: Trainer, steps_per_epoch: int, out: str) -> list[str]:
     """Data, model, schedule, augmentation, device, parameter groups and run folder, one line each."""
     config, dataset = setup.config, setup.dataset
-    counts = ", ".join(f"{count:,} {name}" for name, count in dataset.counts().items())
     height, width = setup.preprocess.size
     parameters = sum(p.numel() for p in trainer.model.parameters())
     weights = config.model.weights or ("published weights" if config.model.pretrained else "trained from scratch")
@@ -31,9 +30,8 @@ def plan_lines(setup: Setup, trainer: Trainer, steps_per_epoch: int, out: str) -
     length += [] if budget is None else [f"{budget:g} seconds"]
     return [
         *setup.reasons,
-        f"data    {dataset.name}: {counts} images, {class_words(dataset)} ({dataset.how_split})",
+        *data_lines(dataset),
         *balance_lines(dataset, config.regularize.balance),
-        *([f"skipped {len(dataset.skipped)} unreadable files, listed in summary.json"] if dataset.skipped else []),
         f"model   {config.model.model}, {parameters:,} parameters, input {height}x{width}, {weights}",
         f"train   {' or '.join(length)}, batch size {config.schedule.batch_size}, seed {config.seed}, "
         f"recipe {config.recipe}",
@@ -69,10 +67,14 @@ def _processes(trainer: Trainer) -> str:
     return f", {trainer.distributed.world_size} processes{', sharded (FSDP2)' if trainer.sharded else ''}"
 
 
-def class_words(dataset: Dataset) -> str:
-    """The number of classes and the first names, so that a wrong folder is noticed."""
+def data_lines(dataset: Dataset) -> list[str]:
+    """Images by split, the number of classes and the first names, and the number of unreadable files."""
+    counts = ", ".join(f"{count:,} {name}" for name, count in dataset.counts().items())
     names = ", ".join(dataset.class_names[:8]) + (", ..." if dataset.num_classes > 8 else "")
-    return f"{dataset.num_classes} classes: {names}"
+    return [
+        f"data    {dataset.name}: {counts} images, {dataset.num_classes} classes: {names} ({dataset.how_split})",
+        *([f"skipped {len(dataset.skipped)} unreadable files, listed in summary.json"] if dataset.skipped else []),
+    ]
 
 
 def epoch_line(record: Mapping[str, Any], config: TrainConfig, best_epoch: int) -> str:

@@ -5,6 +5,7 @@ Reading the loss synchronises with the device, so it happens at most a few times
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -58,19 +59,21 @@ class Reporter:
             self._bar = None
 
     def step(self, trainer: Trainer) -> None:
-        """Call after every step; updates the display only every few hundred milliseconds."""
+        """Call after every training step."""
+        state = trainer.state
+        done = trainer.schedule.progress(state.steps, state.spent)
+        self.update(f"epoch {state.epoch + 1}", done, lambda: describe(trainer))
+
+    def update(self, title: str, done: float, status: Callable[[], str]) -> None:
+        """Show the progress, 0 to 1; at most every `_BAR_SECONDS`, or every `_LINE_SECONDS` without a terminal."""
         now = time.perf_counter()
         if not self._enabled or now - self._last < self._every:
             return
         self._last = now
-        status = describe(trainer)
         if self._bar:
-            state = trainer.state
-            done = trainer.schedule.progress(state.steps, state.spent)
-            task = self._bar.task_ids[0]
-            self._bar.update(task, description=f"epoch {state.epoch + 1}", completed=done, status=status, refresh=True)
+            self._bar.update(self._bar.task_ids[0], description=title, completed=done, status=status(), refresh=True)
         else:
-            self.say(f"epoch {trainer.state.epoch + 1}  {status}")
+            self.say(f"{title}  {status()}")
 
     def epoch(self, line: str, last: bool) -> None:
         """Print the line of a finished epoch; without a terminal, at most one every two seconds, and the last one."""

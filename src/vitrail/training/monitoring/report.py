@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrail.errors import RunError
+from vitrail.evaluation.statistics import wilson
 from vitrail.models.catalog import VARIANTS
 from vitrail.reports.charts import Bin, reliability_chart
 from vitrail.reports.page import render_page
@@ -88,17 +89,6 @@ def report_values(folder: RunFolder) -> dict[str, Any]:
 
 def _shorten(name: str) -> str:
     return name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1].rstrip() + "…"
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share of `count` images, both in percent: 0 to 100 where there are none. Wilson, 1927."""
-    if not count:
-        return 0.0, 100.0
-    z2 = 1.96**2
-    middle = share + z2 / (2 * count)
-    half = (z2 * (share * (1 - share) / count + z2 / (4 * count**2))) ** 0.5
-    low, high = (100 * (middle + sign * half) / (1 + z2 / count) for sign in (-1, 1))
-    return max(low, 0.0), min(high, 100.0)
 
 
 def _format_value(value: object) -> str:

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from vitrail.evaluation.metrics import Evaluation, uneven
+from vitrail.evaluation.statistics import wilson
 from vitrail.training.checkpoints.provenance import environment
 from vitrail.training.checkpoints.run_folder import RunFolder
 from vitrail.training.monitoring.progress import Reporter
-from vitrail.training.monitoring.report import wilson
 from vitrail.training.session import Session
 from vitrail.utils.text import format_duration
 
