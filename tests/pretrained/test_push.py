@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, constants
 
 from vitrail.classifier import Classifier, load
 from vitrail.cli import main
-from vitrail.errors import VitrailError
+from vitrail.errors import ConfigError, WeightsError
 from vitrail.images.preprocess import Preprocess
 from vitrail.models.build import build_model
 from vitrail.models.configs import ViTConfig
@@ -45,7 +45,7 @@ def save(folder: Path, seed: int = 0, **notes: object) -> Path:
 
 
 def refusal(model: Path, repo: str = "org/m", **options: object) -> str:
-    with pytest.raises(VitrailError) as caught:
+    with pytest.raises(WeightsError) as caught:
         push(plan_upload(model, repo), **options)
     text = str(caught.value)
     assert text.isprintable()
@@ -132,7 +132,7 @@ def test_refusals(hub: tuple[Hub, Uploads], tmp_path: Path, monkeypatch: pytest.
     assert "has no revision 'v9'" in refusal(folder, "org/public", revision="v9", create_pr=True)
     assert "the hub has no hf:org/none" in refusal(folder, "org/none", create_pr=True)
     monkeypatch.setenv("HF_TOKEN", "reads")
-    assert "forbids writing to hf:org/m: use a token with write permission" in refusal(folder)
+    assert "forbids access to hf:org/m: use a token with write permission" in refusal(folder)
     monkeypatch.setenv("HF_TOKEN", "old")
     assert "does not accept the token: `hf auth login`" in refusal(folder)
     monkeypatch.delenv("HF_TOKEN")
@@ -157,18 +157,18 @@ def test_a_file_that_arrives_damaged_is_no_success(hub: tuple[Hub, Uploads], tmp
 
 @pytest.mark.parametrize("repo", ["m", "a/b/c", "../m", "org/..", "org/m od", "", "org/", "hf:org/m", "org/a--b"])
 def test_names_of_nonsense(repo: str, tmp_path: Path) -> None:
-    with pytest.raises(VitrailError, match="is not a repository name"):
+    with pytest.raises(ConfigError):
         plan_upload(save(tmp_path / "m"), repo)
 
 
 def test_only_whole_model_folders_are_sent(tmp_path: Path) -> None:
-    with pytest.raises(VitrailError, match="none does not exist: push takes a model folder"):
+    with pytest.raises(WeightsError, match="none does not exist"):
         plan_upload(tmp_path / "none", "org/m")
-    with pytest.raises(VitrailError, match="holds no model"):
+    with pytest.raises(WeightsError, match="contains no model"):
         plan_upload(tmp_path, "org/m")
     folder = save(tmp_path / "m")
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
-    with pytest.raises(VitrailError, match="damaged"):
+    with pytest.raises(WeightsError, match="damaged"):
         plan_upload(folder, "org/m")
 
 
@@ -194,4 +194,4 @@ def test_the_command(hub: tuple[Hub, Uploads], tmp_path: Path, capsys: pytest.Ca
     assert {name: len(content) for name, content in arrived(server).items()} == plan_upload(folder, "org/m").sizes()
     status, out, err = run("m")
     assert (status, out) == (2, "")
-    assert err == "error: 'm' is not a repository name: write org/name, or your own name for org\n"
+    assert err == "error: 'm' is not a repository name: use ORG/NAME or USER/NAME\n"

@@ -1,4 +1,4 @@
-"""`create_model`: a model of the catalog by name, with fresh or with pretrained weights."""
+"""`create_model`: a model of the catalog by name, randomly initialised or pretrained."""
 
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,19 @@ def create_model(
     """Create the catalog's model `name`.
 
     Args:
-        name: as `list_models` gives it.
-        pretrained: load the default of its published weights.
-        weights: load these instead: a tag of the published ones, hf:org/repo, timm:name, torchvision:name, an URL with
+        name: a name from `list_models`.
+        pretrained: load the model's default published weights.
+        weights: load these instead: a tag of the published ones, hf:org/repo, timm:name, torchvision:name, a URL with
             #sha256=..., a file or a folder.
-        num_classes: classes of the head; 0 leaves the head out, so that the model gives features. Pretrained weights
-            keep their own head where this is not given.
+        num_classes: classes of the head; 0 for no head, so that the model returns features. Default: the pretrained
+            head's, or the variant's.
         img_size: height and width in pixels, or one number for both.
         in_chans: channels of the image.
         options: any other field of the architecture's config, such as `drop_path_rate=0.1`.
 
     Raises:
-        VitrailError: no such name, option, combination or weights; or weights that do not fit.
+        ModelError: no such name or option, or a combination that cannot be built.
+        WeightsError: no such weights, or weights that do not match the model.
     """
     row = variant(name)
     changes = {"num_classes": num_classes, "img_size": img_size, "in_chans": in_chans, **options}

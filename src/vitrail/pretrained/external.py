@@ -1,4 +1,4 @@
-"""External models: models of timm and torchvision outside the catalog, if the library is installed."""
+"""External models: models of timm or torchvision that are not in the catalog."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from torch import nn
 
 from vitrail.errors import DeviceError, ModelError, WeightsError, did_you_mean
 from vitrail.images.preprocess import Preprocess
-from vitrail.pretrained.resolve import is_of_catalog
+from vitrail.pretrained.resolve import is_catalog_source
 from vitrail.utils.text import one_line, printable
 from vitrail.weights.labels import label_names
 
-_IMAGENET = 1000  # classes; heads of this size have ImageNet's, in its order
+_IMAGENET_CLASSES = 1000  # a head of this size is taken for ImageNet-1k
 
 
 @dataclass(frozen=True)
 class ExternalModel:
-    """A model with its published weights, and what its library says of them."""
+    """A model with its published weights, preprocessing and class names."""
 
     model: nn.Module
     preprocess: Preprocess
@@ -27,29 +27,34 @@ class ExternalModel:
 
 
 def open_external_model(source: str) -> ExternalModel | None:
-    """The model that timm:NAME or torchvision:NAME names; None for other words, and for models of our catalog.
+    """Load timm:NAME or torchvision:NAME[.WEIGHTS].
+
+    None for any other source, for a model of the catalog, or if the library is not installed.
 
     Raises:
-        WeightsError: the library knows no such model, or its weights cannot be had.
+        ModelError: the library has no such model.
+        WeightsError: its weights could not be loaded.
+        DeviceError: the library cannot be imported.
     """
     library, _, name = source.partition(":")
     opener = _OPENERS.get(library)
-    if opener is None or is_of_catalog(source) or find_spec(library) is None:
+    if opener is None or is_catalog_source(source) or find_spec(library) is None:
         return None
     try:
         module = import_module(library)
-    except Exception as error:  # an installation that does not fit torch's raises anything
+    except Exception as error:  # any kind, if its version does not match torch's
         raise DeviceError(f"{library} cannot be imported: {one_line(error)}") from error
     return opener(module, name)
 
 
 def _timm(timm: Any, name: str) -> ExternalModel:
     if not timm.is_model(name):
-        near = did_you_mean(name, timm.list_models())
-        raise ModelError(f"timm has no model {printable(name)!r}{near}")
-    model = _published(f"timm:{name}", lambda: timm.create_model(name, pretrained=True))
+        raise ModelError(f"timm has no model {printable(name)!r}{did_you_mean(name, timm.list_models())}")
+    model = _load(f"timm:{name}", lambda: timm.create_model(name, pretrained=True))
     config: dict[str, Any] = dict(model.pretrained_cfg)
-    names = config.get("label_names") or (label_names("imagenet-1k") if model.num_classes == _IMAGENET else None)
+    names = config.get("label_names") or (
+        label_names("imagenet-1k") if model.num_classes == _IMAGENET_CLASSES else None
+    )
     return ExternalModel(model, Preprocess.from_timm(config), tuple(names) if names else None)
 
 
@@ -62,10 +67,10 @@ def _torchvision(torchvision: Any, name: str) -> ExternalModel:
     kinds = models.get_model_weights(name)
     if tag and tag not in kinds.__members__:
         raise WeightsError(
-            f"torchvision:{name} has no weights {printable(tag)!r}: there are {', '.join(kinds.__members__)}"
+            f"torchvision:{name} has no weights {printable(tag)!r}: choose from {', '.join(kinds.__members__)}"
         )
     weights = kinds[tag] if tag else kinds.DEFAULT
-    model = _published(f"torchvision:{name}", lambda: models.get_model(name, weights=weights))
+    model = _load(f"torchvision:{name}", lambda: models.get_model(name, weights=weights))
     preset = weights.transforms()
     preprocess = Preprocess(
         size=(preset.crop_size[0],) * 2,
@@ -77,12 +82,12 @@ def _torchvision(torchvision: Any, name: str) -> ExternalModel:
     return ExternalModel(model, preprocess, tuple(weights.meta["categories"]))
 
 
-def _published(what: str, make: Callable[[], nn.Module]) -> Any:
-    """The model; whatever keeps its weights away, in one line."""
+def _load(source: str, create: Callable[[], nn.Module]) -> Any:
+    """Create the model; any error of its download becomes a WeightsError."""
     try:
-        return make()
-    except Exception as error:  # a download's, and whose error that is differs from library to library
-        raise WeightsError(f"the weights of {what} could not be loaded: {one_line(error)}") from error
+        return create()
+    except Exception as error:
+        raise WeightsError(f"could not load the weights of {source}: {one_line(error)}") from error
 
 
 _OPENERS: dict[str, Callable[[Any, str], ExternalModel]] = {"timm": _timm, "torchvision": _torchvision}

@@ -1,7 +1,6 @@
-"""What a config.json beside the weights says of the network: ours, timm's or transformers'.
+"""The model config, preprocessing and class names in a config.json of vitrail, timm or transformers.
 
-Options that change what the network computes and that ours cannot express are refused: to overlook one would be to lose
-accuracy in silence.
+Options that change the model's output and that our configs do not have are refused.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,8 +19,8 @@ from vitrail.utils.text import one_line, printable
 from vitrail.weights.record import WeightsRecord
 
 Config = Mapping[str, Any]
-# timm's options that say how a network is run or trained, not what it computes from an image of its own size.
-_HARMLESS = {
+# Options of timm that do not change the output for an image of the model's size.
+_IGNORED = {
     "always_partition",
     "drop_path_rate",
     "drop_rate",
@@ -37,23 +36,23 @@ _HARMLESS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What is known; None where the file does not say."""
+    """None where the file does not specify it."""
 
-    name: str | None = None  # the catalog's, where it is one of the catalog's
+    name: str | None = None  # in the catalog
     config: ModelConfig | None = None
     preprocess: Preprocess | None = None
     class_names: tuple[str, ...] | None = None
 
 
 def read_config(config: Config, processor: Config | None, where: str) -> Architecture:
-    """From the content of config.json, and of preprocessor_config.json where there is one.
+    """Parse config.json, and preprocessor_config.json if there is one.
 
     Raises:
-        ModelError: values of nonsense, or an option that ours does not have.
+        ModelError: an invalid value, or an option that is not supported.
     """
     try:
         if isinstance(config.get("vitrail"), Mapping):
-            return _ours(config["vitrail"], where)
+            return _vitrail(config["vitrail"], where)
         if "model_type" in config and not isinstance(config.get("architecture"), str):
             return _transformers(config, processor, where)
         if isinstance(config.get("architecture"), str):
@@ -64,12 +63,10 @@ def read_config(config: Config, processor: Config | None, where: str) -> Archite
 
 
 def check(config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Check that an untrusted config has valid values and a size that these tensors can belong to.
-
-    Otherwise three lines of JSON could ask for a network of any size.
+    """Check that an untrusted config is valid and not larger than its tensors, before a model is allocated.
 
     Raises:
-        ModelError: it is not so.
+        ModelError: it is invalid, or describes another model.
     """
     config_io.from_json(family_of(config), config_io.to_json(config), where)
     sizes = {size for tensor in tensors.values() for size in tensor.shape} | {1}
@@ -87,48 +84,47 @@ def check(config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> Non
         case ResNetConfig():
             blocks, widths, small = sum(config.layers), [], []
         case _:
-            raise TypeError(f"no architecture goes with a {type(config).__name__}")
+            raise TypeError(f"unknown config {type(config).__name__}")
     if blocks > len(tensors) or not set(widths) <= sizes or max([*small, config.in_chans]) > largest:
         raise ModelError(f"{where} describes a different model from the weights next to it")
 
 
 def from_record(record: WeightsRecord) -> Architecture:
-    """From a row of the table of published weights."""
+    """From a record of published weights."""
     config = VARIANTS[record.model].config
     config = replace(config, num_classes=record.num_classes, img_size=record.preprocess.size)
     return Architecture(name=record.model, config=config, preprocess=record.preprocess)
 
 
-def _ours(section: Config, where: str) -> Architecture:
-    names = section.get("class_names")
+def _vitrail(section: Config, where: str) -> Architecture:
     return Architecture(
         name=section["architecture"] if section.get("architecture") in VARIANTS else None,
         config=config_io.from_json(section.get("family"), section["config"], where),
         preprocess=Preprocess.from_dict(section["preprocess"]),
-        class_names=_names(names),
+        class_names=_names(section.get("class_names")),
     )
 
 
 def _timm(config: Config, where: str) -> Architecture:
-    """A folder of timm's: the catalog's variant, changed by `model_args`."""
-    cfg: Config = config.get("pretrained_cfg") or config  # older files had no section of its own
+    """A variant of the catalog, changed by `model_args`."""
+    cfg: Config = config.get("pretrained_cfg") or config  # older files have no such section
     preprocess = Preprocess.from_timm(cfg) if "input_size" in cfg else None
     names = _names(config.get("label_names") or cfg.get("label_names"))
     name = config["architecture"]
     if name not in VARIANTS:
         return Architecture(preprocess=preprocess, class_names=names)
-    args = {key: value for key, value in (config.get("model_args") or {}).items() if key not in _HARMLESS}
+    args = {key: value for key, value in (config.get("model_args") or {}).items() if key not in _IGNORED}
     base = VARIANTS[name].config
     known = {field.name for field in fields(base)}
     if args.get("global_pool") == "avg" and "global_pool" not in known:
-        del args["global_pool"]  # what all but our ViT do; timm writes out what it was given
+        del args["global_pool"]  # the only pooling of these architectures
     for key in args.keys() - known:
         raise ModelError(f"{where}: {name} with {printable(key)}={one_line(args[key], 40)} is not supported")
     args = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
     if isinstance(args.get("img_size"), int):
         args["img_size"] = (args["img_size"],) * 2
     if isinstance(base, ResNetConfig | ConvNeXtConfig) and preprocess is not None:
-        args["img_size"] = preprocess.size  # timm's have no size of their own
+        args["img_size"] = preprocess.size  # timm's configs of these have no image size
     classes = config.get("num_classes", cfg.get("num_classes", base.num_classes))
     return Architecture(
         name=name,
@@ -151,10 +147,10 @@ def _transformers(config: Config, processor: Config | None, where: str) -> Archi
     kind = config["model_type"]
     reader = _READERS.get(kind)
     if reader is None:
-        raise ModelError(f"{where} describes a {one_line(kind, 40)!r}: read are {', '.join(_READERS)}")
+        raise ModelError(f"{where}: model_type {one_line(kind, 40)!r} is not supported, only {', '.join(_READERS)}")
     act = config.get("hidden_act", "gelu")
     if act != "gelu":
-        raise ModelError(f"{where} asks for the activation {one_line(act, 40)!r}, and our models have 'gelu'")
+        raise ModelError(f"{where}: activation {one_line(act, 40)!r} is not supported, only 'gelu'")
     preprocess = None if processor is None else _processor(processor)
     return Architecture(config=reader(config, where), preprocess=preprocess, class_names=_labels(config))
 
@@ -186,7 +182,7 @@ def _vit(config: Config, where: str) -> ViTConfig:
 
 def _dinov2(config: Config, where: str) -> ViTConfig:
     if config.get("use_swiglu_ffn"):
-        raise ModelError(f"{where} has a SwiGLU in its blocks (DINOv2's giant), which our models do not have")
+        raise ModelError(f"{where}: SwiGLU blocks (DINOv2 giant) are not supported")
     registers = config.get("num_register_tokens", 4) if config["model_type"] == "dinov2_with_registers" else 0
     return ViTConfig(
         **_common(config, 16 if registers else 14),
@@ -197,14 +193,14 @@ def _dinov2(config: Config, where: str) -> ViTConfig:
         norm_eps=config.get("layer_norm_eps", 1e-6),
         init_values=1e-5,
         reg_tokens=registers,
-        no_embed_class=registers > 0,  # as in timm: the class token holds its position itself
+        no_embed_class=registers > 0,  # as in timm: the class token includes its position
         num_classes=0,
     )
 
 
 def _swin(config: Config, where: str) -> SwinConfig:
     if config.get("use_absolute_embeddings"):
-        raise ModelError(f"{where} has absolute position embeddings, which our Swin does not have")
+        raise ModelError(f"{where}: Swin with absolute position embeddings is not supported")
     return SwinConfig(
         **_common(config, 4),
         embed_dim=config.get("embed_dim", 96),
@@ -226,7 +222,7 @@ _READERS: dict[str, Callable[[Config, str], ModelConfig]] = {
 
 
 def _labels(config: Config) -> tuple[str, ...] | None:
-    """transformers numbers unknown labels LABEL_0, LABEL_1, ...: those are no names."""
+    """None for the placeholders LABEL_0, LABEL_1, ..."""
     table = config.get("id2label")
     if not isinstance(table, Mapping) or not table:
         return None
@@ -235,7 +231,7 @@ def _labels(config: Config) -> tuple[str, ...] | None:
 
 
 def _processor(config: Config) -> Preprocess | None:
-    """transformers' image processor, where it is one of the plain ones; None where it does something else."""
+    """The preprocessing of a transformers image processor; None if `Preprocess` cannot express it."""
     size, crop = _sides(config.get("size")), _sides(config.get("crop_size"))
     center = bool(config.get("do_center_crop")) and crop is not None
     if not config.get("do_resize", True) or size is None:

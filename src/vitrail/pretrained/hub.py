@@ -1,6 +1,6 @@
-"""Repositories of the Hugging Face Hub, through huggingface_hub: its cache, its resumed downloads, its settings.
+"""Weights from the Hugging Face Hub, through huggingface_hub and its cache.
 
-A revision is turned into a commit first, so that all files are of the same one; what is in the cache needs no network.
+A revision is resolved to a commit first, so that all files are of the same commit. Cached files need no network.
 """
 
 import hashlib
@@ -17,16 +17,16 @@ _NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 def hub_weights(name: str, sha256: str | None = None) -> tuple[Path, str]:
-    """The file of weights of "org/repo" or "org/repo@revision", its config and card beside it; and the commit.
+    """Download the weights of "org/repo" or "org/repo@revision" with config and card. Returns weights file and commit.
 
-    sha256: what the file must have, or as much of its beginning as is known.
+    sha256: the expected checksum of the weights, or its first digits.
 
     Raises:
         WeightsError: no such repository or revision, no permission, no connection and not in the cache, a checksum that
             does not match, or no weights in it.
     """
     if not _NAME.fullmatch(name) or ".." in name:
-        raise WeightsError(f"hf:{printable(name)} is not a repository name: write hf:org/repo or hf:org/repo@revision")
+        raise WeightsError(f"hf:{printable(name)} is not a repository name: use hf:org/repo or hf:org/repo@revision")
     repo, _, revision = name.partition("@")
     commit, files = _files(repo, revision or "main")
     weights = choose_weights(files, f"hf:{name}")
@@ -40,25 +40,25 @@ def hub_weights(name: str, sha256: str | None = None) -> tuple[Path, str]:
         for shard in shard_names(path):
             _download(repo, shard, commit)
     if commit != (revision or "main"):
-        atomic_write_text(_cache(repo) / "refs" / (revision or "main"), commit)  # so that it is found offline
+        atomic_write_text(_cache(repo) / "refs" / (revision or "main"), commit)  # for offline use
     return path, commit
 
 
 def _files(repo: str, revision: str) -> tuple[str, set[str]]:
-    """The commit and its files: the hub's word, or without a connection what the cache holds."""
+    """The commit and its files, from the hub, or from the cache if there is no connection."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     cached = _cached(repo, revision)
-    if cached and cached.name == revision:  # a commit never changes, and this one is here
+    if cached and cached.name == revision:  # a commit, which cannot change
         files = {file.name for file in cached.iterdir()}
         if any(file.endswith((".safetensors", ".bin", ".npz", ".pth", ".pt", ".index.json")) for file in files):
             return revision, files
     try:
-        info = HfApi(endpoint=_endpoint()).model_info(repo, revision=revision, timeout=10)
+        info = HfApi(endpoint=endpoint()).model_info(repo, revision=revision, timeout=10)
     except HfHubHTTPError as error:
-        raise WeightsError(_refusal(repo, revision, error)) from None
-    except Exception as error:  # the connection; whose error that is differs from version to version
+        raise WeightsError(hub_error(repo, revision, error)) from None
+    except Exception as error:  # connection errors differ between versions of huggingface_hub
         if cached:
             return cached.name, {file.name for file in cached.iterdir()}
         raise WeightsError(_offline(repo, error)) from None
@@ -67,7 +67,7 @@ def _files(repo: str, revision: str) -> tuple[str, set[str]]:
 
 
 def _download(repo: str, file: str, commit: str) -> Path:
-    """One file, from the cache or the hub; what is new and has its sha256 for a name in the cache is checked."""
+    """One file, from the cache or the hub; new files are verified."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -75,11 +75,11 @@ def _download(repo: str, file: str, commit: str) -> Path:
     if isinstance(known, str):
         return Path(known)
     try:
-        path = Path(hf_hub_download(repo, file, revision=commit, endpoint=_endpoint()))
+        path = Path(hf_hub_download(repo, file, revision=commit, endpoint=endpoint()))
     except LocalEntryNotFoundError as error:
         raise WeightsError(_offline(f"{repo}/{file}", error)) from None
     except HfHubHTTPError as error:
-        raise WeightsError(_refusal(repo, commit, error)) from None
+        raise WeightsError(hub_error(repo, commit, error)) from None
     except Exception as error:  # the connection or the disk
         raise WeightsError(f"cannot download {file} of hf:{repo}: {one_line(error)}") from None
     _check(path, f"{file} of hf:{repo}")
@@ -92,7 +92,7 @@ def _digest(path: Path) -> str:
 
 
 def _check_pinned(path: Path, sha256: str, what: str) -> None:
-    """The file stays where it is: it may be what the hub holds now, and another may want that."""
+    """The file stays in the cache: it may be a later version that others use."""
     found = _digest(path)
     if not found.startswith(sha256):
         raise WeightsError(
@@ -101,7 +101,7 @@ def _check_pinned(path: Path, sha256: str, what: str) -> None:
 
 
 def _check(path: Path, what: str) -> None:
-    """The hub names large files by their sha256."""
+    """Verify a large file, which the cache names by its sha256."""
     blob = path.resolve()
     if re.fullmatch(r"[0-9a-f]{64}", blob.name) and _digest(blob) != blob.name:
         path.unlink()
@@ -112,7 +112,7 @@ def _check(path: Path, what: str) -> None:
 
 
 def _cached(repo: str, revision: str) -> Path | None:
-    """The folder of a revision in the cache, whole or in part."""
+    """The folder of a revision in the cache, perhaps incomplete."""
     reference = _cache(repo) / "refs" / revision
     commit = reference.read_text().strip() if reference.is_file() else revision
     folder = _cache(repo) / "snapshots" / commit
@@ -120,34 +120,46 @@ def _cached(repo: str, revision: str) -> Path | None:
 
 
 def _cache(repo: str) -> Path:
-    """A repository's place in huggingface_hub's cache: refs/ names commits, snapshots/ holds their files."""
+    """A repository's folder in huggingface_hub's cache, with refs/ and snapshots/."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
 
 
-def _endpoint() -> str | None:
-    """Another hub than huggingface.co, where the usual variable names one."""
+def endpoint() -> str | None:
+    """HF_ENDPOINT, if set."""
     return os.environ.get("HF_ENDPOINT") or None
 
 
-def _refusal(repo: str, revision: str, error: Exception) -> str:
+def hub_error(repo: str, revision: str | None, error: BaseException) -> str:
+    """One line for any exception of huggingface_hub."""
     from huggingface_hub import errors
 
+    while not isinstance(error, errors.HfHubHTTPError) and isinstance(error, RuntimeError) and error.__cause__:
+        error = error.__cause__  # a failed upload is wrapped
     match error:
         case errors.GatedRepoError():
-            return f"hf:{repo} asks for its terms to be accepted: do so on its page, then `hf auth login`"
+            return f"hf:{repo} is gated: accept its terms on its page, then `hf auth login`"
         case errors.RepositoryNotFoundError():
-            return f"the hub has no hf:{repo}, or it is private: check the name, or `hf auth login`"
+            return f"the hub has no hf:{repo}, or the token has no access: check the name, or `hf auth login`"
         case errors.RevisionNotFoundError():
-            return f"hf:{repo} has no revision {printable(revision)!r}: leave it out for the newest"
+            return f"hf:{repo} has no revision {printable(revision or 'main')!r}: omit it, or create the branch first"
         case errors.EntryNotFoundError():
             return f"hf:{repo} does not have the file that it listed: try again"
-    return f"the hub refuses hf:{repo}: {one_line(error)}"
+        case errors.HfHubHTTPError():
+            status = getattr(error.response, "status_code", None)
+            if status == 401:
+                return "the hub does not accept the token: `hf auth login` with a new one, or correct HF_TOKEN"
+            if status == 403:
+                return (
+                    f"the hub forbids access to hf:{repo}: use a token with write permission for {repo.split('/')[0]}"
+                )
+            return f"the hub refuses hf:{repo}: {one_line(error.server_message or error)}"
+    return f"cannot reach the hub for hf:{repo} ({one_line(error)}): check the connection and try again"
 
 
 def _offline(what: str, error: Exception) -> str:
     return (
-        f"cannot reach the hub for hf:{what}, and the cache does not hold it ({one_line(error, 80)}): connect once, "
-        f"set HF_HOME to a cache that has it, or give a local file"
+        f"cannot reach the hub for hf:{what}, which is not in the cache ({one_line(error, 80)}): check the connection, "
+        f"set HF_HOME to a cache that has it, or use a local file"
     )

@@ -1,4 +1,4 @@
-"""A folder with weights: a model folder of ours or timm's, transformers', a hub snapshot, or a run."""
+"""Weights in a folder: a model folder of vitrail, timm or transformers, a hub snapshot, or a run folder."""
 
 import re
 from collections.abc import Iterable
@@ -18,10 +18,10 @@ _NOT_WEIGHTS = {"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler
 
 
 def choose_weights(names: Iterable[str], where: str) -> str:
-    """The one file of a folder or repository that holds the weights.
+    """The weights file among the files of a folder or repository.
 
     Raises:
-        WeightsError: there is none, or there are several of no usual name.
+        WeightsError: there is none, or there are several without a usual name.
     """
     names = set(names)
     for name in USUAL:
@@ -31,24 +31,26 @@ def choose_weights(names: Iterable[str], where: str) -> str:
     if len(others) == 1:
         return others[0]
     if others:
-        raise WeightsError(f"{where} holds several checkpoints ({join_names(others, 4)}): name the file that you mean")
-    raise WeightsError(f"{where} holds no weights: looked for {USUAL[0]}, {USUAL[2]} or any of {', '.join(_SUFFIXES)}")
+        raise WeightsError(f"{where} contains several checkpoints ({join_names(others, 4)}): give the path of one file")
+    raise WeightsError(
+        f"{where} contains no weights: looked for {USUAL[0]}, {USUAL[2]} or any of {', '.join(_SUFFIXES)}"
+    )
 
 
 def shard_names(index: Path) -> list[str]:
-    """The files that an index lists, each checked to lie beside it."""
+    """The files that an index lists, checked to be in its folder."""
     table = read_json(index).get("weight_map")
     values = table.values() if isinstance(table, dict) else ()
     return sorted({plain_name(name, index) for name in values if isinstance(name, str)})
 
 
 def read_tensors(path: Path) -> Tensors:
-    """The flat state dict of a file, or of the several files of an index; names as the file has them, no wrappers."""
+    """The flat state dict of a file or of the shards of an index, with the file's names but no wrapper prefixes."""
     return unwrap(read_shards(path) if path.name.endswith(".index.json") else read_file(path))
 
 
 def read_architecture(folder: Path) -> Architecture:
-    """What config.json beside the weights says."""
+    """Parse the config.json in the folder of the weights; empty if there is none."""
     config = folder / CONFIG
     if not config.is_file():
         return Architecture()
@@ -57,7 +59,7 @@ def read_architecture(folder: Path) -> Architecture:
 
 
 def find_weights(folder: Path) -> Path:
-    """The file of weights in a folder; a run's folder has them in its model folder."""
+    """The weights file of a folder, or of the model folder in a run folder."""
     if not (folder / CONFIG).is_file() and (folder / "model" / CONFIG).is_file():
         folder = folder / "model"
     names = [entry.name for entry in folder.iterdir() if entry.is_file()]
@@ -65,7 +67,7 @@ def find_weights(folder: Path) -> Path:
 
 
 def licence_of(folder: Path) -> str | None:
-    """The licence that a model card states in its head (`license: mit`)."""
+    """The licence in the metadata of a model card (`license: mit`)."""
     try:
         with (folder / CARD).open(encoding="utf-8", errors="replace") as file:
             head = file.read(1 << 16)

@@ -1,6 +1,6 @@
-"""The model card: a model folder's README.md in the hub's layout, made from its config.json alone.
+"""The model card: a model folder's README.md in the hub's format, generated from its config.json.
 
-Nothing of the machine stands in it: folders and files are called by their last name.
+Local paths are reduced to the file name.
 """
 
 import re
@@ -10,15 +10,15 @@ from typing import Any
 
 from vitrail.utils.text import printable
 
-FOLDER = "FOLDER"  # stands for the model's folder in the code of a card that is in no repository yet
-_SHOWN = 100  # classes that are listed; config.json has them all
+FOLDER = "FOLDER"  # placeholder for the path in example code
+_MAX_CLASSES = 100  # listed in the card
 _FAMILIES = {"vit": "Vision Transformer", "swin": "Swin Transformer", "resnet": "ResNet", "convnext": "ConvNeXt"}
 _HUB_DATASETS = {
     "cifar10": "uoft-cs/cifar10",
     "cifar100": "uoft-cs/cifar100",
     "fashion-mnist": "zalando-datasets/fashion_mnist",
 }
-# What the hub knows by these very names; any other licence is "other" with a name of its own.
+# The hub's identifiers; any other licence is "other" with a license_name.
 _HUB_LICENCES = (
     *("apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "isc", "mpl-2.0", "unlicense", "zlib", "unknown"),
     *("gpl-2.0", "gpl-3.0", "lgpl-2.1", "lgpl-3.0", "agpl-3.0", "openrail", "creativeml-openrail-m", "odbl", "pddl"),
@@ -34,16 +34,15 @@ def model_card(
 ) -> str:
     """The text of README.md.
 
-    record: what stands in config.json. params: how many parameters the model has. in_timm: whether timm can build it.
-    timm_note: why its logits differ from timm's, if they do.
-    repo: "org/name" on the hub, for the code that loads the model; None for a folder.
+    record: the content of config.json. params: number of parameters. in_timm: whether timm can build the model.
+    timm_note: why its logits differ from timm's, if they do. repo: "org/name", if it is on the hub.
     """
     ours = record["vitrail"]
     figures, data = _figures(ours["notes"]), _data(ours["notes"])
     parts = [
         f"---\n{_front_matter(record, in_timm, figures, data)}\n---",
-        f"# {_plain(ours['architecture'])}" + (f" on {_plain(data)}" if data else ""),
-        _what(record, params, data),
+        f"# {_escape(ours['architecture'])}" + (f" on {_escape(data)}" if data else ""),
+        _summary(record, params, data),
         "## Classes",
         _classes(record["label_names"]),
         "## Preprocessing",
@@ -52,7 +51,7 @@ def model_card(
         _metrics(figures, data),
         "## How to load it",
         _how_to_load(record, in_timm, repo),
-        *([f"Not for timm: {timm_note}."] if timm_note else []),
+        *([f"Logits differ from timm's: {timm_note}."] if timm_note else []),
         "## Licence and origin",
         _licence(ours["notes"]),
     ]
@@ -60,21 +59,21 @@ def model_card(
 
 
 def without_paths(value: Any) -> Any:
-    """JSON in which every string that is a path of this machine is cut down to its last name."""
+    """Copy of a JSON value in which every local path is reduced to its file name."""
     if isinstance(value, Mapping):
         return {key: without_paths(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [without_paths(part) for part in value]
-    return _last_name(value) if isinstance(value, str) and _PATH.match(value) else value
+    return _file_name(value) if isinstance(value, str) and _PATH.match(value) else value
 
 
-def _last_name(path: str) -> str:
-    """Of a path in either system's style."""
+def _file_name(path: str) -> str:
+    """The last part of a POSIX or Windows path."""
     return PureWindowsPath(path).name or "files"
 
 
 def _figures(notes: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The measured accuracy, with the split that it was measured on; None where there is none."""
+    """The measured metrics and their split; None if there are none."""
     figures = notes.get("figures")
     if not isinstance(figures, Mapping) or not isinstance(figures.get("split"), str):
         return None
@@ -83,16 +82,16 @@ def _figures(notes: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _data(notes: Mapping[str, Any]) -> str | None:
     data = notes.get("data")
-    return printable(_last_name(data), 100) if isinstance(data, str) and data else None
+    return printable(_file_name(data), 100) if isinstance(data, str) and data else None
 
 
 def _source(notes: Mapping[str, Any]) -> str | None:
-    """Where the weights came from, in words fit for strangers."""
+    """The origin of the weights, without local paths, credentials and URL parameters."""
     source = notes.get("source")
     if not isinstance(source, str) or not source:
         return None
     if not _PUBLIC.search(source):
-        return f"a local file or folder, {printable(_last_name(source))}"
+        return f"a local file or folder, {printable(_file_name(source))}"
     return printable(re.sub(r"//[^/@\s]*@|[?#][^\s)]*", lambda found: "//" if found[0][0] == "/" else "", source), 300)
 
 
@@ -123,7 +122,7 @@ def _front_matter(record: Mapping[str, Any], in_timm: bool, figures: Mapping[str
                 dataset_split=printable(figures["split"]),
                 metric_type="accuracy",
                 metric_name=label,
-                metric_value=round(figures[key] / 100, 6),  # the hub's accuracy is a share of 1
+                metric_value=round(figures[key] / 100, 6),  # a fraction on the hub
             )
             for key, label in (("top1", "top-1"), ("top5", "top-5"))
             if isinstance(figures.get(key), int | float)
@@ -132,7 +131,7 @@ def _front_matter(record: Mapping[str, Any], in_timm: bool, figures: Mapping[str
 
 
 def _licence_fields(notes: Mapping[str, Any]) -> dict[str, str]:
-    """Nothing for a model from scratch, whose licence is for its author to choose."""
+    """Empty for a model trained from scratch, whose author chooses the licence."""
     licence = notes.get("licence")
     if not isinstance(licence, str) or not licence:
         return {"license": "other"} if notes.get("source") else {}
@@ -141,33 +140,36 @@ def _licence_fields(notes: Mapping[str, Any]) -> dict[str, str]:
     return {"license": "other", "license_name": printable(licence, 60)}
 
 
-def _what(record: Mapping[str, Any], params: int, data: str | None) -> str:
+def _summary(record: Mapping[str, Any], params: int, data: str | None) -> str:
     ours, prepared = record["vitrail"], record["vitrail"]["preprocess"]
     height, width = prepared["size"]
     kind, channels = _FAMILIES[ours["family"]], {1: "grey", 3: "colour"}.get(prepared["channels"])
     what = f"an image classifier of {record['num_classes']:,} classes" if record["num_classes"] else "image features"
     images = f"{channels} images" if channels else f"images of {prepared['channels']} channels"
-    trained = f", trained on {_plain(data)}" if data else ""
+    trained = f", trained on {_escape(data)}" if data else ""
     return (
         f"A {kind} (`{_code(ours['architecture'])}`, {params:,} parameters): {what} for {images} of {height}x{width} "
-        f"pixels{trained}. Saved by vitrail {ours['version']}; class names and "
-        "preprocessing are in `config.json`, beside the weights."
+        f"pixels{trained}. Saved by vitrail {ours['version']}; class names and preprocessing are in `config.json`."
     )
 
 
 def _classes(names: list[str]) -> str:
     if not names:
-        return "None: the model has no head and gives features."
-    more = f"\n\nand {len(names) - _SHOWN:,} more, in `config.json` under `label_names`." if len(names) > _SHOWN else ""
-    return ", ".join(f"{_plain(name)} ({index})" for index, name in enumerate(names[:_SHOWN])) + more
+        return "None: the model has no head and returns features."
+    more = (
+        f"\n\nand {len(names) - _MAX_CLASSES:,} more, in `config.json` under `label_names`."
+        if len(names) > _MAX_CLASSES
+        else ""
+    )
+    return ", ".join(f"{_escape(name)} ({index})" for index, name in enumerate(names[:_MAX_CLASSES])) + more
 
 
 def _preprocessing(prepared: Mapping[str, Any]) -> str:
     height, width = prepared["size"]
     crop = {
-        "center": "the shorter side is resized and the middle is cut out",
-        "squash": "the image is resized to the size whatever its shape",
-        "border": "the longer side is resized and the rest is filled with the mean colour",
+        "center": "the shorter side is resized, then a center crop",
+        "squash": "the image is resized without keeping its aspect ratio",
+        "border": "the longer side is resized, then padded with the mean colour",
     }[prepared["crop_mode"]]
     rows = {
         "size": f"{height}x{width} (height x width), {prepared['channels']} channel(s)",
@@ -190,30 +192,30 @@ def _metrics(figures: Mapping[str, Any] | None, data: str | None) -> str:
         for key, label, form in (("top1", "top-1, %", ".2f"), ("top5", "top-5, %", ".2f"), ("loss", "loss", ".4f"))
         if isinstance(figures.get(key), int | float)
     ]
-    where = f"On the `{_code(figures['split'])}` split of {_plain(data or 'the data')}{images}."
+    where = f"On the `{_code(figures['split'])}` split of {_escape(data or 'the data')}{images}."
     if figures["split"] == "val":
-        where += " The same split chose which epoch's weights were kept, so the figures flatter the model a little."
+        where += " The best epoch was selected on the same split, so these figures are slightly optimistic."
     return "\n".join([where, "", "| metric | value |", "|---|---|", *rows])
 
 
 def _how_to_load(record: Mapping[str, Any], in_timm: bool, repo: str | None) -> str:
-    """Python that runs as it stands, given the folder (or the repository) and a photo.jpg."""
-    at = {
+    """Example code."""
+    path = {
         "vitrail": f"hf:{repo}" if repo else FOLDER,
         "timm": f"hf-hub:{repo}" if repo else f"local-dir:{FOLDER}",
         "transformers": repo or FOLDER,
     }
     classes, channels = record["num_classes"] > 0, record["vitrail"]["preprocess"]["channels"]
-    ask = 'print(classifier.predict("photo.jpg")[0])' if classes else 'print(classifier.embed("photo.jpg").shape)'
-    blocks = [f'import vitrail\n\nclassifier = vitrail.load("{at["vitrail"]}")\n{ask}']
+    call = 'print(classifier.predict("photo.jpg")[0])' if classes else 'print(classifier.embed("photo.jpg").shape)'
+    blocks = [f'import vitrail\n\nclassifier = vitrail.load("{path["vitrail"]}")\n{call}']
     if in_timm and channels in (1, 3):
         mode = "RGB" if channels == 3 else "L"
-        blocks.append(_timm_code(at["timm"], mode, classes))
+        blocks.append(_timm_code(path["timm"], mode, classes))
         if classes:
-            blocks.append(_transformers_code(at["transformers"], mode))
-    words = "" if repo else f"`{FOLDER}` is the folder that this file is in.\n\n"
+            blocks.append(_transformers_code(path["transformers"], mode))
+    intro = "" if repo else f"`{FOLDER}` is the folder of this file.\n\n"
     named = zip(("vitrail", "timm", "transformers"), blocks, strict=False)
-    return words + "\n\n".join(f"With {name}:\n\n```python\n{code}\n```" for name, code in named)
+    return intro + "\n\n".join(f"With {name}:\n\n```python\n{code}\n```" for name, code in named)
 
 
 def _timm_code(where: str, mode: str, classes: bool) -> str:
@@ -246,16 +248,16 @@ print(model.config.id2label[int(logits.argmax())])"""
 def _licence(notes: Mapping[str, Any]) -> str:
     source, licence = _source(notes), notes.get("licence")
     if source is None:
-        return "No weights that it started from are recorded, and no licence is stated: its author chooses one."
-    terms = f"licence is `{_code(str(licence))}`" if licence else "licence is not stated: ask its publisher"
-    return f"The weights come from {_plain(source)}, whose {terms}. A model that was trained on from them inherits it."
+        return "No pretrained weights are recorded as its origin, and no licence is stated."
+    terms = f"licence is `{_code(str(licence))}`" if licence else "licence is not stated"
+    return f"The weights come from {_escape(source)}, whose {terms}. Weights fine-tuned from them inherit it."
 
 
-def _plain(text: str) -> str:
-    """A stranger's words that Markdown and HTML leave alone."""
+def _escape(text: str) -> str:
+    """Untrusted text, escaped for Markdown and HTML."""
     return re.sub(r"([\\`*{}\[\]<>#|!~&$]|\b_|_\b)", r"\\\1", printable(text, 300))
 
 
 def _code(text: str) -> str:
-    """The same between backticks."""
+    """Untrusted text for use between backticks."""
     return printable(text, 300).replace("`", "'")

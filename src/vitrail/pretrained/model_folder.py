@@ -1,8 +1,7 @@
-"""The model folder: a classifier on disk, as `config.json` and `model.safetensors`, and a card for people to read.
+"""The model folder: a classifier on disk as `config.json`, `model.safetensors` and a model card.
 
-The folder is timm's: `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the same logits wherever timm can
-build the architecture. What is ours alone stands under the key "vitrail", and reading goes by that.
-Nothing but JSON and safetensors is read, so a folder cannot hold code.
+`timm.create_model("local-dir:FOLDER", pretrained=True)` gives the same logits if timm has the architecture. Our own
+settings are under the key "vitrail". Only JSON and safetensors are read, so no code in a folder is run.
 """
 
 import dataclasses
@@ -18,7 +17,7 @@ from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
 from vitrail._version import __version__
-from vitrail.errors import WeightsError
+from vitrail.errors import ConfigError, WeightsError
 from vitrail.images.preprocess import Preprocess
 from vitrail.models import config_io
 from vitrail.models.base import ImageModel
@@ -35,46 +34,54 @@ from vitrail.models.timm_compat import (
     timm_stand_in,
     window_mismatch,
 )
+from vitrail.pretrained.local import CARD, CONFIG, USUAL
 from vitrail.utils.files import atomic_folder
 from vitrail.utils.text import format_shape, join_names, one_line
+from vitrail.weights.read import read_json
 
-FORMAT = 1  # of the part under "vitrail"
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-_REPLACEABLE = {CONFIG, WEIGHTS, CARD}  # a folder that holds anything else is never replaced
+FORMAT = 1  # of the section "vitrail"
+WEIGHTS = USUAL[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What a model folder holds. `notes` is JSON that travels along and means nothing to the model."""
+    """The content of a model folder. `notes` is JSON about the model's origin, which does not affect its output."""
 
     model: ImageModel
     preprocess: Preprocess
     class_names: tuple[str, ...]
-    architecture: str  # the variant's name in the catalog, or the nearest word for a model that is none of them
+    architecture: str  # the variant's name in the catalog, else of its family
     notes: dict[str, Any]
 
 
 def is_model_folder(path: Path) -> bool:
-    """Whether `path` is a folder with a config.json that we wrote (or one so damaged that nobody can tell)."""
+    """Whether `path` is a folder with a config.json of vitrail, or with a damaged one."""
     if not (path / CONFIG).is_file():
         return False
     try:
-        return "vitrail" in _read_json(path / CONFIG)
+        return "vitrail" in read_json(path / CONFIG)
     except WeightsError:
         return True
 
 
 def write_model_folder(folder: Path, contents: Contents) -> None:
-    """Write the folder whole or not at all; a model folder that stands there is replaced.
+    """Write the folder atomically; an existing model folder is replaced.
 
     Raises:
-        WeightsError: the folder holds files that are not a model's, or the disk refuses.
+        WeightsError: the folder contains other files.
+        RunError: the disk is full, read-only or forbidden.
     """
-    folder = folder.resolve()  # else a link to a folder would be replaced by a folder
+    folder = folder.resolve()  # else a symbolic link would be replaced
     if folder.exists():
-        others = sorted({entry.name for entry in folder.iterdir()} - _REPLACEABLE) if folder.is_dir() else [folder.name]
+        others = (
+            sorted({entry.name for entry in folder.iterdir()} - {CONFIG, WEIGHTS, CARD})
+            if folder.is_dir()
+            else [folder.name]
+        )
         if others:
-            raise WeightsError(f"{folder} holds other files ({join_names(others, 3)}); save the model to a new folder")
+            raise WeightsError(
+                f"{folder} contains other files ({join_names(others, 3)}): save the model to a new folder"
+            )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in contents.model.state_dict().items()}
     with atomic_folder(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
@@ -84,8 +91,8 @@ def write_model_folder(folder: Path, contents: Contents) -> None:
 
 
 def to_json(contents: Contents) -> dict[str, Any]:
-    """What stands in config.json: timm's keys, then ours."""
-    # reset_classifier changes the model and not the frozen config that it was built from.
+    """The content of config.json: timm's keys, then ours."""
+    # reset_classifier changes the model but not its frozen config.
     config = dataclasses.replace(contents.model.config, num_classes=contents.model.num_classes)
     return {
         "architecture": _timm_architecture(contents.architecture, config, contents.preprocess.size),
@@ -109,7 +116,7 @@ def to_json(contents: Contents) -> dict[str, Any]:
 
 
 def to_card(contents: Contents, repo: str | None = None) -> str:
-    """What stands in README.md; `repo` is "org/name" where it is for a repository of the hub."""
+    """The content of README.md; `repo`: "org/name", if it is for a repository on the hub."""
     from vitrail.pretrained.model_card import model_card  # only writing needs it
 
     config, params = contents.model.config, sum(parameter.numel() for parameter in contents.model.parameters())
@@ -119,18 +126,18 @@ def to_card(contents: Contents, repo: str | None = None) -> str:
 
 
 def _timm_architecture(name: str, config: ModelConfig, size: tuple[int, int]) -> str:
-    """The name that timm looks up. Where timm can build no such model, one that it refuses as unknown."""
+    """The name under which timm builds the model; one unknown to timm if it cannot."""
     stand_in, row = timm_stand_in(config, size), VARIANTS.get(name)
-    timms_own = row is not None and timm_stand_in(row.config) is not None
+    in_timm = row is not None and timm_stand_in(row.config) is not None
     if stand_in is None:
-        return f"vitrail_{name}" if timms_own else name
-    return name if row is not None and timms_own and same_but_for_args(row.config, config) else stand_in
+        return f"vitrail_{name}" if in_timm else name
+    return name if row is not None and in_timm and same_but_for_args(row.config, config) else stand_in
 
 
 def name_of(config: ModelConfig) -> str:
-    """The catalog's name for a config, whatever its image size, channels, classes and drop rates; else its family."""
-    free = {"img_size", "in_chans", "num_classes", *RATES}
-    key = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
+    """The catalog's name for a config, regardless of image size, channels, classes and drop rates; else its family."""
+    ignored = {"img_size", "in_chans", "num_classes", *RATES}
+    key = {name: value for name, value in dataclasses.asdict(config).items() if name not in ignored}
     rows = [
         row
         for row in VARIANTS.values()
@@ -141,13 +148,14 @@ def name_of(config: ModelConfig) -> str:
 
 
 def read_model_folder(folder: Path) -> Contents:
-    """Read and check a folder: every tensor that the config asks for, in its shape, and no other.
+    """Read a model folder strictly.
 
     Raises:
-        WeightsError: a file is missing, damaged or from elsewhere; a key, value, name or shape does not fit.
+        WeightsError: a file is missing, damaged or not of vitrail, or the tensors do not match the config.
+        ModelError: the config is invalid.
     """
     source = folder / CONFIG
-    record = _section(_read_json(source), "vitrail", source)
+    record = _section(read_json(source), "vitrail", source)
     if record.get("format") != FORMAT:
         raise WeightsError(f"{source} has format {record.get('format')!r}, not {FORMAT}: update vitrail to read it")
     config = config_io.from_json(record.get("family"), _section(record, "config", source), str(source))
@@ -158,29 +166,17 @@ def read_model_folder(folder: Path) -> Contents:
         raise WeightsError(f"{source} has {len(names)} class names for {config.num_classes} classes")
     try:
         preprocess = Preprocess.from_dict(_section(record, "preprocess", source))
-    except (TypeError, ValueError) as error:
+    except (ConfigError, TypeError, ValueError) as error:
         raise WeightsError(f"{source} has an invalid preprocessing: {one_line(error)}") from None
     if preprocess.channels != config.in_chans:
         raise WeightsError(f"{source} preprocesses {preprocess.channels} channels for a model with {config.in_chans}")
     return Contents(
-        model=_load(folder / WEIGHTS, config),
+        model=_load_model(folder / WEIGHTS, config),
         preprocess=preprocess,
         class_names=tuple(names),
         architecture=str(record.get("architecture")),
         notes=_section(record, "notes", source),
     )
-
-
-def _read_json(source: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(source.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise WeightsError(f"cannot read {source}: {(error.strerror or str(error)).lower()}") from None
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{source} is not valid JSON: {one_line(error)}") from None
-    if not isinstance(record, dict):
-        raise WeightsError(f"{source} is no model's config: it holds a {type(record).__name__}")
-    return record
 
 
 def _section(record: Mapping[str, Any], key: str, source: Path) -> dict[str, Any]:
@@ -191,10 +187,10 @@ def _section(record: Mapping[str, Any], key: str, source: Path) -> dict[str, Any
     return section
 
 
-def _load(source: Path, config: ModelConfig) -> ImageModel:
-    """The model with the weights of a safetensors file, which must fit to the last tensor.
+def _load_model(source: Path, config: ModelConfig) -> ImageModel:
+    """Build the model and load a safetensors file strictly.
 
-    It is first built without memory, to compare names and shapes: a wrong config then costs nothing, and no weight is
+    Names and shapes are compared on the meta device, so that a wrong config allocates nothing and no weight is
     initialised only to be overwritten.
     """
     if not source.is_file():
@@ -202,34 +198,34 @@ def _load(source: Path, config: ModelConfig) -> ImageModel:
     try:
         with safe_open(source, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  no dict
-            model = _skeleton(config, len(shapes), source)
+            model = _meta_model(config, len(shapes), source)
             expected = model.state_dict()
-            _check_fit(expected, shapes, source)
+            _check_tensors(expected, shapes, source)
             tensors = {name: file.get_tensor(name).to(expected[name].dtype) for name in shapes}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{source} is damaged or not a safetensors file: {one_line(error)}") from None
     if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in tensors):
-        model = build_model(config)  # it computes tables of its own, which need memory
+        model = build_model(config)  # it computes buffers, which need memory
         model.load_state_dict(tensors)
     else:
         model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 
-def _skeleton(config: ModelConfig, num_tensors: int, source: Path) -> ImageModel:
-    """The model on the meta device: names and shapes without memory."""
+def _meta_model(config: ModelConfig, num_tensors: int, source: Path) -> ImageModel:
+    """The model on the meta device."""
     blocks = [getattr(config, name, 0) for name in ("depth", "depths", "layers")]
     if max(sum(b) if isinstance(b, tuple) else b for b in blocks) > num_tensors:
-        raise WeightsError(f"{source} holds {num_tensors} tensors, too few for the depth in its config")
+        raise WeightsError(f"{source} contains {num_tensors} tensors, too few for the depth in its config")
     try:
-        with torch.device("meta"), _NoDraws():
+        with torch.device("meta"), _SkipInit():
             return build_model(config)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         raise WeightsError(f"{source.with_name(CONFIG)} does not describe a valid model: {one_line(error)}") from None
 
 
-class _NoDraws(TorchFunctionMode):
-    """Leaves tensors as they are where random numbers would be drawn: without memory, that loads torch's compiler."""
+class _SkipInit(TorchFunctionMode):
+    """Skips random initialisation, which on the meta device would import torch's compiler."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -240,17 +236,17 @@ class _NoDraws(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _check_fit(expected: Mapping[str, torch.Tensor], found: Mapping[str, tuple[int, ...]], source: Path) -> None:
+def _check_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, tuple[int, ...]], source: Path) -> None:
     """Raise WeightsError, naming the tensors, unless names and shapes are the same."""
-    faults = {
+    differences = {
         "missing": [name for name in expected if name not in found],
-        "not the model's": [name for name in found if name not in expected],
-        "of another shape": [
+        "unexpected": [name for name in found if name not in expected],
+        "shape mismatch": [
             f"{name} {format_shape(found[name])} for {format_shape(tensor.shape)}"
             for name, tensor in expected.items()
             if name in found and found[name] != tuple(tensor.shape)
         ],
     }
-    words = [f"{what}: {join_names(names, 3)}" for what, names in faults.items() if names]
-    if words:
-        raise WeightsError(f"{source} does not match its config.json: {'; '.join(words)}")
+    lines = [f"{what}: {join_names(names, 3)}" for what, names in differences.items() if names]
+    if lines:
+        raise WeightsError(f"{source} does not match its config.json: {'; '.join(lines)}")

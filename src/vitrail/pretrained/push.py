@@ -1,20 +1,20 @@
-"""A model folder to a repository of the Hugging Face Hub, through huggingface_hub.
+"""Upload of a model folder to the Hugging Face Hub.
 
-Only the three files of a model folder are sent, in one commit. Paths of this machine that training noted (where the
-images lay) are cut down to their last name on the way.
+Only the three files of a model folder are sent, in one commit. Local paths in its notes are reduced to the file name.
 """
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitrail.errors import VitrailError
+from vitrail.errors import ConfigError, WeightsError
+from vitrail.pretrained.hub import endpoint, hub_error
+from vitrail.pretrained.local import CARD, CONFIG
 from vitrail.pretrained.model_card import without_paths
-from vitrail.pretrained.model_folder import CARD, CONFIG, WEIGHTS, is_model_folder, read_model_folder, to_card
-from vitrail.utils.text import one_line, printable
+from vitrail.pretrained.model_folder import WEIGHTS, is_model_folder, read_model_folder, to_card
+from vitrail.utils.text import printable
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -24,7 +24,7 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 @dataclass(frozen=True)
 class UploadPlan:
-    """What is sent where: the file's name in the repository, and its content or the file that holds it."""
+    """The files to upload: name in the repository -> content, or the local file."""
 
     repo: str
     files: dict[str, bytes | Path]
@@ -43,11 +43,12 @@ def plan_upload(model: str | Path, repo: str) -> UploadPlan:
     An unedited card is rewritten to name the repository; an edited one is sent unchanged.
 
     Raises:
-        VitrailError: no such folder, a damaged one, or no name for a repository.
+        ConfigError: `repo` is not a repository name.
+        WeightsError: there is no model folder, or it is damaged.
     """
     if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
-        raise VitrailError(f"{printable(repo)!r} is not a repository name: write org/name, or your own name for org")
-    folder = _folder(Path(model).expanduser())
+        raise ConfigError(f"{printable(repo)!r} is not a repository name: use ORG/NAME or USER/NAME")
+    folder = _find_folder(Path(model).expanduser())
     contents = read_model_folder(folder)
     files: dict[str, bytes | Path] = {CARD: folder / CARD, CONFIG: folder / CONFIG, WEIGHTS: folder / WEIGHTS}
     if not (folder / CARD).is_file() or (folder / CARD).read_text(encoding="utf-8") == to_card(contents):
@@ -60,12 +61,12 @@ def plan_upload(model: str | Path, repo: str) -> UploadPlan:
     return UploadPlan(repo, files)
 
 
-def _folder(path: Path) -> Path:
+def _find_folder(path: Path) -> Path:
     for folder in (path, path / "model"):
         if is_model_folder(folder):
             return folder
-    what = "holds no model" if path.is_dir() else "is no folder" if path.exists() else "does not exist"
-    raise VitrailError(f"{path} {what}: push takes a model folder or a run folder that `vitrail train` has written")
+    what = "contains no model" if path.is_dir() else "is not a folder" if path.exists() else "does not exist"
+    raise WeightsError(f"{path} {what}: push takes a model folder or a run folder of `vitrail train`")
 
 
 def push(
@@ -79,16 +80,16 @@ def push(
     """Upload; create the repository and the branch `revision` if needed. Returns the URL of the commit or pull request.
 
     Raises:
-        VitrailError: no token, no connection, no permission, or whatever else the hub refuses; in one line.
+        WeightsError: no token, no connection, no permission, or another refusal of the hub.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 
     repo = plan.repo
     if constants.HF_HUB_OFFLINE:
-        raise VitrailError(f"cannot push to hf:{repo}: HF_HUB_OFFLINE is set; unset it to go online")
+        raise WeightsError(f"cannot push to hf:{repo}: HF_HUB_OFFLINE is set; unset it to go online")
     if not get_token():
-        raise VitrailError(f"cannot push to hf:{repo} without a token: `hf auth login`, or set HF_TOKEN")
-    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
+        raise WeightsError(f"cannot push to hf:{repo} without a token: `hf auth login`, or set HF_TOKEN")
+    api = HfApi(endpoint=endpoint())
     additions = [CommitOperationAdd(name, content) for name, content in plan.files.items()]
     try:
         if private:
@@ -104,15 +105,15 @@ def push(
             revision=revision,
             create_pr=create_pr,
         )
-    except VitrailError:
+    except WeightsError:
         raise
-    except Exception as error:  # the connection too; whose error that is differs from version to version
-        raise VitrailError(_explain(repo, revision, error)) from error
+    except Exception as error:  # connection errors differ between versions of huggingface_hub
+        raise WeightsError(hub_error(repo, revision, error)) from error
     return str(commit.pr_url or commit.commit_url)
 
 
 def _refuse_public(api: "HfApi", repo: str) -> None:
-    """A repository that is there keeps its visibility: what is to be private must not land in a public one."""
+    """create_repo does not change the visibility of an existing repository."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -120,27 +121,6 @@ def _refuse_public(api: "HfApi", repo: str) -> None:
     except RepositoryNotFoundError:
         return
     if not info.private:
-        raise VitrailError(
+        raise WeightsError(
             f"hf:{repo} already exists and is public: make it private in its settings, or choose another"
         )
-
-
-def _explain(repo: str, revision: str | None, error: BaseException) -> str:
-    """One line for whatever went wrong. A file's failure comes wrapped in an error that does not say why."""
-    from huggingface_hub import errors
-
-    while not isinstance(error, errors.HfHubHTTPError) and isinstance(error, RuntimeError) and error.__cause__:
-        error = error.__cause__
-    if not isinstance(error, errors.HfHubHTTPError):
-        return f"cannot reach the hub for hf:{repo} ({one_line(error)}): connect and try again"
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"hf:{repo} has no revision {printable(revision or 'main')!r}: leave it out, or create the branch first"
-    if status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
-        return "the hub does not accept the token: `hf auth login` with a new one, or correct HF_TOKEN"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return f"the hub has no hf:{repo}, or this token has no access: check the name, or `hf auth login` with another"
-    if status == 403:
-        org = repo.partition("/")[0]
-        return f"the hub forbids writing to hf:{repo}: use a token with write permission and an account in {org}"
-    return f"the hub refuses hf:{repo}: {one_line(getattr(error, 'server_message', None) or error)}"

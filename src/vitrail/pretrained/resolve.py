@@ -1,6 +1,6 @@
-"""Sources of weights, recognised from the string that names them.
+"""Loading of weights from a source named by a string.
 
-In this order: a tag of the model's published weights ("default" is the first); hf:org/repo[@revision];
+Tried in this order: a tag of the model's published weights ("default" is the first); hf:org/repo[@revision];
 timm:name[.tag]; torchvision:name[.WEIGHTS]; an https URL with #sha256=...; a file or a folder.
 """
 
@@ -20,7 +20,7 @@ from vitrail.pretrained.local import CONFIG, USUAL, find_weights, licence_of, re
 from vitrail.utils.download import cache_dir, fetch
 from vitrail.utils.text import printable
 from vitrail.weights.formats.detect import convert_names
-from vitrail.weights.heads import HeadPolicy, num_classes_of
+from vitrail.weights.heads import num_classes_of
 from vitrail.weights.labels import label_names
 from vitrail.weights.load import load_weights
 from vitrail.weights.published import PUBLISHED
@@ -29,7 +29,7 @@ from vitrail.weights.report import Report
 from vitrail.weights.tensors import Tensors
 
 _FILES = (".safetensors", ".npz", ".pth", ".pt", ".bin", ".ckpt", ".index.json")
-_TORCHVISION = {  # torchvision's names where they are not ours
+_TORCHVISION = {  # torchvision's name -> ours
     "vit_b_16": ("vit_base_patch16_224", "vit_base_patch16_384"),
     "vit_b_32": ("vit_base_patch32_224",),
     "vit_l_16": ("vit_large_patch16_224",),
@@ -44,10 +44,10 @@ _UNKNOWN = Architecture()
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """Weights under our names, and everything that came with them.
+    """Weights under our names, with their metadata.
 
-    source: in words, with the commit where there is one. layout: the format that they had. record: the row of the table
-    of published weights, for those. architecture: config, preprocessing and class names, as far as known.
+    source: for messages, with the commit if there is one. layout: the checkpoint format. record: for published weights.
+    architecture: config, preprocessing and class names, as far as known.
     """
 
     tensors: Tensors
@@ -59,7 +59,7 @@ class Loaded:
 
     @property
     def num_classes(self) -> int:
-        """Classes of the head in the file; 0 without one."""
+        """Number of classes of the file's head; 0 if there is none."""
         return num_classes_of(self.tensors)
 
     def fit(
@@ -68,7 +68,6 @@ class Loaded:
         *,
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
-        heads: HeadPolicy = "auto",
     ) -> Report:
         """Load into `model`; see `vitrail.weights.load.load_weights`."""
         config = self.architecture.config
@@ -81,7 +80,6 @@ class Loaded:
             num_classes=num_classes,
             class_names=class_names,
             file_class_names=self.architecture.class_names,
-            heads=heads,
             grid=grid,
             source=self.source,
             layout=self.layout,
@@ -89,19 +87,20 @@ class Loaded:
 
 
 def load_source(source: str | Path, model: str | None = None) -> Loaded:
-    """Find, download where necessary, and read the weights that `source` names.
+    """Find, download if necessary, and read weights.
 
     Args:
         source: see above.
-        model: the catalog's name of the model that they are for; needed for tags.
+        model: the model's name in the catalog; needed for tags.
 
     Raises:
-        WeightsError: there is no such thing, or it cannot be had, or it is not to be trusted; in one line.
+        WeightsError: no such source, a failed download, or a file that is damaged or not trusted.
+        ModelError: its config is invalid or not supported.
     """
-    word = str(source)
-    if isinstance(source, str) and (record := _by_tag(word, model)):
+    text = str(source)
+    if isinstance(source, str) and (record := _by_tag(text, model)):
         return _published(record)
-    kind, _, rest = word.partition(":")
+    kind, _, rest = text.partition(":")
     if isinstance(source, str) and kind == "hf":
         return _hub(rest)
     if isinstance(source, str) and kind == "timm":
@@ -110,26 +109,26 @@ def load_source(source: str | Path, model: str | None = None) -> Loaded:
     if isinstance(source, str) and kind == "torchvision":
         return _published(_by_torchvision_name(rest))
     if isinstance(source, str) and kind in ("http", "https"):
-        return _url(word)
+        return _url(text)
     path = Path(source).expanduser()
-    if path.exists() or isinstance(source, Path) or "/" in word or "\\" in word or word.endswith(_FILES):
+    if path.exists() or isinstance(source, Path) or "/" in text or "\\" in text or text.endswith(_FILES):
         return _local(path)
-    raise WeightsError(_unknown(word, model))
+    raise WeightsError(_unknown(text, model))
 
 
-def is_of_catalog(source: str) -> bool:
-    """Whether a word such as timm:resnet50.a1_in1k or torchvision:vit_b_16 names weights of a model of the catalog."""
+def is_catalog_source(source: str) -> bool:
+    """Whether a source such as timm:resnet50.a1_in1k or torchvision:vit_b_16 is a model of the catalog."""
     kind, _, name = source.partition(":")
     model = name.partition(".")[0]
     return model in PUBLISHED or (kind == "torchvision" and model in _TORCHVISION)
 
 
-def _unknown(word: str, model: str | None) -> str:
+def _unknown(text: str, model: str | None) -> str:
     tags = [record.tag for record in PUBLISHED.get(model or "", ())]
-    if word == "default" or (model and not tags):
-        return f"no published weights for {model or 'a model without a name'}: give a file, a folder or hf:org/repo"
+    if text == "default" or (model and not tags):
+        return f"no published weights for {model or 'an unnamed model'}: give a file, a folder or hf:org/repo"
     known = f"{model} has the tags {', '.join(tags)}" if tags else "give a file, a folder, hf:org/repo or a URL"
-    return f"unknown weights {printable(word)!r}{did_you_mean(word, tags or PUBLISHED)}; {known}"
+    return f"unknown weights {printable(text)!r}{did_you_mean(text, tags or PUBLISHED)}; {known}"
 
 
 def _by_tag(tag: str, model: str | None) -> WeightsRecord | None:
@@ -140,20 +139,20 @@ def _by_tag(tag: str, model: str | None) -> WeightsRecord | None:
 
 
 def _by_name(name: str) -> WeightsRecord | None:
-    """timm's "model.tag", or a model's first."""
+    """By timm's "model.tag"; without a tag the model's default."""
     model, _, tag = name.partition(".")
     return _by_tag(tag or "default", model)
 
 
 def _by_torchvision_name(name: str) -> WeightsRecord:
-    """torchvision's "model.WEIGHTS", or the newest of a model's weights on ImageNet at its usual size."""
+    """By torchvision's "model.WEIGHTS"; without weights the newest trained on ImageNet-1k."""
     model, _, weights = name.partition(".")
     models = _TORCHVISION.get(model, (model,))
     records = {r.tag: r for m in models for r in PUBLISHED.get(m, ()) if r.tag.startswith("torchvision_")}
     if not records:
         known = [*_TORCHVISION, *(m for m in PUBLISHED if m.startswith(("resnet", "convnext")))]
         raise WeightsError(
-            f"torchvision:{printable(name)} is not known{did_you_mean(model, known)}: there are {', '.join(known)}"
+            f"torchvision:{printable(name)} is not known{did_you_mean(model, known)}: choose from {', '.join(known)}"
         )
     tag = (
         weights.lower()
@@ -164,12 +163,14 @@ def _by_torchvision_name(name: str) -> WeightsRecord:
     if not weights or weights == "DEFAULT":
         tag = "torchvision_v2" if "torchvision_v2" in records else "torchvision_v1"
     if tag not in records:
-        raise WeightsError(f"torchvision:{model} has no weights {printable(weights)!r}: there are {', '.join(records)}")
+        raise WeightsError(
+            f"torchvision:{model} has no weights {printable(weights)!r}: choose from {', '.join(records)}"
+        )
     return records[tag]
 
 
 def _published(record: WeightsRecord) -> Loaded:
-    """Preprocessing and licence are the record's own."""
+    """Published weights, with the preprocessing and licence of their record."""
     if record.source.startswith("hf:"):
         found = _hub(record.source.removeprefix("hf:"), record.sha256)
     else:
@@ -191,14 +192,12 @@ def _hub(name: str, sha256: str | None = None) -> Loaded:
     return _read(path, f"hf:{repo}@{commit[:12]}")
 
 
-def _url(word: str) -> Loaded:
-    """An URL states its checksum, whole or at least 8 digits of it, as torch's hub does in its file names."""
-    url, _, fragment = word.partition("#")
+def _url(text: str) -> Loaded:
+    """URL#sha256=..., with at least the first 8 digits of the checksum, as many as torch.hub puts in file names."""
+    url, _, fragment = text.partition("#")
     match = re.fullmatch(r"sha256=([0-9a-fA-F]{8,64})", fragment)
     if not match:
-        raise WeightsError(
-            f"{printable(word)} needs its checksum to be trusted: append #sha256=... (run sha256sum on a good copy)"
-        )
+        raise WeightsError(f"{printable(text)} needs a checksum: append #sha256=... (from sha256sum on a trusted copy)")
     name = unquote(urlsplit(url).path).rpartition("/")[2]
     name = re.sub(r"[^\w.-]", "_", name).lstrip(".") or "weights"
     digest = match[1].lower()
@@ -217,7 +216,7 @@ def _local(path: Path) -> Loaded:
 
 
 def _read(path: Path, source: str) -> Loaded:
-    """A file of weights with its config and card beside it."""
+    """A weights file with config and card in its folder."""
     known, found = read_architecture(path.parent), _convert(path, source)
     if known.config is not None:
         check(known.config, found.tensors, str(path.parent / CONFIG))
@@ -225,7 +224,7 @@ def _read(path: Path, source: str) -> Loaded:
 
 
 def _convert(path: Path, source: str) -> Loaded:
-    """A file of weights by itself."""
+    """A weights file without config and card."""
     try:
         tensors, layout = convert_names(read_tensors(path))
     except WeightsError as error:
