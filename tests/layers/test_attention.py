@@ -1,4 +1,4 @@
-"""The fused attention against its explicit twin, against PyTorch's own module, and with fewer queries."""
+"""The fused attention against the explicit path, against PyTorch's own module, and with fewer queries."""
 
 from typing import Any
 
@@ -65,7 +65,7 @@ def test_fewer_queries_give_the_first_rows_of_all(queries: int, qkv_bias: bool) 
     assert_near(attention(x, queries), attention(x)[:, :queries])
 
 
-def test_dropout_acts_in_training_alone() -> None:
+def test_dropout_only_in_training() -> None:
     attention = Attention(12, 3, attn_drop=0.5)
     x = torch.randn(2, 5, 12)
     assert not torch.equal(attention(x), attention(x))
@@ -73,6 +73,6 @@ def test_dropout_acts_in_training_alone() -> None:
     assert_near(attention(x), attention.forward_with_weights(x)[0])
 
 
-def test_a_width_that_the_heads_do_not_divide_is_refused() -> None:
+def test_width_must_be_a_multiple_of_num_heads() -> None:
     with pytest.raises(ValueError, match=r"10 .*num_heads=3"):
         Attention(10, 3)

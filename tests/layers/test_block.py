@@ -75,7 +75,7 @@ def test_a_block_with_fewer_queries_is_exact_in_its_gradients_too() -> None:
         torch.testing.assert_close(ours, expected)
 
 
-def test_linear_layers_begin_truncated_normal() -> None:
+def test_linear_layers_are_initialised_truncated_normal() -> None:
     layer = nn.Linear(200, 300)
     init_linear(layer)
     assert layer.weight.abs().max() <= 0.04

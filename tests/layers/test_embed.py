@@ -20,7 +20,7 @@ def test_convolution_equals_a_matrix_product_for_each_patch(size: tuple[int, int
     assert_near(embed(x), expected)
 
 
-def test_patches_stand_row_by_row() -> None:
+def test_patches_are_in_row_major_order() -> None:
     image = torch.arange(24.0).view(1, 1, 4, 6)
     expected = [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11], [12, 13, 18, 19], [14, 15, 20, 21], [16, 17, 22, 23]]
     embed = PatchEmbed(2, 1, 4)
@@ -31,7 +31,7 @@ def test_patches_stand_row_by_row() -> None:
 
 @pytest.mark.parametrize("size", [(9, 8), (8, 9), (3, 8)])
 @pytest.mark.parametrize("embed", [PatchEmbed, ConvStem])
-def test_a_size_that_does_not_divide_is_refused_with_one_that_does(
+def test_image_size_must_be_a_multiple_of_the_patch_size(
     embed: type[PatchEmbed | ConvStem], size: tuple[int, int]
 ) -> None:
     with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} .*patch size 4.* (8x8|4x8)$"):
@@ -39,7 +39,7 @@ def test_a_size_that_does_not_divide_is_refused_with_one_that_does(
 
 
 @pytest.mark.parametrize("patch", [2, 4, 8])
-def test_the_stem_gives_one_token_a_patch(patch: int) -> None:
+def test_stem_returns_one_token_per_patch(patch: int) -> None:
     stem = ConvStem(patch, 1, 16).eval()
     assert stem(torch.randn(2, 1, 16, 24)).shape == (2, 16 * 24 // patch**2, 16)
 
@@ -63,6 +63,6 @@ def test_positions_are_resampled_as_in_timm(new: tuple[int, int], prefix: int) -
     torch.testing.assert_close(resample_positions(table, (4, 5), new, prefix), expected)
 
 
-def test_positions_of_the_same_grid_are_left_alone() -> None:
+def test_positions_of_the_same_grid_are_unchanged() -> None:
     table = torch.randn(1, 21, 6)
     assert resample_positions(table, (4, 5), (4, 5), 1) is table

@@ -1,4 +1,4 @@
-"""Windows: partition, relative positions, shift, masks; and the fused attention against its explicit twin."""
+"""Windows: partition, relative positions, shift, masks; and the fused attention against the explicit path."""
 
 import pytest
 import timm.models.swin_transformer as timm_swin
@@ -33,7 +33,7 @@ def test_relative_position_index_is_timms(window: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(("size", "window", "shifted"), CASES)
-def test_cut_is_pad_then_roll_then_partition(size: tuple[int, int], window: tuple[int, int], shifted: bool) -> None:
+def test_partition_is_pad_then_roll_then_windows(size: tuple[int, int], window: tuple[int, int], shifted: bool) -> None:
     plan = plan_windows(size, window, shifted, CPU)
     x = torch.randn(2, *size, 3)
     bottom, right = -size[0] % plan.window[0], -size[1] % plan.window[1]
@@ -78,7 +78,7 @@ def test_no_token_attends_across_an_edge_or_to_padding(
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(("size", "window", "shifted"), CASES)
-def test_fused_attention_equals_its_explicit_twin(
+def test_fused_attention_equals_the_explicit_path(
     size: tuple[int, int], window: tuple[int, int], shifted: bool, training: bool
 ) -> None:
     attention = WindowAttention(12, 3, window).train(training)
@@ -97,7 +97,9 @@ def test_fused_attention_equals_its_explicit_twin(
 
 
 @pytest.mark.parametrize(("size", "window", "shifted"), CASES)
-def test_gradients_equal_the_explicit_twins(size: tuple[int, int], window: tuple[int, int], shifted: bool) -> None:
+def test_gradients_equal_those_of_the_explicit_path(
+    size: tuple[int, int], window: tuple[int, int], shifted: bool
+) -> None:
     attention = WindowAttention(12, 3, window).double()
     plan = plan_windows(size, window, shifted, CPU)
     x = torch.randn(2, *size, 12, dtype=torch.double, requires_grad=True)
@@ -111,7 +113,7 @@ def test_gradients_equal_the_explicit_twins(size: tuple[int, int], window: tuple
         torch.testing.assert_close(ours, expected)
 
 
-def test_gradients_in_bfloat16_are_the_explicit_twins_within_rounding() -> None:
+def test_gradients_in_bfloat16_equal_those_of_the_explicit_path() -> None:
     attention = WindowAttention(12, 3, (4, 4))
     plan = plan_windows((9, 6), (4, 4), True, CPU)
     x = torch.randn(2, 9, 6, 12, requires_grad=True)
@@ -138,7 +140,7 @@ def test_attention_dropout_drops_weights_in_training_alone() -> None:
     torch.testing.assert_close(attention(x, plan), attention.forward_with_weights(x, plan)[0])
 
 
-def test_a_plan_is_made_once_for_a_size_and_serves_training_after_inference() -> None:
+def test_windows_are_cached_by_size_and_usable_in_training_after_inference() -> None:
     window_module._plans.clear()
     with torch.inference_mode():
         plan = plan_windows((9, 6), (4, 4), True, CPU)
@@ -148,6 +150,6 @@ def test_a_plan_is_made_once_for_a_size_and_serves_training_after_inference() ->
     attention(plan.partition(torch.randn(1, 9, 6, 8)), plan).sum().backward()
 
 
-def test_a_width_that_the_heads_do_not_divide_is_refused() -> None:
+def test_width_must_be_a_multiple_of_num_heads() -> None:
     with pytest.raises(ValueError, match=r"10 .*num_heads=3"):
         WindowAttention(10, 3, (2, 2))

@@ -44,14 +44,14 @@ def test_parameters_equal_timms_in_name_shape_and_number(name: str) -> None:
     assert ours.no_weight_decay() >= {n for n, _ in theirs.named_parameters() if any(word in n for word in exempt)}
 
 
-def test_the_missions_variants_are_there() -> None:
+def test_required_variants_exist() -> None:
     assert {row.family for row in VARIANTS.values()} >= {"vit", "deit", "deit3", "dinov2", "swin", "resnet", "convnext"}
     for size in ("tiny", "small", "base", "large"):
         assert {f"vit_{size}_patch16_{side}" for side in (224, 384)} <= VARIANTS.keys()
         assert f"swin_{size}_patch4_window7_224" in VARIANTS
 
 
-def test_every_variant_that_is_not_ours_alone_is_in_timm() -> None:
+def test_every_other_variant_is_in_timm() -> None:
     ours = [row.config for name, row in VARIANTS.items() if name not in IN_TIMM]
     assert ours
     small = (isinstance(config, ResNetConfig) and config.small_stem for config in ours)
@@ -67,12 +67,12 @@ def test_list_models_takes_a_pattern_or_a_part() -> None:
     assert list_models("nothing-like-it") == []
 
 
-def test_a_wrong_name_is_told_with_near_ones() -> None:
+def test_unknown_name_suggests_close_names() -> None:
     with pytest.raises(ModelError, match="vit_base_patch16_224"):
         variant("vit_bas_patch16_224")
 
 
-def test_a_wrong_option_is_told_with_near_ones() -> None:
+def test_unknown_option_suggests_close_names() -> None:
     with pytest.raises(ModelError, match="drop_path_rate"):
         create_model("vit_tiny_patch16_224", drop_path=0.1)
     with pytest.raises(ModelError, match="100x100"):

@@ -11,11 +11,11 @@ def small() -> ConvNeXt:
     return ConvNeXt(ConvNeXtConfig(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=5))
 
 
-def test_sides_need_no_divisor() -> None:
+def test_any_image_size_from_32() -> None:
     assert small().forward_features(torch.randn(1, 3, 70, 33)).shape == (1, 32, 2, 1)
 
 
-def test_an_image_too_small_is_refused() -> None:
+def test_too_small_image_raises() -> None:
     with pytest.raises(ValueError, match="31x64"):
         small()(torch.zeros(1, 3, 31, 64))
 

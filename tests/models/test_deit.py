@@ -46,7 +46,7 @@ def test_the_pruned_last_block_is_exact_in_value_and_gradient() -> None:
         torch.testing.assert_close(ours, expected)
 
 
-def test_a_reset_puts_both_heads_in_place() -> None:
+def test_reset_classifier_replaces_both_heads() -> None:
     model = small()
     model.reset_classifier(7)
     first, second = model.train()(torch.randn(2, 3, 32, 32))

@@ -75,7 +75,7 @@ def test_a_reset_head_stays_on_dtype(config: ModelConfig) -> None:
 
 
 @every_family
-def test_dropout_before_the_head_acts_in_training_alone(config: ModelConfig) -> None:
+def test_dropout_before_the_head_only_in_training(config: ModelConfig) -> None:
     model = build_model(replace(config, drop_rate=0.5, drop_path_rate=0))
     features = model.eval().forward_features(torch.randn(2, 3, 32, 32))
     pooled = model.forward_head(features, pre_logits=True)
@@ -138,7 +138,7 @@ def test_every_block_is_checkpointed_in_training(config: ModelConfig) -> None:
 
 
 @every_family
-def test_a_few_steps_fit_four_images(config: ModelConfig) -> None:
+def test_a_few_steps_overfit_four_images(config: ModelConfig) -> None:
     model = build_model(replace(config, drop_path_rate=0)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     x = torch.randn(4, 3, 32, 32)

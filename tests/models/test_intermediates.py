@@ -163,7 +163,7 @@ def state(model: ImageModel) -> list[Any]:
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("config", [*VITS.values(), *SWINS.values(), replace(VITS["vit"], stem="conv")], ids=str)
-def test_the_model_is_left_as_it_is(config: Any, training: bool) -> None:
+def test_attention_weights_leave_the_model_unchanged(config: Any, training: bool) -> None:
     model = build_model(replace(config, pos_drop_rate=0.5) if isinstance(config, ViTConfig) else config)
     randomize(model)
     x = torch.randn(2, 3, *config.img_size)

@@ -193,7 +193,7 @@ def test_gradients_of_both_heads_of_a_distilled_deit() -> None:
     assert_same_gradients(gradients(ours, loss, x), gradients(theirs, loss, x))
 
 
-def test_batch_norm_statistics_move_as_timms() -> None:
+def test_batch_norm_statistics_equal_timms() -> None:
     ours, theirs = pair(ResNetConfig(block="basic", layers=(1, 1, 1, 1), num_classes=11))
     x = torch.randn(4, 3, 64, 64, dtype=torch.double)
     ours.double().train()(x), theirs.double().train()(x)

@@ -28,7 +28,7 @@ def test_residual_branches_begin_at_zero(block: str) -> None:
     assert weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
 
 
-def test_the_small_one_is_timms_blocks_behind_one_small_convolution() -> None:
+def test_small_stem_with_timms_blocks() -> None:
     """He et al., section 4.2: 3x3 convolutions alone, stages of 16, 32 and 64 channels at sizes 32, 16 and 8."""
     ours = ResNet(VARIANTS["resnet20_32"].config)
     theirs = TimmResNet(BasicBlock, [3, 3, 3, 1], num_classes=10, channels=(16, 32, 64, 64))
@@ -46,19 +46,19 @@ def test_the_small_one_is_timms_blocks_behind_one_small_convolution() -> None:
     assert_near(ours(x), theirs(x))
 
 
-def test_its_layers_are_numbered() -> None:
+def test_layer_ids() -> None:
     ids = ResNet(VARIANTS["resnet20_32"].config).layer_ids()
     names = ("conv1.weight", "layer1.0.conv1.weight", "layer3.2.bn2.bias", "fc.weight")
     assert [ids[name] for name in names] == [0, 1, 9, 10]
 
 
 @pytest.mark.parametrize("values", [{"layers": ()}, {"layers": (1, 1)}, {"layers": (1,), "channels": (0,)}], ids=str)
-def test_stages_without_sense_are_refused(values: dict[str, tuple[int, ...]]) -> None:
+def test_invalid_stages_raise(values: dict[str, tuple[int, ...]]) -> None:
     with pytest.raises(ValueError, match="layers and channels"):
         ResNetConfig(**values)  # type: ignore[arg-type]
 
 
-def test_checkpointing_moves_the_statistics_once() -> None:
+def test_checkpointing_updates_the_statistics_once() -> None:
     model = ResNet(ResNetConfig(block="basic", layers=(1, 1, 1, 1)))
     twin = ResNet(model.config)
     twin.load_state_dict(model.state_dict())

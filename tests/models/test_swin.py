@@ -24,7 +24,7 @@ def block(shifted: bool) -> SwinBlock:
 
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("size", [(4, 8), (5, 7), (3, 10)], ids=str)
-def test_a_token_feels_its_own_window_alone(size: tuple[int, int], shifted: bool) -> None:
+def test_a_token_attends_only_within_its_window(size: tuple[int, int], shifted: bool) -> None:
     """By gradient: what a token gets depends on the tokens of its window, cut off at the edges of the image, and on
     no other: none from the far edge, which the cyclic shift puts beside it, and none of the padding."""
     layer = block(shifted)
@@ -49,7 +49,7 @@ def test_a_token_feels_its_own_window_alone(size: tuple[int, int], shifted: bool
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 6), (3, 10)], ids=str)
 @pytest.mark.parametrize("shifted", [False, True])
-def test_block_equals_its_explicit_twin(size: tuple[int, int], shifted: bool) -> None:
+def test_block_equals_forward_with_weights(size: tuple[int, int], shifted: bool) -> None:
     layer = block(shifted)
     x = torch.randn(2, *size, 8, dtype=torch.double)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_half_precision_and_autocast() -> None:
     torch.testing.assert_close(half.float(), expected, rtol=0.1, atol=0.02)
 
 
-def test_export_leaves_no_stand_in_behind() -> None:
+def test_export_caches_no_fake_tensors() -> None:
     """Tracing runs on fake tensors, which must not be kept for later calls."""
     model = SwinTransformer(SwinConfig(img_size=(32, 32), **SMALL)).eval()
     x = torch.randn(1, 3, 36, 36)

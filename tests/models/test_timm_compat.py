@@ -38,7 +38,7 @@ def test_a_mismatch_is_named_exactly_where_logits_differ(size: tuple[int, int]) 
     assert (timm_stand_in(config) is None) == differs
 
 
-def test_some_differ_by_much() -> None:
+def test_logits_of_some_sizes_differ_much() -> None:
     assert relative_difference(replace(CONFIG, img_size=(40, 40)), (40, 40)) > 0.01
 
 
@@ -59,5 +59,5 @@ def test_the_nearest_sizes_that_agree(config: ModelConfig, size: tuple[int, int]
 
 
 @pytest.mark.parametrize("config", [TINY, ViTConfig(), ResNetConfig(img_size=(100, 30))], ids=str)
-def test_the_others_agree(config: ModelConfig) -> None:
+def test_no_mismatch_for_other_architectures(config: ModelConfig) -> None:
     assert window_mismatch(config) is None

@@ -41,7 +41,7 @@ def test_the_last_block_computes_the_class_token_alone() -> None:
 
 
 @pytest.mark.parametrize("size", [(30, 32), (32, 31)])
-def test_an_image_that_is_no_whole_number_of_patches_is_refused(size: tuple[int, int]) -> None:
+def test_image_size_must_be_a_multiple_of_the_patch_size(size: tuple[int, int]) -> None:
     model = VisionTransformer(ViTConfig(**SMALL))
     with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} .*patch size 8.*32x32"):
         model(torch.zeros(1, 3, *size))
@@ -56,7 +56,7 @@ def test_an_image_that_is_no_whole_number_of_patches_is_refused(size: tuple[int,
         ({"num_classes": -1}, "at least 0"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], message: str) -> None:
+def test_inconsistent_options_raise(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ViTConfig(**SMALL | options)
 
@@ -77,7 +77,7 @@ def test_position_and_pixel_matter() -> None:
         assert not torch.allclose(model(x), model(x.flip(3)), atol=1e-6)
 
 
-def test_positions_dropout_acts_in_training_alone() -> None:
+def test_positions_dropout_only_in_training() -> None:
     model = VisionTransformer(ViTConfig(pos_drop_rate=0.5, **SMALL))
     x = torch.randn(1, 3, 32, 32)
     assert not torch.equal(model(x), model(x))

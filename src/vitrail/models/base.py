@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitrail.errors import ModelError
+from vitrail.layers.block import init_linear
 from vitrail.models.configs import ModelConfig
 
 
@@ -19,6 +20,7 @@ class ImageModel(nn.Module):
     config: ModelConfig
     num_features: int  # width of the head's input
     num_classes: int
+    head_names: tuple[str, ...]  # modules from features to logits
     num_stages: int  # number of feature maps that `forward_intermediates` can return
     grad_checkpointing: bool = False
 
@@ -88,7 +90,10 @@ class ImageModel(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a newly initialised one for `num_classes`, or by the identity for 0."""
-        raise NotImplementedError
+        self.num_classes = num_classes
+        for name in self.head_names:
+            head = head_layer(self.num_features, num_classes).to(next(self.parameters()))
+            self.set_submodule(name, head.apply(init_linear))
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, in addition to biases and norms, which never have any."""
@@ -129,6 +134,22 @@ class Stage(nn.Module):
         for block in self.blocks:
             x = run_block(block, x)
         return x
+
+
+class PoolHead(nn.Module):
+    """Average pooling of a feature map over `axes`, norm, dropout, and a linear layer (`fc`): B num_features or B K."""
+
+    def __init__(self, axes: tuple[int, int], norm: nn.Module, drop: float, fc: nn.Module) -> None:
+        super().__init__()
+        self.axes = axes
+        self.norm = norm
+        self.drop = nn.Dropout(drop)
+        self.fc = fc
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.drop(self.norm(x.mean(dim=self.axes)))
+        logits: Tensor = x if pre_logits else self.fc(x)
+        return logits
 
 
 def stage_layer_id(path: list[str], depths: Sequence[int]) -> int:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.layers.block import DropPath, Mlp, drop_path_rates, init_linear
-from vitrail.models.base import ImageModel, Stage, head_layer, stage_layer_id
+from vitrail.models.base import ImageModel, PoolHead, Stage, head_layer, stage_layer_id
 from vitrail.models.configs import ConvNeXtConfig
 
 
@@ -45,25 +45,11 @@ def _downsample(before: int, dim: int, norm_eps: float) -> nn.Module:
     return nn.Sequential(ChannelNorm(before, eps=norm_eps), nn.Conv2d(before, dim, 2, stride=2))
 
 
-class NormHead(nn.Module):
-    """Average pooling of a feature map B C H W, norm, dropout, and a linear layer (`fc`)."""
-
-    def __init__(self, dim: int, config: ConvNeXtConfig) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
-        self.drop = nn.Dropout(config.drop_rate)
-        self.fc = head_layer(dim, config.num_classes)
-
-    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.drop(self.norm(x.mean(dim=(2, 3))))
-        logits: Tensor = x if pre_logits else self.fc(x)
-        return logits
-
-
 class ConvNeXt(ImageModel):
     """Images B I H W to logits B K, of any size from 32x32."""
 
     config: ConvNeXtConfig
+    head_names = ("head.fc",)
 
     def __init__(self, config: ConvNeXtConfig) -> None:
         super().__init__()
@@ -82,7 +68,12 @@ class ConvNeXt(ImageModel):
             downsample = nn.Identity() if dim == before else _downsample(before, dim, config.norm_eps)
             self.stages.append(Stage(downsample, (ConvNeXtBlock(dim, next(rates), config) for _ in range(depth))))
             before = dim
-        self.head = NormHead(self.num_features, config)
+        self.head = PoolHead(
+            (2, 3),
+            nn.LayerNorm(self.num_features, eps=config.norm_eps),
+            config.drop_rate,
+            head_layer(self.num_features, config.num_classes),
+        )
         self.apply(init_linear)
         self.apply(partial(init_linear, layer=nn.Conv2d))
 
@@ -104,11 +95,6 @@ class ConvNeXt(ImageModel):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         logits: Tensor = self.head(x, pre_logits)
         return logits
-
-    def reset_classifier(self, num_classes: int) -> None:
-        self.num_classes = num_classes
-        self.head.fc = head_layer(self.num_features, num_classes).to(self.head.norm.weight)
-        self.head.fc.apply(init_linear)
 
     def layer_id(self, path: list[str]) -> int:
         return stage_layer_id(path, self.config.depths)

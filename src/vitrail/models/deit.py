@@ -20,6 +20,8 @@ class DistilledVisionTransformer(VisionTransformer):
     their mean B K.
     """
 
+    head_names = ("head", "head_dist")
+
     def __init__(self, config: ViTConfig) -> None:
         super().__init__(config)
         self.head_dist = head_layer(config.embed_dim, config.num_classes)
@@ -49,8 +51,3 @@ class DistilledVisionTransformer(VisionTransformer):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         tokens = self.encode(x, self._read_tokens)
         return self.forward_heads(tokens) if self.training else self.forward_head(tokens)
-
-    def reset_classifier(self, num_classes: int) -> None:
-        super().reset_classifier(num_classes)
-        self.head_dist = head_layer(self.num_features, num_classes).to(self.pos_embed)
-        self.head_dist.apply(init_linear)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitrail.layers.block import DropPath, Mlp, drop_path_rates, init_linear
 from vitrail.layers.embed import PatchEmbed
 from vitrail.layers.window import Pair, WindowAttention, Windows, plan_windows
-from vitrail.models.base import ImageModel, Stage, head_layer, stage_layer_id
+from vitrail.models.base import ImageModel, PoolHead, Stage, head_layer, stage_layer_id
 from vitrail.models.configs import SwinConfig
 
 
@@ -88,20 +88,6 @@ class SwinBlock(nn.Module):
         return x + self.mlp(self.norm2(x)), weights
 
 
-class PoolHead(nn.Module):
-    """Average pooling of a feature map B H W C, dropout, and a linear layer (`fc`)."""
-
-    def __init__(self, dim: int, num_classes: int, drop: float) -> None:
-        super().__init__()
-        self.drop = nn.Dropout(drop)
-        self.fc = head_layer(dim, num_classes)
-
-    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.drop(x.mean(dim=(1, 2)))
-        logits: Tensor = x if pre_logits else self.fc(x)
-        return logits
-
-
 class SwinTransformer(ImageModel):
     """Images B I H W to logits B K, through feature maps B H W C; each stage halves H and W and doubles C.
 
@@ -112,6 +98,7 @@ class SwinTransformer(ImageModel):
     """
 
     config: SwinConfig
+    head_names = ("head.fc",)
 
     def __init__(self, config: SwinConfig) -> None:
         super().__init__()
@@ -131,7 +118,7 @@ class SwinTransformer(ImageModel):
             blocks = (SwinBlock(dim, heads, window, i % 2 == 1, next(rates), config) for i in range(depth))
             self.layers.append(Stage(merging, blocks))
         self.norm = nn.LayerNorm(self.num_features, eps=config.norm_eps)
-        self.head = PoolHead(self.num_features, config.num_classes, config.drop_rate)
+        self.head = PoolHead((1, 2), nn.Identity(), config.drop_rate, head_layer(self.num_features, config.num_classes))
         self.apply(init_linear)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -152,11 +139,6 @@ class SwinTransformer(ImageModel):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         logits: Tensor = self.head(x, pre_logits)
         return logits
-
-    def reset_classifier(self, num_classes: int) -> None:
-        self.num_classes = num_classes
-        self.head.fc = head_layer(self.num_features, num_classes).to(self.norm.weight)
-        self.head.apply(init_linear)
 
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}

@@ -78,7 +78,7 @@ def window_mismatch(config: ModelConfig, size: tuple[int, int] | None = None) ->
         _has_whole_windows(config, side, built) for side, built in zip(size, config.img_size, strict=True)
     ):
         return None
-    rebuilt = size == config.img_size  # windows follow config.img_size
+    rebuilt = size == config.img_size  # then the window sizes change with the image size
     height, width = (
         " or ".join(str(near) for near in _nearest_sides(config, side, None if rebuilt else built))
         for side, built in zip(size, config.img_size, strict=True)

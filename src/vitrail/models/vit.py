@@ -28,6 +28,7 @@ class VisionTransformer(ImageModel):
     """
 
     config: ViTConfig
+    head_names: tuple[str, ...] = ("head",)
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -172,11 +173,6 @@ class VisionTransformer(ImageModel):
 
     def forward_pre_logits(self, x: Tensor) -> Tensor:
         return self.forward_head(self.encode(x, self._read_tokens), pre_logits=True)
-
-    def reset_classifier(self, num_classes: int) -> None:
-        self.num_classes = num_classes
-        self.head = head_layer(self.num_features, num_classes).to(self.pos_embed)
-        self.head.apply(init_linear)
 
     def no_weight_decay(self) -> set[str]:
         tokens = {"pos_embed", "cls_token", "dist_token", "reg_token"}
