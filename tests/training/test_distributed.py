@@ -248,7 +248,7 @@ def test_only_the_first_process_writes(tmp_path: Path) -> None:
     from vitrail.training.checkpoints.run_folder import RunFolder
 
     folder = RunFolder(tmp_path / "none", writes=DistributedContext(1, 2).is_main)
-    with folder.held():
+    with folder.lock():
         folder.write_config("a")
         folder.write_metrics([timeless({"epoch": 1})])
         folder.add_metrics({"epoch": 2})

@@ -17,7 +17,7 @@ from tolerance import LOSS, assert_near
 from training import tiny
 from vitrail.cli import main
 from vitrail.data.dataset import ArraySplit
-from vitrail.errors import ConfigError, DataError, ModelError, VitrailError
+from vitrail.errors import ConfigError, DataError, ModelError, RunError
 from vitrail.evaluation.linear_probe import Linear, LogisticRegression
 from vitrail.inference import engine
 from vitrail.inference.engine import SplitReader
@@ -66,7 +66,7 @@ def test_a_run_folder(tmp_path: Path) -> None:
             result = judged.evaluate(tiny.dataset(), split)
             assert result.top1 == top1
         assert judged.evaluate(tiny.dataset()).loss == pytest.approx(summary["loss"], abs=LOSS)
-    with pytest.raises(VitrailError, match="holds a finished run"):
+    with pytest.raises(RunError, match="finished run"):
         run(folder)
 
 

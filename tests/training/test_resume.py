@@ -115,7 +115,7 @@ def test_a_signal_saves_and_tells_how_to_go_on(
 
 def test_going_on_is_refused_where_it_would_be_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
-    with pytest.raises(VitrailError, match="holds no run"):
+    with pytest.raises(RunError, match=r"config\.toml"):
         train(tiny.dataset(), resume=folder, progress=False)
     with monkeypatch.context() as patch:
         kill_at(patch, Trainer, "step", 5)
@@ -132,7 +132,7 @@ def test_going_on_is_refused_where_it_would_be_another_run(tmp_path: Path, monke
     train(tiny.dataset(), resume=folder, progress=False, workers=1)
     with pytest.raises(VitrailError, match="is finished"):
         train(tiny.dataset(), resume=folder, progress=False)
-    with pytest.raises(VitrailError, match="finished run"):
+    with pytest.raises(RunError, match="finished run"):
         run(folder)
 
 

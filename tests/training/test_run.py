@@ -98,12 +98,12 @@ def test_foreign_folders_and_second_writers_are_refused(tmp_path: Path) -> None:
 
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_text("")
-    with pytest.raises(VitrailError, match="is not empty"):
+    with pytest.raises(RunError, match="is not empty"):
         run(tmp_path / "photos")
     with pytest.raises(VitrailError, match="is a file"):
         run(tmp_path / "photos" / "a.jpg")
     (tmp_path / "busy").mkdir()
-    with RunFolder(tmp_path / "busy").held(), pytest.raises(VitrailError, match="another run"):
+    with RunFolder(tmp_path / "busy").lock(), pytest.raises(RunError, match="another run"):
         run(tmp_path / "busy")
     assert [path.name for path in (tmp_path / "busy").iterdir()] == [".lock"]
 

@@ -30,22 +30,22 @@ _ROW_BITS = 40
 
 
 def rows_of(keys: _Numbers) -> _Numbers:
-    """The rows that keys stand for."""
+    """The rows of keys."""
     return keys & ((1 << _ROW_BITS) - 1)
 
 
 def repetitions_of(keys: _Numbers) -> _Numbers:
-    """The repetitions that keys stand for, from 0."""
+    """The repetitions of keys, from 0."""
     return keys >> _ROW_BITS
 
 
 def count_repetitions(rows: Keys) -> Keys:
-    """Keys for rows that may come more than once: the first time a row is repetition 0, then 1, and so on."""
+    """Keys for rows with duplicates: the first occurrence of a row is repetition 0, the next one 1, and so on."""
     order = np.argsort(rows, kind="stable")
     new = np.diff(rows[order], prepend=-1) != 0
-    places = np.arange(len(rows))
+    positions = np.arange(len(rows))
     keys = np.empty(len(rows), dtype=np.int64)
-    keys[order] = rows[order] + ((places - np.maximum.accumulate(np.where(new, places, 0))) << _ROW_BITS)
+    keys[order] = rows[order] + ((positions - np.maximum.accumulate(np.where(new, positions, 0))) << _ROW_BITS)
     return keys
 
 
@@ -53,8 +53,8 @@ def epoch_order(seed: int, epoch: int, count: int, repeats: int, batch_size: int
     """The keys of an epoch of `count` views, in order.
 
     With repeats = 1 each of `count` images comes once. With more, ceil(count / repeats) images, drawn anew every epoch,
-    come `repeats` times each (the last may come less often), all of them in one batch if it has room. Within a batch
-    the repetitions of an image stand far apart: neighbours, which mixing pairs, are different images.
+    come `repeats` times each (the last one perhaps fewer), in the same batch if it is large enough. Within a batch the
+    repetitions of an image are not adjacent, so that mixup and CutMix pair different images.
     """
     order = permutation(seed, epoch, count)
     if repeats == 1:
@@ -65,33 +65,32 @@ def epoch_order(seed: int, epoch: int, count: int, repeats: int, batch_size: int
 
 
 def balanced_rows(labels: Labels, seed: int, epoch: int) -> Labels:
-    """The rows of an epoch in which every class is equally likely: N of them, by (seed, epoch) alone.
+    """The N rows of an epoch in which all classes are equally frequent; depends on (seed, epoch) alone.
 
-    Each class that has images gets N / K places (some get one more, where that is no whole number). All its images come
-    equally often, but for the last round, which a counted draw fills; of a class with more images than places, a part
-    comes, another one in every epoch.
+    Each class that has images gets N / K samples, rounded down or up. Its images are repeated equally often, up to a
+    difference of one; a class with more images than samples gives another random subset in each epoch.
     """
     count = len(labels)
     images = np.bincount(labels)
     present = np.flatnonzero(images)
-    kinds = len(present)
+    classes = len(present)
     starts = np.cumsum(images) - images
     draw = uniform(seed, epoch, np.arange(count), "balance", 1)[:, 0]
     by_class = np.lexsort((draw, labels))  # rows, class after class, each class in random order
-    more = present[permutation(seed, epoch, kinds)][: count % kinds]
-    places = np.zeros(len(images), dtype=np.int64)
-    places[present] = count // kinds
-    places[more] += 1
-    kind = np.repeat(np.arange(len(images)), places)  # the class of each place
-    number = np.arange(count) - np.repeat(np.cumsum(places) - places, places)  # of the place within its class
-    rows = by_class[starts[kind] + number % images[kind]]
+    rounded_up = present[permutation(seed, epoch, classes)][: count % classes]
+    samples = np.zeros(len(images), dtype=np.int64)  # per class
+    samples[present] = count // classes
+    samples[rounded_up] += 1
+    labels_drawn = np.repeat(np.arange(len(images)), samples)
+    number = np.arange(count) - np.repeat(np.cumsum(samples) - samples, samples)  # of the sample within its class
+    rows = by_class[starts[labels_drawn] + number % images[labels_drawn]]
     return rows[permutation(seed, epoch, count)]
 
 
 def class_weights(labels: Labels, num_classes: int) -> npt.NDArray[np.float64]:
-    """A weight for each class, inverse to its share of the images; their mean over all images is 1. Shape (K,).
+    """Class weights inversely proportional to class frequencies, as scikit-learn's "balanced". Shape (K,).
 
-    N / (K' n_k), where K' classes have images; a class without any has the weight 0.
+    N / (K' n_k), where K' classes have images; 0 for a class without images.
     """
     images = np.bincount(labels, minlength=num_classes)
     present = images > 0
@@ -111,7 +110,7 @@ class Imbalance:
 
     @classmethod
     def of(cls, labels: Labels) -> Imbalance:
-        """Of some images, at least one."""
+        """From the labels of at least one image."""
         images = np.bincount(labels)
         present = np.flatnonzero(images)
         low, high = (int(present[pick(images[present])]) for pick in (np.argmin, np.argmax))
@@ -119,11 +118,11 @@ class Imbalance:
 
     @property
     def ratio(self) -> float:
-        """How many times the images of the smallest class the largest has."""
+        """Images of the largest class / images of the smallest class."""
         return self.largest[1] / self.smallest[1]
 
     @property
     def most_repeats(self) -> int:
-        """How often an image of the smallest class may come in one epoch of `balanced_rows`."""
-        places = -(-self.images // self.kinds)
-        return -(-places // self.smallest[1])
+        """The most repetitions of an image of the smallest class in an epoch of `balanced_rows`."""
+        samples = -(-self.images // self.kinds)
+        return -(-samples // self.smallest[1])

@@ -15,7 +15,7 @@ from vitrail.errors import ConfigError, DeviceError, DistributedError, RunError
 from vitrail.evaluation.metrics import Evaluation
 from vitrail.models.base import ImageModel
 from vitrail.training.checkpoints.provenance import environment, python_call, session_record
-from vitrail.training.checkpoints.run_folder import RunFolder, check_free, new_run, old_run
+from vitrail.training.checkpoints.run_folder import RunFolder, check_empty, create_run_folder, unfinished_run
 from vitrail.training.config.recipes import find_recipe
 from vitrail.training.config.schema import KEYS, TrainConfig, Use, keys_for, make_config, read_config, to_toml
 from vitrail.training.engine.interrupt import Stopped
@@ -101,9 +101,9 @@ def _check_folders(
     if resume is not None:
         if recipe is not None or (out is not None and Path(out) != Path(resume)):
             raise ConfigError("--resume continues a run in its folder with its settings: leave out --out and --recipe")
-        return _read_run_config(old_run(resume))
+        return _read_run_config(unfinished_run(resume))
     if out is not None and show_batch is None:
-        check_free(RunFolder(Path(out).expanduser()))  # before a download, not after
+        check_empty(RunFolder(Path(out).expanduser()))  # before a download, not after
     return None
 
 
@@ -192,10 +192,10 @@ def _run(
         if show_batch is not None:
             return _show_batch(session, show_batch, reporter)
         folder = _folder(out, resume, setup, distributed)
-        with folder.held():
+        with folder.lock():
             if resume is None:
                 if distributed.is_main:
-                    check_free(folder)  # again: another run may have started and ended here meanwhile
+                    check_empty(folder)  # again: another run may have used it meanwhile
                 folder.write_config(to_toml(setup.config, KEYS if session else keys_for(Use.PROBE)))
             resumed = session is not None and session.enter(folder)
             folder.add_session(session_record(command, session.trainer.state.steps if session else 0, device))
@@ -210,8 +210,8 @@ def _folder(
     """The folder of the resumed run, or a free one; the first process's choice."""
 
     def choose() -> Path:
-        old = None if resume is None else old_run(resume)
-        return (old or new_run(out, setup.dataset.name, setup.config.model.model)).path
+        old = None if resume is None else unfinished_run(resume)
+        return (old or create_run_folder(out, setup.dataset.name, setup.config.model.model)).path
 
     folder = RunFolder(distributed.run_on_main(choose), distributed.is_main)
     distributed.advice = f"; resume with --resume {folder.path}"

@@ -195,7 +195,7 @@ class Session:
         return trainer.model.eval()
 
     def final_evaluation(self, model: nn.Module) -> Evaluation:
-        """Metrics of the final model on the test split, or what stands for it."""
+        """Metrics of the final model on the test split, else on the validation split."""
         name = self.setup.dataset.eval_split()
         images = SplitReader(self.setup.dataset.split(name), self.setup.preprocess)
         return self._evaluate(model, images, name)

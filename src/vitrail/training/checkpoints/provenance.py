@@ -22,7 +22,7 @@ def session_record(command: str, step: int, device: torch.device) -> dict[str, A
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware, on which results depend beside the config."""
+    """Versions and hardware, on which results depend besides the config."""
     found = {
         "vitrail": __version__,
         "torch": torch.__version__,
@@ -45,7 +45,7 @@ def python_call(arguments: Mapping[str, Any]) -> str:
 
 
 def _value(value: object) -> str:
-    """Its repr; for other objects, the type."""
+    """Its repr if it is plain data; else its type."""
     if isinstance(value, Path):
         return repr(str(value))
     if isinstance(value, str | int | float | tuple | list | dict):

@@ -1,13 +1,13 @@
-"""A run's folder: what stands in it, who may write to it, and what is refused.
+"""A run folder: its files, the lock on it, and which folders a run may use.
 
-config.toml     everything that decides the run
-metrics.jsonl   a line an epoch
-summary.json    the figures; where this stands, the run is finished
-checkpoint/     to go on from
+config.toml     the resolved config
+metrics.jsonl   a line per epoch
+summary.json    the final metrics; it exists if and only if the run is finished
+checkpoint/     the state to resume from
 model/          the best model, as a model folder
-sessions.jsonl  a line each time the run was begun or taken up again: its command, when, where
-details.json    of single images, for the report
-report.html     all of this for people, in one file
+sessions.jsonl  a line each time the run was started or resumed: command, time, environment
+details.json    per-image results, for the report
+report.html     the report
 """
 
 import contextlib
@@ -17,16 +17,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vitrail.errors import RunError, VitrailError
+from vitrail.errors import RunError
 from vitrail.utils.files import atomic_write_text, disk_errors, lock_or_raise, remove_leftovers
 
-RUNS = Path("runs")  # where runs go that nobody placed
+RUNS = Path("runs")  # of runs without --out
 
 
 class RunFolder:
-    """The names in a run's folder, and the writing of its small files.
+    """The paths in a run folder, and the writing of its small files.
 
-    writes: False in all processes of a run but the first: nothing is held or written then.
+    writes: whether this process locks and writes the folder, which only the main process does.
     """
 
     def __init__(self, path: Path, writes: bool = True) -> None:
@@ -43,11 +43,11 @@ class RunFolder:
         self.trackers = path / "trackers.json"
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the folder against other runs, and clear away what a killed one left half-written.
+    def lock(self) -> Iterator[None]:
+        """Lock the folder, and remove temporary files of a run that was killed.
 
         Raises:
-            VitrailError: another run is writing to it.
+            RunError: another run is writing to it.
         """
         if not self.writes:
             yield
@@ -59,31 +59,31 @@ class RunFolder:
             yield
 
     def write_config(self, text: str) -> None:
-        """What decides the run, as TOML."""
+        """Write the config, as TOML."""
         if self.writes:
             atomic_write_text(self.config, text)
 
     def write_metrics(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """All epochs' lines, in place of what stood there."""
+        """Replace the metrics of all epochs."""
         if self.writes:
             atomic_write_text(self.metrics, "".join(_line(line) for line in lines))
 
     def add_metrics(self, line: Mapping[str, Any]) -> None:
-        """One more epoch's line. Not synced to the disk: a resumed run writes all of them again."""
+        """Append the metrics of an epoch. Not synced to the disk: a resumed run writes all of them again."""
         if self.writes:
             _append(self.metrics, line)
 
     def add_session(self, line: Mapping[str, Any]) -> None:
-        """One more session's line."""
+        """Append a session."""
         if self.writes:
             _append(self.sessions, line)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """With this the run is finished; only the report comes after it."""
+        """Write the summary, which marks the run as finished."""
         atomic_write_text(self.summary, _json(summary, indent=2) + "\n")
 
     def write_details(self, details: Mapping[str, Any]) -> None:
-        """What the report tells beside the summary."""
+        """Write what the report shows besides the summary."""
         atomic_write_text(self.details, _json(details) + "\n")
 
 
@@ -97,48 +97,45 @@ def _line(values: Mapping[str, Any]) -> str:
 
 
 def _json(values: Mapping[str, Any], indent: int | None = None) -> str:
-    """JSON. A file's name need not be text: what is none of it is written as JSON's own escape, and reads back as it
-    was."""
+    """JSON; the bytes of a file name that are not UTF-8 are escaped, and are the same when read back."""
     return json.dumps(values, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
-def new_run(out: str | Path | None, data: str, model: str) -> RunFolder:
-    """An empty folder for a run: `out`, or runs/<data>-<model> with a number where that is taken.
+def create_run_folder(out: str | Path | None, data: str, model: str) -> RunFolder:
+    """Create a folder for a run: `out`, or runs/<data>-<model>, with a number if that exists.
 
     Raises:
-        VitrailError: `out` has something in it already, or cannot be made.
+        RunError: `out` is not empty, or is a file.
     """
     if out is None:
-        return _first_free(f"{_slug(Path(data).name or 'data')}-{_slug(model)}")
+        return _create_numbered(f"{_slug(Path(data).name or 'data')}-{_slug(model)}")
     folder = RunFolder(Path(out).expanduser())
-    check_free(folder)
+    check_empty(folder)
     with disk_errors(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def check_free(folder: RunFolder) -> None:
-    """Raise VitrailError unless a new run may be written here."""
+def check_empty(folder: RunFolder) -> None:
+    """Raise RunError unless a new run may be written here."""
     path = folder.path
     if path.exists() and not path.is_dir():
-        raise VitrailError(f"{path} is a file: choose a folder for --out")
-    if not path.exists() or all(_counts_for_nothing(entry.name) for entry in path.iterdir()):
+        raise RunError(f"{path} is a file: choose a folder for --out")
+    if not path.exists() or all(_is_temporary(entry.name) for entry in path.iterdir()):
         return
     if folder.summary.exists():
-        raise VitrailError(f"{path} holds a finished run: choose another --out, or remove it first")
+        raise RunError(f"{path} contains a finished run: choose another --out, or remove it first")
     if folder.config.exists():
-        raise VitrailError(
-            f"{path} holds a run that is not finished: go on with --resume {path}, or choose another --out"
-        )
-    raise VitrailError(f"{path} is not empty and holds no run: choose another --out")
+        raise RunError(f"{path} contains an unfinished run: resume it with --resume {path}, or choose another --out")
+    raise RunError(f"{path} is not empty and contains no run: choose another --out")
 
 
-def _counts_for_nothing(name: str) -> bool:
-    """Whether this is what a run leaves that was killed before it had written anything whole."""
+def _is_temporary(name: str) -> bool:
+    """Whether a file may be left by a run that was killed before it wrote its config."""
     return name == ".lock" or (name.startswith(".") and name.endswith(".tmp"))
 
 
-def _first_free(name: str) -> RunFolder:
+def _create_numbered(name: str) -> RunFolder:
     number = 1
     while True:
         folder = RunFolder(RUNS / (name if number == 1 else f"{name}-{number}"))
@@ -151,17 +148,17 @@ def _first_free(name: str) -> RunFolder:
                 return folder
 
 
-def old_run(path: str | Path) -> RunFolder:
-    """The folder of a run that is not finished.
+def unfinished_run(path: str | Path) -> RunFolder:
+    """The folder of a run that can be resumed.
 
     Raises:
-        VitrailError: there is none, or it is finished.
+        RunError: there is no run, or it is finished.
     """
     folder = RunFolder(Path(path).expanduser())
     if not folder.config.is_file():
-        raise VitrailError(f"{folder.path} holds no run to go on with: {folder.config.name} is not there")
+        raise RunError(f"{folder.path} contains no run to resume: it has no {folder.config.name}")
     if folder.summary.exists():
-        raise VitrailError(f"the run in {folder.path} is finished: its model is in {folder.model}")
+        raise RunError(f"the run in {folder.path} is finished: its model is in {folder.model}")
     return folder
 
 
