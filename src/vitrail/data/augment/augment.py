@@ -1,11 +1,10 @@
-"""Augmentation of whole batches on the device, with counted randomness.
+"""Augmentation of batches on the device, with counter-based random numbers.
 
-A view is determined by (seed, epoch, key), where the key is the image's row, and says which repetition of it this is
-(see sampling.py): it looks the same whatever the workers, the batch's other images or the number of processes. Mixing
-pairs neighbours of the (shuffled) batch, two by two, so a process that holds an even slice of the batch holds both
-images of each pair.
+An augmented image depends on (seed, epoch, key) alone, where the key is the image's row and repetition (see
+sampling.py): not on the workers, the batch's other images or the number of processes. Mixup and CutMix pair images 0
+and 1, 2 and 3, ... of the (shuffled) batch, so a process with an even slice of it has both images of each pair.
 
-Order: geometry, RandAugment, colour, normalising, erasing, mixing; as in timm's training pipeline.
+Order: geometry, RandAugment, colour, normalization, erasing, mixup and CutMix; as in timm's training pipeline.
 Shapes: B images, C channels, H height, W width, K classes.
 """
 
@@ -95,7 +94,7 @@ def _move(images: torch.Tensor, config: Augment, u: Floats) -> torch.Tensor:
 def _move_each(
     images: torch.Tensor, steps: npt.NDArray[np.int64], mirror: npt.NDArray[np.bool_], pad: int, edge: str
 ) -> torch.Tensor:
-    """On the CPU: a slice of the padded image for each, which is several times faster than one large gather."""
+    """On the CPU: slices of the padded images, which is several times faster than one large gather."""
     height, width = images.shape[2:]
     mode: Literal["constant", "edge", "reflect"] = (
         "edge" if edge == "edge" else "reflect" if edge == "reflect" else "constant"
@@ -145,8 +144,8 @@ def _affine(x: torch.Tensor, config: Augment, u: Floats) -> torch.Tensor:
     a[:, [1, 3]] *= mirror_y[:, None]
     steps = _signed(u[:, 6:8]) * config.shift
     if config.pad_shift:
-        whole = np.floor(u[:, 8:10] * (2 * config.pad_shift + 1)) - config.pad_shift
-        steps = steps + whole / np.array([width, height])
+        pixels = np.floor(u[:, 8:10] * (2 * config.pad_shift + 1)) - config.pad_shift
+        steps = steps + pixels / np.array([width, height])
     theta = np.zeros((len(u), 2, 3))
     # grid_sample counts each side as 2, so a turn of a non-square image needs the ratio of the sides.
     theta[:, 0, 0], theta[:, 0, 1] = a[:, 0], a[:, 1] * height / width
@@ -198,11 +197,11 @@ def _erase(x: torch.Tensor, config: Augment, u: Floats, noise_seed: int) -> torc
     boxes = np.stack([top, top + h, left, left + w, u[:, 5] * height, u[:, 6] * width], axis=1).astype(np.int64)
     # numpy's slices cost a tenth of torch's; on the CPU both are the same memory.
     target = x.numpy() if x.device.type == "cpu" else x
-    sheet = _noise(noise_seed, x.shape[1], height, width, x.device) if config.erase_fill == "noise" else None
+    noise = _noise(noise_seed, x.shape[1], height, width, x.device) if config.erase_fill == "noise" else None
     for b in np.flatnonzero(u[:, 0] < config.erase).tolist():
         y0, y1, x0, x1, down, right = boxes[b].tolist()
-        # Each image has a window of its own in one sheet of noise an epoch.
-        fill = 0.0 if sheet is None else sheet[:, down + y0 : down + y1, right + x0 : right + x1]
+        # One noise tensor per epoch; each image uses its own window of it.
+        fill = 0.0 if noise is None else noise[:, down + y0 : down + y1, right + x0 : right + x1]
         target[b, :, y0:y1, x0:x1] = fill
     return x
 
@@ -234,7 +233,7 @@ def _mix(
     height, width = x.shape[2:]
     cut = u[:, 1] < (config.switch if config.mixup and config.cutmix else float(config.cutmix > 0))
     mixed = u[:, 0] < config.mix_prob
-    mixed[len(x) & ~1 :] = False  # the last of an odd batch is alone
+    mixed[len(x) & ~1 :] = False  # the last image of an odd batch has no partner
     keep = np.where(cut, _beta(config.cutmix or 1.0, u[:, 2]), _beta(config.mixup or 1.0, u[:, 2]))
     keep = np.where(mixed, keep, 1.0)
     weight = _tensor(np.where(cut, 1.0, keep), x)[:, None, None, None]

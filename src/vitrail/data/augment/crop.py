@@ -1,7 +1,7 @@
 """The random resized crop of Inception (Szegedy et al., "Going deeper with convolutions", CVPR 2015), at decode.
 
-The rectangle is drawn as torchvision's RandomResizedCrop draws it, but from counted numbers. It is known before the
-pixels are, so that a JPEG is decoded no larger than the crop needs.
+The rectangle has the distribution of torchvision's RandomResizedCrop, from counter-based random numbers. It is known
+before decoding, so that a JPEG is decoded at a reduced size if the crop allows it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vitrail.images.preprocess import Preprocess
 from vitrail.images.resize import resize_part
 
 _TRIES = 10
-CROP_DRAWS = 2 * _TRIES + 2  # numbers that one crop takes
+CROP_DRAWS = 2 * _TRIES + 2  # random numbers per crop
 
 
 def crop_box(
@@ -26,8 +26,7 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a random rectangle. draw: CROP_DRAWS numbers in [0, 1).
 
-    scale: least and greatest share of the area. ratio: least and greatest width / height, drawn evenly in its
-    logarithm.
+    scale: range of the share of the area. ratio: range of width / height, drawn log-uniformly.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for k in range(_TRIES):
@@ -36,7 +35,7 @@ def crop_box(
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return int(draw[-2] * (height - h + 1)), int(draw[-1] * (width - w + 1)), h, w
-    # No rectangle fitted: the largest one in the middle whose ratio is allowed.
+    # No rectangle fitted: the largest centred one with an allowed ratio.
     w, h = width, height
     if width / height < ratio[0]:
         h = max(1, round(width / ratio[0]))

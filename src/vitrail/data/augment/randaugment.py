@@ -1,4 +1,4 @@
-"""RandAugment on whole batches, with counted randomness.
+"""RandAugment on batches, with counter-based random numbers.
 
 Cubuk et al., "RandAugment: Practical automated data augmentation with a reduced search space", 2019
 (https://arxiv.org/abs/1909.13719), in the variant that DeiT and most recipes after it use, timm's
@@ -7,8 +7,8 @@ one half, its magnitude drawn anew from a normal distribution.
 
 The operations are Pillow's, to the last bit wherever an image is not interpolated (the automatic contrast, which
 Pillow computes in floating point, within one 255th). Eight of the fifteen are tables of 256 values for each channel.
-Interpolation is bilinear; what comes in from outside has the colour `fill`.
-Shapes: B images, G those that one operation is for, C channels (1 or 3), H height, W width.
+Interpolation is bilinear; pixels from outside the image have the colour `fill`.
+Shapes: B images, G images that get one operation, C channels (1 or 3), H height, W width.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ OPS = (
     "auto_contrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add", "colour", "contrast",
     "brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y",
 )  # fmt: skip
-DRAWS = 4  # numbers that one operation takes
+DRAWS = 4  # random numbers per operation
 MOST = 10.0  # the largest magnitude
 _APPLY = 0.5
-_CHUNK = 1 << 18  # pixels that go through an operation at once on a CPU: what its cache holds
+_CHUNK = 1 << 18  # pixels that go through an operation at once on a CPU, to fit its cache
 
 
 def rand_augment(
@@ -93,7 +93,7 @@ def _auto_contrast(x: torch.Tensor, share: Floats, signs: Floats) -> torch.Tenso
 def _equalize(x: torch.Tensor, share: Floats, signs: Floats) -> torch.Tensor:
     counts = _histograms(x)
     below = counts.cumsum(2) - counts
-    # Pillow leaves the highest value that there is out of its step.
+    # Pillow excludes the highest value that occurs from its step.
     step = below.masked_fill(counts == 0, 0).amax(2, keepdim=True) // 255
     return torch.where(step > 0, (step // 2 + below) // step.clamp(min=1), _ramp(x)).clamp(0, 255)
 
@@ -112,10 +112,9 @@ def _invert(x: torch.Tensor, share: Floats, signs: Floats) -> torch.Tensor:
 
 
 def _posterize(x: torch.Tensor, share: Floats, signs: Floats) -> torch.Tensor:
-    """Keep the 4 to 1 highest bits. (0, for the very largest magnitude in timm, is an image without contents, and an
-    error in Pillow today.)"""
-    lost = 4 + (share * 4).astype(np.int64).clip(max=3)
-    return _ramp(x) & _numbers(256 - 2**lost, x)
+    """Keep the 4 to 1 highest bits. (timm's 0 bits, at the largest magnitude, is an error in current Pillow.)"""
+    dropped = 4 + (share * 4).astype(np.int64).clip(max=3)
+    return _ramp(x) & _numbers(256 - 2**dropped, x)
 
 
 def _solarize(x: torch.Tensor, share: Floats, signs: Floats) -> torch.Tensor:
@@ -186,7 +185,7 @@ def _colour(x: torch.Tensor, factors: Floats) -> torch.Tensor:
 
 
 def _sharpness(x: torch.Tensor, factors: Floats) -> torch.Tensor:
-    """Blend with Pillow's SMOOTH, (8 neighbours + 5 centre) / 13, which spares the border."""
+    """Blend with Pillow's SMOOTH filter, (8 neighbours + 5 centre) / 13; the border is unchanged."""
     if min(x.shape[2:]) < 3:
         return x
     wide = x.to(torch.int16)
@@ -238,7 +237,7 @@ def _transform(x: torch.Tensor, matrix: Floats, fill: tuple[int, ...]) -> torch.
     moved = F.grid_sample(x.to(torch.float32), grid, mode="bilinear", padding_mode="border", align_corners=False)
     inside = (torch.maximum(x_in.abs_(), y_in.abs_()) <= 1)[:, None]
     colour = torch.tensor(fill, dtype=torch.uint8, device=x.device)[:, None, None]
-    # Pillow rounds down; the little that is added keeps what is whole but for float32's rounding.
+    # Pillow rounds down; the small constant keeps integers that float32 has rounded to slightly less.
     return _bytes(moved.add_(2**-9)).mul_(inside).add_(colour * ~inside)
 
 
