@@ -219,7 +219,7 @@ def test_keep_and_new_are_obeyed() -> None:
     with pytest.raises(VitrailError, match="has 5 classes and the model 7"):
         load_weights(vit(num_classes=7), weights(), heads="keep", num_classes=7)
     with pytest.raises(VitrailError, match="the file has none"):
-        decide_head(0, 5, asked=5, old_names=None, new_names=None, policy="keep")
+        decide_head(0, 5, requested=5, old_names=None, new_names=None, policy="keep")
 
 
 # ---- what is refused
@@ -252,7 +252,7 @@ def test_the_model_stays_as_it_was() -> None:
 def test_numbers_of_another_kind(value: Tensor) -> None:
     tensors = weights()
     tensors["norm.weight"] = value
-    with pytest.raises(VitrailError, match=r"norm\.weight holds"):
+    with pytest.raises(VitrailError, match=r"norm\.weight is"):
         load_weights(vit(), tensors)
 
 

@@ -77,7 +77,7 @@ class Trap:
 def test_a_pickle_that_tries(tmp_path: Path, name: str, old: bool) -> None:
     mark = tmp_path / "was here"
     torch.save({"model": {**TENSORS, "x": Trap(mark)}}, tmp_path / name, _use_new_zipfile_serialization=not old)
-    text = refused(tmp_path / name, "needs Python code to be read.*where you trust it")
+    text = refused(tmp_path / name, "needs Python code to be read")
     assert old or "posix.system" in text or "nt.system" in text
     assert not mark.exists()
     torch.load(io.BytesIO((tmp_path / name).read_bytes()), weights_only=False)
@@ -94,10 +94,10 @@ def test_a_bare_pickle_that_tries(tmp_path: Path) -> None:
 def test_objects_in_an_npz(tmp_path: Path) -> None:
     mark, path = tmp_path / "was here", tmp_path / "w.npz"
     np.savez(path, a=np.array([Trap(mark)], dtype=object))
-    refused(path, "Python objects, which are never read")
+    refused(path, "Python objects")
     assert not mark.exists()
     np.savez(path, a=np.array(["text"]))
-    refused(path, "only numbers are read")
+    refused(path, "<U4, not numbers")
 
 
 def test_a_whole_model(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_part_of_a_file_is_never_loaded(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of Git LFS"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
         (b"<!DOCTYPE html><html>404</html>", "not a checkpoint"),
         (b"\x00" * 500, "not a checkpoint"),
         (b"\x80\x02}q\x00.", ""),
@@ -152,7 +152,7 @@ def test_no_file_and_no_state_dict(tmp_path: Path) -> None:
     refused(tmp_path / "none.pth", "no such file")
     refused(tmp_path, "is a directory")
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
-    refused(tmp_path / "list.pth", "holds a list and no state dict")
+    refused(tmp_path / "list.pth", "list")
     with zipfile.ZipFile(tmp_path / "w.zip", "w") as archive:
         archive.writestr("readme.txt", "hello")
     refused(tmp_path / "w.zip", "neither .npz nor")
@@ -244,7 +244,7 @@ def test_shards(tmp_path: Path) -> None:
         ({"weight_map": {"a": ""}}, "outside its folder"),
         ({"weight_map": {"a": "C:one.safetensors"}}, "outside its folder"),
         ({"weight_map": {"a": "none.safetensors"}}, "no such file"),
-        ({"weight_map": {"a": "one.safetensors", "c": "two.safetensors"}}, "holds b, which"),
+        ({"weight_map": {"a": "one.safetensors", "c": "two.safetensors"}}, "contains b, which"),
         ({"weight_map": {"a": "one.safetensors", "c": "one.safetensors"}}, "lists tensors .* contain: c"),
         ({"weight_map": {"a": "two.safetensors", "b": "two.safetensors"}}, "lists tensors .* contain: a"),
         ({"weight_map": {"a": 1}}, "no weight_map"),

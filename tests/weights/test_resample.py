@@ -5,7 +5,8 @@ import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
 from timm.models._manipulate import adapt_input_conv
 
-from vitrail.weights.resample import adapt_channels, resample_bias_table, resample_patches, resample_positions
+from vitrail.layers.embed import resample_positions
+from vitrail.weights.resample import adapt_channels, resample_bias_table, resample_patches
 
 GRIDS = [(7, 7), (12, 12), (16, 16), (24, 24), (12, 20), (20, 12), (37, 37), (1, 30)]
 

@@ -8,6 +8,7 @@ from typing import Any
 from vitrail.errors import ModelError, did_you_mean
 from vitrail.models.configs import ModelConfig
 from vitrail.models.timm_compat import FAMILIES
+from vitrail.utils.text import one_line
 
 # Fields that files of earlier versions lack; the deproblems reproduce those versions.
 ADDED_FIELDS: frozenset[str] = frozenset({"channels", "small_stem", "stem_depth"})
@@ -46,5 +47,5 @@ def from_json(family: object, values: Mapping[str, Any], where: str) -> ModelCon
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in ("config", *problem["loc"]))
-        value, reason = (" ".join(text.split())[:100] for text in (repr(problem["input"]), problem["msg"]))
+        value, reason = (one_line(text, 100) for text in (repr(problem["input"]), problem["msg"]))
         raise ModelError(f"{where}: {key} cannot be {value}: {reason}") from None

@@ -1,4 +1,4 @@
-"""Whether the classification head of a file can be kept for a model's classes."""
+"""Whether a file's classification head can be kept for a model's classes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ HEADS = ("head", "head_dist", "head.fc", "fc")
 
 
 def head_names(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Those names that belong to a classifier."""
+    """The names of tensors of classification heads."""
     return [name for head in HEADS for name in (f"{head}.weight", f"{head}.bias") if name in tensors]
 
 
 def num_classes_of(tensors: Mapping[str, Tensor]) -> int:
-    """How many classes the head knows; 0 without a head."""
+    """Number of classes of the head; 0 without a head."""
     for name in head_names(tensors):
         if tensors[name].ndim:
             return tensors[name].shape[0]
@@ -27,11 +27,12 @@ def num_classes_of(tensors: Mapping[str, Tensor]) -> int:
 
 @dataclass(frozen=True)
 class HeadDecision:
-    """keep: the file's head is taken, its rows in the order `rows` where that is not None. Else a fresh head stays, or,
-    with `problem`, nothing can be done."""
+    """keep: use the file's head, with its rows in the order `rows` if given. Otherwise the model keeps its new head.
+    problem: loading fails.
+    """
 
     keep: bool
-    why: str = ""
+    reason: str = ""
     rows: tuple[int, ...] | None = None
     warning: str = ""
     problem: bool = False
@@ -41,49 +42,49 @@ def decide_head(
     old: int,
     new: int,
     *,
-    asked: int | None,
+    requested: int | None,
     old_names: Sequence[str] | None,
     new_names: Sequence[str] | None,
     policy: HeadPolicy,
 ) -> HeadDecision:
-    """Decide on a head for `new` classes, with one for `old` classes in the file.
+    """Decide on the head of a model with `new` classes, given a file's head with `old` classes.
 
-    asked: the requested number of classes, or None. "keep" requires the file's head, "new"
-    a new one, "auto" keeps it if classes match.
+    requested: the number of classes that the caller asked for, or None. policy: "keep" requires the file's head, "new"
+    a new one, "auto" keeps it if the classes match.
 
     Raises:
-        WeightsError: "keep" cannot be had.
+        WeightsError: "keep" is impossible.
     """
     if not new:
-        return HeadDecision(keep=False, why="the model has no head")
+        return HeadDecision(keep=False, reason="the model has no head")
     if policy == "new":
-        return HeadDecision(keep=False, why="a new head was requested")
+        return HeadDecision(keep=False, reason="a new head was requested")
     if not old:
         if policy == "keep":
             raise WeightsError("cannot keep the head: the file has none")
-        return HeadDecision(keep=asked is None, why="the file has no head", problem=asked is None)
+        return HeadDecision(keep=requested is None, reason="the file has no head", problem=requested is None)
     if old != new:
         if policy == "keep":
             raise WeightsError(f"cannot keep the head: it has {old} classes and the model {new}")
-        why = f"{new} classes in place of {old}"
-        return HeadDecision(keep=asked is None, why=why, problem=asked is None)
+        reason = f"{new} classes in place of {old}"
+        return HeadDecision(keep=requested is None, reason=reason, problem=requested is None)
     return _by_names(old_names, new_names, policy)
 
 
 def _by_names(old: Sequence[str] | None, new: Sequence[str] | None, policy: HeadPolicy) -> HeadDecision:
-    """The numbers are equal; the names have the last word, where they are known."""
+    """For equal numbers of classes: compare the names, if known."""
     if new is None or (old is not None and list(old) == list(new)):
         return HeadDecision(keep=True)
     if old is not None and len(set(new)) == len(new) and sorted(old) == sorted(new):
         place = {name: row for row, name in enumerate(old)}
         return HeadDecision(
-            keep=True, rows=tuple(place[name] for name in new), why="rows reordered to match the class names"
+            keep=True, rows=tuple(place[name] for name in new), reason="rows reordered to match the class names"
         )
     if old is None:
-        why = f"the file does not name its {len(new)} classes"
+        reason = f"the file does not name its {len(new)} classes"
     else:
         first = next(index for index, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1])
-        why = f"class {first} is {old[first]!r} in the file and {new[first]!r} here"
+        reason = f"class {first} is {old[first]!r} in the file and {new[first]!r} here"
     if policy == "keep":
-        raise WeightsError(f"cannot keep the head: {why}")
-    return HeadDecision(keep=False, why="other classes", warning=f"same number of classes, but a new head: {why}")
+        raise WeightsError(f"cannot keep the head: {reason}")
+    return HeadDecision(keep=False, reason="other classes", warning=f"same number of classes, but a new head: {reason}")

@@ -1,4 +1,4 @@
-"""The names of the classes that many published heads know."""
+"""Class names of published heads."""
 
 import json
 from functools import cache
@@ -7,10 +7,7 @@ from pathlib import Path
 
 @cache
 def label_names(labels: str | None) -> tuple[str, ...] | None:
-    """The names of a set of classes ("imagenet-1k"), in the order of the head's rows; None for a set that is not here.
-
-    ImageNet's are torchvision's short forms, of which no two are equal.
-    """
+    """The class names of "imagenet-1k" (torchvision's, all distinct) in the order of the head; None for other sets."""
     if labels != "imagenet-1k":
         return None
     return tuple(json.loads(Path(__file__).with_name("imagenet-1k.json").read_text(encoding="utf-8")))

@@ -1,8 +1,7 @@
 """The published weights of the catalog's models, read from `published.csv`. Importing this imports no torch.
 
-Names, tags, licences and preprocessing are those of timm 1.0.31 (`pretrained_cfg`) and of torchvision 0.28 (`meta`); a
-test compares every row with both. `top1` is timm's own measurement (results-imagenet.csv) where that was made
-with the row's preprocessing, or torchvision's.
+Names, tags, licences and preprocessing are those of timm 1.0.31 (`pretrained_cfg`) and torchvision 0.28 (`meta`), as
+tested. `top1` is from timm's results-imagenet.csv if measured with the same preprocessing, or from torchvision.
 """
 
 import csv
@@ -48,4 +47,4 @@ def _read() -> dict[str, tuple[WeightsRecord, ...]]:
     return table
 
 
-PUBLISHED = _read()  # model name -> its weights; the first are the default
+PUBLISHED = _read()  # model name -> its weights, the default first

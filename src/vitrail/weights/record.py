@@ -1,4 +1,4 @@
-"""One set of published weights: where it comes from, on what terms, and how its images were prepared."""
+"""The record of published weights: source, licence, checksum, accuracy and preprocessing."""
 
 from dataclasses import dataclass
 
@@ -9,11 +9,9 @@ from vitrail.images.preprocess import Preprocess
 class WeightsRecord:
     """One row of `published.csv`.
 
-    model: the catalog's name. tag: the name of these weights among the model's; timm's where timm has them.
-    source: "hf:org/repo" or a URL. sha256: of the file, or as much of its beginning as the publisher states; None where
-    the hub states it at the time of the download. top1: percent on ImageNet's validation images with this very
-    preprocessing, as published; None where no such number is. labels: the set of classes that the head knows, such as
-    "imagenet-1k"; None for a backbone. paper: arXiv's number.
+    model: the name in the catalog. tag: timm's tag if timm has these weights. source: "hf:org/repo" or a URL.
+    sha256: of the file, or its published first digits; None if the hub provides it. top1: published accuracy on
+    ImageNet's validation images with this preprocessing, in percent. paper: arXiv number.
     """
 
     model: str
@@ -28,14 +26,14 @@ class WeightsRecord:
 
     @property
     def labels(self) -> str | None:
-        """The name of the set of classes, where it is one that many share."""
+        """The set of classes, such as "imagenet-1k"; None for a backbone or other classes."""
         return _LABELS.get(self.num_classes)
 
     @property
     def name(self) -> str:
-        """timm's way to name them: model.tag."""
+        """As in timm: model.tag."""
         return f"{self.model}.{self.tag}"
 
 
-# ImageNet's whole hierarchy was published with and without its two topmost classes, and timm trimmed it by frequency.
+# The full ImageNet was published with and without its two top classes; timm's 12k are its most frequent classes.
 _LABELS = {1000: "imagenet-1k", 21843: "imagenet-21k", 21841: "imagenet-22k", 11821: "imagenet-12k"}

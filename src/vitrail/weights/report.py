@@ -1,4 +1,4 @@
-"""The report on loaded weights: what was done with each tensor."""
+"""The report on loaded weights, tensor by tensor."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -11,8 +11,8 @@ STATES = ("loaded", "resized", "adapted", "new", "unused")
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor. `name` is the model's (the file's, for an unused one), `file` what the file calls it where that
-    differs, `old` and `new` its shapes in the file and in the model, `how` what was done to it and why."""
+    """One tensor. `name` is the model's (the file's if unused), `file` the file's name if different, `old` and `new`
+    the shapes in file and model, `how` the change and its reason."""
 
     name: str
     state: str
@@ -24,7 +24,7 @@ class Entry:
 
 @dataclass
 class Report:
-    """All entries, the model's in its own order and then the unused ones; where the weights came from; warnings."""
+    """The entries in the model's order, then the unused ones."""
 
     entries: list[Entry]
     source: str = ""
@@ -33,7 +33,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
 
     def of(self, state: str) -> list[Entry]:
-        """The entries of one state, of `STATES`."""
+        """The entries of one of `STATES`."""
         return [entry for entry in self.entries if entry.state == state]
 
     def __str__(self) -> str:
@@ -41,7 +41,7 @@ class Report:
         parts = [f"{len(self.of('loaded'))} tensors loaded"]
         for state in ("resized", "adapted"):
             if entries := self.of(state):
-                parts.append(f"{len(entries)} {state} ({_alike(entries)})")
+                parts.append(f"{len(entries)} {state} ({_summary(entries)})")
         if new := self.of("new"):
             parts.append(f"{len(new)} new ({join_names((entry.name for entry in new), 4)}: {_how(new)})")
         if unused := self.of("unused"):
@@ -51,7 +51,7 @@ class Report:
         return f"weights{origin}: {text}" + "".join(f"; warning: {warning}" for warning in self.warnings)
 
     def table(self) -> str:
-        """A line for each tensor: state, name, shapes, how, and the file's name where that differs."""
+        """One line per tensor: state, name, shapes, change, and the file's name if different."""
         rows = [
             (
                 entry.state,
@@ -71,7 +71,7 @@ class Report:
         return "\n".join([str(self), *self.notes, *lines])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
+        """As JSON."""
         return asdict(self)
 
 
@@ -80,8 +80,8 @@ def _shapes(entry: Entry) -> str:
     return old if old == new or not new else f"{old} -> {new}" if old else new
 
 
-def _alike(entries: list[Entry]) -> str:
-    """The first of them, and how many are like it."""
+def _summary(entries: list[Entry]) -> str:
+    """The first entry, and the number of the others."""
     first = entries[0]
     more = f" and {len(entries) - 1} more" if len(entries) > 1 else ""
     return f"{first.name} {_shapes(first)}{more}, {_how(entries)}"

@@ -1,7 +1,7 @@
-"""Tables made for one size, turned into tables for another. Each gives what timm 1.0.31 gives (a test compares).
+"""Resampling of weights for another window, patch size or number of channels; equal to timm 1.0.31 (tested).
 
-Shapes: C width, I channels of the image, P Q sides of a patch, h w the grid, H heads, s t sides of a bias table
-(twice the window's less one).
+Shapes: C width, I input channels, P Q patch height and width, H heads, s t bias table height and width
+(2 * window size - 1).
 """
 
 import math
@@ -10,17 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrail.layers.embed import resample_positions
-
 Pair = tuple[int, int]
 
 
 def resample_bias_table(table: Tensor, old: Pair, new: Pair) -> Tensor:
-    """Swin's relative position biases s*t H for windows of the size `old`, read off for windows of the size `new`.
+    """Resample Swin's relative position biases s*t H from windows of size `old` to size `new`.
 
-    Offsets near the centre change quickly and those far away slowly, so the old entries are thought to lie at distances
-    that grow geometrically up to the new window's edge, and are interpolated linearly (BEiT's way,
-    https://arxiv.org/abs/2106.08254, with timm's linear in place of SciPy's cubic interpolation).
+    The old entries are placed at geometrically growing distances up to the new window's edge and interpolated linearly
+    (BEiT, https://arxiv.org/abs/2106.08254; linear as in timm instead of cubic).
     """
     if old == new:
         return table
@@ -30,13 +27,13 @@ def resample_bias_table(table: Tensor, old: Pair, new: Pair) -> Tensor:
 
 
 def _interpolation(old: int, new: int) -> Tensor:
-    """The matrix new x old that interpolates linearly between geometrically spaced points."""
+    """The new x old matrix of linear interpolation between geometrically spaced points."""
     half = _distances(old // 2, new // 2)
     points = torch.tensor([*(-d for d in reversed(half)), 0.0, *half])
     wanted = torch.arange(-(new // 2), new // 2 + 1.0)
     right = torch.bucketize(wanted, points).clamp(max=old - 1)
     left = (right - 1).clamp(min=0)
-    # Beyond the outermost points both distances are not positive, and the nearer point is taken alone.
+    # Beyond the outermost points both distances are 0: use the nearest point.
     to_left, to_right = (wanted - points[left]).clamp(min=0), (points[right] - wanted).clamp(min=0)
     exact = (to_left == 0) & (to_right == 0)
     to_left[exact] = to_right[exact] = 1.0
@@ -61,10 +58,9 @@ def _distances(count: int, edge: int) -> list[float]:
 
 
 def resample_patches(kernel: Tensor, new: Pair) -> Tensor:
-    """A patch projection C I P Q for patches of another size, by the pseudo-inverse of resizing images.
+    """Resample a patch projection C I P Q by the pseudo-inverse of image resizing.
 
-    An image resized like the patches then gives the same tokens, as far as resizing loses nothing (FlexiViT,
-    https://arxiv.org/abs/2212.08013).
+    An image resized like the patches then gives nearly the same tokens (FlexiViT, https://arxiv.org/abs/2212.08013).
     """
     old = (kernel.shape[2], kernel.shape[3])
     if old == new:
@@ -78,10 +74,10 @@ def resample_patches(kernel: Tensor, new: Pair) -> Tensor:
 
 
 def adapt_channels(kernel: Tensor, channels: int) -> Tensor:
-    """A first convolution C I P Q for images of another number of channels.
+    """Adapt a first convolution C I P Q to another number of input channels.
 
-    For one channel the kernels are summed, so that a grey image gives what it gave as RGB; for more they are repeated
-    in turn and scaled by I / channels, so that the sum keeps its size (timm's `adapt_input_conv`).
+    For one channel the kernels are summed, so that a grey image gives the same output as its RGB version; for more they
+    are repeated and scaled by I / channels (timm's `adapt_input_conv`).
     """
     old = kernel.shape[1]
     if old == channels:
@@ -91,6 +87,3 @@ def adapt_channels(kernel: Tensor, channels: int) -> Tensor:
         return weight.sum(dim=1, keepdim=True).to(kernel.dtype)
     weight = weight.repeat(1, math.ceil(channels / old), 1, 1)[:, :channels] * (old / channels)
     return weight.to(kernel.dtype)
-
-
-__all__ = ["adapt_channels", "resample_bias_table", "resample_patches", "resample_positions"]

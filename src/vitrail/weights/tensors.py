@@ -1,4 +1,4 @@
-"""A state dict on its way from a file to a model, with the names that the file used."""
+"""A state dict that keeps the names of the file."""
 
 from collections.abc import Iterable, Mapping
 
@@ -6,12 +6,12 @@ from torch import Tensor
 
 
 class Tensors(dict[str, Tensor]):
-    """A state dict with its history.
+    """A state dict under conversion.
 
-    origin: name here -> the file's name (names joined by " + " where several were put together). Only what was renamed.
-    unused: the file's name -> why the model has no use for that tensor. Those tensors are not among the items.
-    notes: sentences for the report, such as which of a checkpoint's state dicts was taken.
-    outside: names without the wrapper's prefix that the others have.
+    origin: new name -> the file's name (joined by " + " for merged tensors), for renamed tensors only.
+    unused: the file's name -> the reason, for tensors that were removed.
+    notes: sentences for the report, such as which of a checkpoint's state dicts was used.
+    outside: names that lack the wrapper prefix of the other tensors.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] = ()) -> None:
@@ -27,11 +27,11 @@ class Tensors(dict[str, Tensor]):
             self.outside |= tensors.outside
 
     def file_name(self, name: str) -> str:
-        """The file's name of the tensor `name`."""
+        """The name of the tensor in the file."""
         return self.origin.get(name, name)
 
     def empty_copy(self) -> "Tensors":
-        """No tensors, with the notes and unused names of this one."""
+        """Without tensors, with the same notes and unused names."""
         empty = Tensors()
         empty.unused |= self.unused
         empty.notes += self.notes

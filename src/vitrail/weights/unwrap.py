@@ -1,4 +1,4 @@
-"""From what a training script saved to one flat state dict: containers opened, wrappers' prefixes taken off."""
+"""Extract the flat state dict from a checkpoint: open containers, strip wrapper prefixes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from vitrail.errors import WeightsError
 from vitrail.utils.text import join_names
 from vitrail.weights.tensors import Tensors
 
-# In order of preference: an average over training before the last step, a teacher before its student.
+# In order of preference: EMA weights before the last step's, a teacher before its student.
 _CONTAINERS = (
     "state_dict_ema",
     "model_ema",
@@ -22,8 +22,8 @@ _CONTAINERS = (
     "student",
     "net",
 )
-# Flat keys of two networks in one: DINOv2's and Lightning's habit.
-_TWINS = (("teacher.", "student."), ("ema.", "model."), ("model_ema.", "model."))
+# Two models in one flat state dict, as DINOv2 and Lightning save them; the first is used.
+_MODEL_PAIRS = (("teacher.", "student."), ("ema.", "model."), ("model_ema.", "model."))
 _PREFIXES = (
     "_orig_mod.",
     "module.",
@@ -36,11 +36,11 @@ _PREFIXES = (
     "student.",
     "ema.",
 )
-_COUNTERS = {"n_averaged"}  # torch.optim.swa_utils keeps how many models it has averaged
+_COUNTERS = {"n_averaged"}  # of torch.optim.swa_utils
 
 
 def unwrap(content: Mapping[Any, Any]) -> Tensors:
-    """The state dict within `content`, without the wrappers' prefixes; `notes` tell what was chosen and ignored.
+    """The state dict in `content`, without wrapper prefixes; its `notes` name what was used and ignored.
 
     Raises:
         WeightsError: there is no state dict.
@@ -49,34 +49,34 @@ def unwrap(content: Mapping[Any, Any]) -> Tensors:
     tensors.notes += notes
     for name in _COUNTERS & tensors.keys():
         del tensors[name]
-        tensors.unused[name] = "a counter of the average"
-    return _strip(_choose_twin(tensors))
+        tensors.unused[name] = "a counter of averaged models"
+    return _strip(_choose_model(tensors))
 
 
 def _open(content: Mapping[Any, Any], path: list[str]) -> tuple[Tensors, list[str]]:
-    """Go into containers until tensors appear."""
+    """Search nested containers for tensors; returns them and notes."""
     tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
-    inside = [key for key in _CONTAINERS if _holds_tensors(content.get(key))]
+    inside = [key for key in _CONTAINERS if _contains_tensors(content.get(key))]
     if tensors and not (inside and len(tensors) < 3):
         notes = [f"the state dict is the checkpoint's {'.'.join(path)!r}"] if path else []
         return Tensors(tensors), notes
     if not inside or len(path) > 4:
         keys = join_names((str(key) for key in content), 6) or "it is empty"
-        raise WeightsError(f"the checkpoint holds no state dict ({keys})")
+        raise WeightsError(f"the checkpoint contains no state dict ({keys})")
     found, notes = _open(content[inside[0]], [*path, inside[0]])
     if len(inside) > 1:
         notes.append(f"the checkpoint's {' and '.join(repr(key) for key in inside[1:])} ignored")
     return found, notes
 
 
-def _holds_tensors(value: object, depth: int = 0) -> bool:
+def _contains_tensors(value: object, depth: int = 0) -> bool:
     if not isinstance(value, Mapping) or depth > 4:
         return False
-    return any(isinstance(x, Tensor) or _holds_tensors(x, depth + 1) for x in value.values())
+    return any(isinstance(x, Tensor) or _contains_tensors(x, depth + 1) for x in value.values())
 
 
-def _choose_twin(tensors: Tensors) -> Tensors:
-    for first, second in _TWINS:
+def _choose_model(tensors: Tensors) -> Tensors:
+    for first, second in _MODEL_PAIRS:
         sizes = [sum(name.startswith(prefix) for name in tensors) for prefix in (first, second)]
         if min(sizes) > 2 and 2 * sum(sizes) > len(tensors):
             out = Tensors((name, tensor) for name, tensor in tensors.items() if not name.startswith(second))
@@ -87,7 +87,7 @@ def _choose_twin(tensors: Tensors) -> Tensors:
 
 
 def _strip(tensors: Tensors) -> Tensors:
-    """Take off prefixes that most names have, one after another. Names without them are noted as outside."""
+    """Strip prefixes that most names have, repeatedly. Names without them are recorded as outside."""
     while prefix := next(
         (p for p in _PREFIXES if 2 * sum(name.startswith(p) for name in tensors) > len(tensors)), None
     ):
@@ -95,10 +95,10 @@ def _strip(tensors: Tensors) -> Tensors:
         for name, tensor in tensors.items():
             bare = name.removeprefix(prefix)
             if bare in out:
-                raise WeightsError(f"the checkpoint holds {bare} twice, with and without {prefix!r}: remove one")
+                raise WeightsError(f"the checkpoint contains {bare} twice, with and without {prefix!r}: remove one")
             out[bare] = tensor
-            if (called := tensors.file_name(name)) != bare:
-                out.origin[bare] = called
+            if (origin := tensors.file_name(name)) != bare:
+                out.origin[bare] = origin
             if bare == name or name in tensors.outside:
                 out.outside.add(bare)
         tensors = out

@@ -61,7 +61,7 @@ def test_a_dinov2_classifier_reads_what_our_head_does_not() -> None:
     content["classifier.weight"], content["classifier.bias"] = torch.randn(5, 48), torch.randn(5)
     tensors, _ = convert_names(content)
     assert "head.weight" not in tensors
-    assert "side by side" in tensors.unused["classifier.weight"]
+    assert "concatenated" in tensors.unused["classifier.weight"]
 
 
 def test_pre_logits_take_the_head_with_them() -> None:

@@ -1,8 +1,7 @@
 """Checkpoint formats: one pure function each, from the file's tensor names to timm's, which are ours.
 
-A layout is a table of rules, pattern -> new name, and its function applies them; a few then put tensors together. A
-name that no rule knows goes through as it is, and strict loading (`load.py`) reports it. `detect` picks
-the layout whose rules know the most names, so that one odd name does not hide what a file is.
+A format is a table of rules, pattern -> new name, and a function that applies them; some also merge tensors. Unknown
+names are kept for strict loading (`load.py`) to report. `detect` chooses the format whose rules match the most names.
 """
 
 import re
@@ -21,14 +20,14 @@ from vitrail.weights.tensors import Tensors
 
 @dataclass(frozen=True)
 class Format:
-    """A layout: what a person calls it, the rules that tell it, and the function that reads it."""
+    """A checkpoint format: its name, its rules, and the function that converts it."""
 
     name: str
     rules: Rules
     convert: Callable[[Tensors], Tensors]
 
-    def knows(self, names: list[str]) -> int:
-        """How many of the names are this layout's."""
+    def count_known(self, names: list[str]) -> int:
+        """How many of the names its rules match."""
         pattern = re.compile("|".join(f"(?:{pattern})" for pattern in self.rules))
         return sum(pattern.fullmatch(name) is not None for name in names)
 
@@ -52,13 +51,13 @@ FORMATS = (
 
 
 def detect(names: Iterable[str]) -> Format:
-    """The layout that knows the most of these names; of equals the first in `FORMATS`.
+    """The format that matches the most names; the first in `FORMATS` on a tie.
 
     Raises:
-        WeightsError: none knows at least half of them.
+        WeightsError: none matches half of them.
     """
     names = list(names)
-    known = [layout.knows(names) for layout in FORMATS]
+    known = [layout.count_known(names) for layout in FORMATS]
     best = max(known)
     if not names or 2 * best < len(names):
         raise WeightsError(
@@ -69,10 +68,9 @@ def detect(names: Iterable[str]) -> Format:
 
 
 def convert_names(tensors: Tensors) -> tuple[Tensors, Format]:
-    """The tensors under our names, and the layout that they came in.
+    """The tensors under our names, and their format.
 
-    A name outside the wrapper around the others (Lightning keeps losses and metrics there) that the layout does not
-    know goes to the unused ones.
+    Unknown names outside the others' wrapper prefix, such as Lightning's losses and metrics, are unused.
     """
     layout = detect(tensors)
     out = layout.convert(tensors)

@@ -16,14 +16,14 @@ GOOGLE_VIT: Rules = {
     rf"{_NPZ}embedding/bias": "patch_embed.proj.bias",
     rf"{_NPZ}cls": "cls_token",
     rf"{_NPZ}(?:Transformer/posembed_input/)?pos_embedding": "pos_embed",
-    rf"{_NPZ}(?:conv_root|gn_root|block\d+)/.+": r"\g<0>",  # a ResNet in front: refused below
+    rf"{_NPZ}(?:conv_root|gn_root|block\d+)/.+": r"\g<0>",  # a hybrid with a ResNet: refused below
 }
 for _jax, _ours in (
     (r"Transformer/encoder_norm", "norm"),
     (r"pre_logits", "pre_logits"),
     (r"head", "head"),
     (r"Transformer/encoderblock_(\d+)/LayerNorm_0", r"blocks.\1.norm1"),
-    (r"Transformer/encoderblock_(\d+)/LayerNorm_[12]", r"blocks.\1.norm2"),  # big_vision numbers them anew
+    (r"Transformer/encoderblock_(\d+)/LayerNorm_[12]", r"blocks.\1.norm2"),  # LayerNorm_1 in big_vision
     (r"Transformer/encoderblock_(\d+)/MlpBlock_[03]/Dense_0", r"blocks.\1.mlp.fc1"),
     (r"Transformer/encoderblock_(\d+)/MlpBlock_[03]/Dense_1", r"blocks.\1.mlp.fc2"),
     (r"Transformer/encoderblock_(\d+)/MultiHeadDotProductAttention_[01]/query", r"blocks.\1.attn.q"),
@@ -35,7 +35,7 @@ for _jax, _ours in (
 
 
 def google_vit(tensors: Tensors) -> Tensors:
-    """ViT as google-research/vision_transformer and big_vision publish it: kernels stand inputs first.
+    """ViT of google-research/vision_transformer and big_vision, whose kernels have the inputs first.
 
     Raises:
         WeightsError: a hybrid of ResNet and ViT.
@@ -46,12 +46,12 @@ def google_vit(tensors: Tensors) -> Tensors:
         )
     out = rename(tensors, GOOGLE_VIT)
     for name, tensor in out.items():
-        out[name] = _turn_jax(name, tensor)
+        out[name] = _transpose(name, tensor)
     return without_pre_logits(join(out, "qkv"))
 
 
-def _turn_jax(name: str, tensor: Tensor) -> Tensor:
-    """Inputs first to outputs first; heads become one dimension. Other shapes stay, for the fit to refuse."""
+def _transpose(name: str, tensor: Tensor) -> Tensor:
+    """Outputs first, heads merged into one dimension. Other shapes are left for strict loading to refuse."""
     attention = re.search(r"\.attn\.(q|k|v|proj)\.(weight|bias)$", name)
     match (attention.group(1, 2) if attention else (None, None)), tensor.ndim:
         case (("q" | "k" | "v"), "weight"), 3:  # C H D

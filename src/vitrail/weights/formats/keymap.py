@@ -1,4 +1,4 @@
-"""What checkpoint layouts share: rules that rename tensors, and the few steps that are more than a new name."""
+"""Shared by all checkpoint formats: rules that rename tensors, and conversions of several tensors."""
 
 import re
 
@@ -9,18 +9,18 @@ from vitrail.errors import WeightsError
 from vitrail.utils.text import format_shape, printable
 from vitrail.weights.tensors import Tensors
 
-Rules = dict[str, str | None]  # pattern of the whole name -> our name; None: known, and of no use to the model
+Rules = dict[str, str | None]  # pattern of the full name -> our name; None: known and unused
 
 PARAM = r"\.(weight|bias)"
 BUFFERS = r"\.(weight|bias|running_mean|running_var|num_batches_tracked)"
-WHY_BUFFER = "a constant that the model computes itself"
+WHY_BUFFER = "a constant that the model computes"
 
 
 def rename(tensors: Tensors, rules: Rules, why_unused: str = "this model has no such layer") -> Tensors:
-    """Apply the first rule that fits each name.
+    """Apply the first rule that matches each name.
 
     Raises:
-        WeightsError: two tensors come to the same name.
+        WeightsError: two tensors get the same name.
     """
     compiled = [(re.compile(pattern), new) for pattern, new in rules.items()]
     out = tensors.empty_copy()
@@ -36,10 +36,10 @@ def rename(tensors: Tensors, rules: Rules, why_unused: str = "this model has no 
 
 
 def put(out: Tensors, name: str, tensor: Tensor, origin: str) -> None:
-    """Add a tensor under its new name; two under one name are an error, not a choice."""
+    """Add a tensor under its new name. Raises WeightsError if the name is taken."""
     if name in out:
         raise WeightsError(
-            f"the file holds {name} twice, as {printable(out.file_name(name))} and as {printable(origin)}: remove one"
+            f"the file contains {name} twice, as {printable(out.file_name(name))} and {printable(origin)}: remove one"
         )
     out[name] = tensor
     if origin != name:
@@ -47,21 +47,18 @@ def put(out: Tensors, name: str, tensor: Tensor, origin: str) -> None:
 
 
 def join(tensors: Tensors, part: str) -> Tensors:
-    """Put x.q, x.k and x.v (`part` is "qkv", weights and biases) together as x.qkv, rows in that order.
-
-    A group that is not whole is left as it is.
-    """
+    """Concatenate x.q, x.k and x.v to x.qkv (`part` is "qkv"), weights and biases. Incomplete groups are kept."""
     out = tensors.empty_copy()
     groups: dict[str, dict[str, str]] = {}
     for name in tensors:
         if match := re.fullmatch(rf"(.+)\.([{part}])\.(weight|bias)", name):
             groups.setdefault(f"{match[1]}.{part}.{match[3]}", {})[match[2]] = name
-    whole = {new: [parts[letter] for letter in part] for new, parts in groups.items() if len(parts) == len(part)}
-    taken = {name for parts in whole.values() for name in parts}
+    complete = {new: [parts[letter] for letter in part] for new, parts in groups.items() if len(parts) == len(part)}
+    joined = {name for parts in complete.values() for name in parts}
     for name, tensor in tensors.items():
-        if name not in taken:
+        if name not in joined:
             put(out, name, tensor, tensors.file_name(name))
-    for new, parts in whole.items():
+    for new, parts in complete.items():
         if len({tensors[name].shape for name in parts}) > 1 or not tensors[parts[0]].ndim:
             shapes = (f"{printable(tensors.file_name(name))} is {format_shape(tensors[name].shape)}" for name in parts)
             raise WeightsError(f"cannot join tensors of different shapes: {'; '.join(shapes)}")
@@ -83,10 +80,10 @@ def drop_head(tensors: Tensors, why: str) -> None:
 
 
 def without_pre_logits(tensors: Tensors) -> Tensors:
-    """The first ViTs had a layer between features and head. timm left it out, and with it that head has no meaning."""
+    """Remove pre_logits, a layer between features and head that timm's ViT lacks, and the head trained on it."""
     layer = [name for name in tensors if name.startswith("pre_logits.")]
     if layer:
-        drop_head(tensors, "it reads a 'pre_logits' layer that this model does not have")
+        drop_head(tensors, "its input is a 'pre_logits' layer, which this model does not have")
     for name in layer:
         del tensors[name]
         tensors.unused[tensors.file_name(name)] = "this model has no pre_logits layer"
@@ -94,7 +91,7 @@ def without_pre_logits(tensors: Tensors) -> Tensors:
 
 
 def shift_merging(tensors: Tensors) -> Tensors:
-    """Swin: where patches are merged at the end of a stage, put that at the beginning of the next one, as in timm."""
+    """Swin: move patch merging from the end of a stage to the beginning of the next one, as in timm."""
     out = tensors.empty_copy()
     out.outside = tensors.outside
     for name, tensor in tensors.items():

@@ -1,6 +1,6 @@
-"""timm's own names, and what the authors of DeiT, DINO, DINOv2, Swin and ConvNeXt publish in nearly the same ones.
+"""Names of timm, and those of the authors of DeiT, DINO, DINOv2, Swin and ConvNeXt.
 
-Read off timm 1.0.31, facebookresearch/deit, dino, dinov2 and ConvNeXt, microsoft/Swin-Transformer.
+Taken from timm 1.0.31, facebookresearch/deit, dino, dinov2 and ConvNeXt, microsoft/Swin-Transformer.
 """
 
 from vitrail.weights.formats.keymap import BUFFERS, PARAM, WHY_BUFFER, Rules, rename, shift_merging, without_pre_logits
@@ -21,15 +21,14 @@ TIMM_VIT: Rules = {
 
 def timm_vit(tensors: Tensors) -> Tensors:
     """timm's VisionTransformer and VisionTransformerDistilled; the DeiT and DINO authors' files are the same."""
-    out = rename(tensors, TIMM_VIT)
-    return without_pre_logits(out)
+    return without_pre_logits(rename(tensors, TIMM_VIT))
 
 
 AUTHORS_VIT: Rules = {
     r"(blocks\.\d+)\.gamma_([12])": r"\1.ls\2.gamma",  # DeiT III
     r"register_tokens": "reg_token",  # DINOv2
     r"mask_token": None,
-    # DINOv2's training code keeps its blocks in chunks.
+    # blocks in chunks, as in DINOv2's training code
     rf"blocks\.\d+\.(\d+)\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2){PARAM}": r"blocks.\1.\2.\3",
     r"blocks\.\d+\.(\d+)\.(ls[12])\.gamma": r"blocks.\1.\2.gamma",
     **TIMM_VIT,
@@ -38,7 +37,7 @@ AUTHORS_VIT: Rules = {
 
 def authors_vit(tensors: Tensors) -> Tensors:
     """DeiT III's gamma_1 and gamma_2, DINOv2's registers and mask token; the rest is timm's."""
-    return rename(tensors, AUTHORS_VIT, "a token for training by masked images")
+    return rename(tensors, AUTHORS_VIT, "a token for masked image modeling")
 
 
 _SWIN_BLOCK = r"(layers\.\d+\.blocks\.\d+)\."
@@ -67,7 +66,7 @@ AUTHORS_SWIN: Rules = {
 
 
 def authors_swin(tensors: Tensors) -> Tensors:
-    """Microsoft's Swin: patches are merged at the end of a stage; in timm at the beginning of the next one."""
+    """Microsoft's Swin."""
     return shift_merging(rename(tensors, AUTHORS_SWIN, WHY_BUFFER))
 
 

@@ -1,4 +1,4 @@
-"""torchvision's names (0.28, and those of its older files). Its ResNet has timm's names: see `layouts_timm.py`."""
+"""torchvision's names (0.28, and those of its older files). Its ResNet has timm's names (`timm.py`)."""
 
 from vitrail.weights.formats.keymap import PARAM, WHY_BUFFER, Rules, rename, without_pre_logits
 from vitrail.weights.tensors import Tensors
@@ -35,25 +35,25 @@ TORCHVISION_CONVNEXT: Rules = {
     rf"classifier\.0{PARAM}": r"head.norm.\1",
     rf"classifier\.2{PARAM}": r"head.fc.\1",
 }
-for _stage in range(4):  # torchvision counts stages and the layers between them alike: features.1 to features.7
-    _here, _before = rf"features\.{2 * _stage + 1}\.(\d+)\.", rf"features\.{2 * _stage}\."
+for _stage in range(4):  # stages and the downsampling between them: features.1 to features.7
+    _block, _downsample = rf"features\.{2 * _stage + 1}\.(\d+)\.", rf"features\.{2 * _stage}\."
     TORCHVISION_SWIN |= {
-        rf"{_here}(norm1|norm2|attn\.qkv|attn\.proj){PARAM}": rf"layers.{_stage}.blocks.\1.\2.\3",
-        rf"{_here}mlp\.0{PARAM}": rf"layers.{_stage}.blocks.\1.mlp.fc1.\2",
-        rf"{_here}mlp\.3{PARAM}": rf"layers.{_stage}.blocks.\1.mlp.fc2.\2",
-        rf"{_here}attn\.relative_position_bias_table": rf"layers.{_stage}.blocks.\1.attn.relative_position_bias_table",
-        rf"{_here}attn\.relative_position_index": None,
+        rf"{_block}(norm1|norm2|attn\.qkv|attn\.proj){PARAM}": rf"layers.{_stage}.blocks.\1.\2.\3",
+        rf"{_block}mlp\.0{PARAM}": rf"layers.{_stage}.blocks.\1.mlp.fc1.\2",
+        rf"{_block}mlp\.3{PARAM}": rf"layers.{_stage}.blocks.\1.mlp.fc2.\2",
+        rf"{_block}attn\.relative_position_bias_table": rf"layers.{_stage}.blocks.\1.attn.relative_position_bias_table",
+        rf"{_block}attn\.relative_position_index": None,
     }
     TORCHVISION_CONVNEXT |= {
-        rf"{_here}layer_scale": rf"stages.{_stage}.blocks.\1.gamma",
-        rf"{_here}block\.0{PARAM}": rf"stages.{_stage}.blocks.\1.conv_dw.\2",
-        rf"{_here}block\.2{PARAM}": rf"stages.{_stage}.blocks.\1.norm.\2",
-        rf"{_here}block\.3{PARAM}": rf"stages.{_stage}.blocks.\1.mlp.fc1.\2",
-        rf"{_here}block\.5{PARAM}": rf"stages.{_stage}.blocks.\1.mlp.fc2.\2",
+        rf"{_block}layer_scale": rf"stages.{_stage}.blocks.\1.gamma",
+        rf"{_block}block\.0{PARAM}": rf"stages.{_stage}.blocks.\1.conv_dw.\2",
+        rf"{_block}block\.2{PARAM}": rf"stages.{_stage}.blocks.\1.norm.\2",
+        rf"{_block}block\.3{PARAM}": rf"stages.{_stage}.blocks.\1.mlp.fc1.\2",
+        rf"{_block}block\.5{PARAM}": rf"stages.{_stage}.blocks.\1.mlp.fc2.\2",
     }
     if _stage:
-        TORCHVISION_SWIN[rf"{_before}(norm|reduction){PARAM}"] = rf"layers.{_stage}.downsample.\1.\2"
-        TORCHVISION_CONVNEXT[rf"{_before}([01]){PARAM}"] = rf"stages.{_stage}.downsample.\1.\2"
+        TORCHVISION_SWIN[rf"{_downsample}(norm|reduction){PARAM}"] = rf"layers.{_stage}.downsample.\1.\2"
+        TORCHVISION_CONVNEXT[rf"{_downsample}([01]){PARAM}"] = rf"stages.{_stage}.downsample.\1.\2"
 
 
 def torchvision_swin(tensors: Tensors) -> Tensors:
@@ -62,7 +62,7 @@ def torchvision_swin(tensors: Tensors) -> Tensors:
 
 
 def torchvision_convnext(tensors: Tensors) -> Tensors:
-    """torchvision's ConvNeXt, whose layer scale has two dimensions of one more."""
+    """torchvision's ConvNeXt, whose layer scale is C 1 1."""
     out = rename(tensors, TORCHVISION_CONVNEXT)
     for name, tensor in out.items():
         if name.endswith(".gamma") and tensor.shape[1:] == (1, 1):

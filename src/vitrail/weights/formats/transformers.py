@@ -1,4 +1,4 @@
-"""transformers' names: those that its files have, and those of its modules since version 5 (read off 5.23)."""
+"""Names of transformers: those of its files, and those of its modules since version 5 (taken from 5.23)."""
 
 import re
 
@@ -8,14 +8,14 @@ from vitrail.weights.tensors import Tensors
 _HF_LAYER = r"(?:vit\.|deit\.|dinov2\.|dinov2_with_registers\.)?(?:encoder\.layer|layers|encoder\.layers)\.(\d+)\."
 _HF_EMBEDDINGS = r"(?:vit\.|deit\.|dinov2\.|dinov2_with_registers\.)?embeddings\."
 _HF_TOP = r"(?:vit\.|deit\.|dinov2\.|dinov2_with_registers\.)?"
-WHY_POOLER = "transformers' pooler or mask token, which the logits do not use"
+WHY_POOLER = "transformers' pooler or mask token, which does not affect the logits"
 
 
 def _hf_attention(layer: str, here: str, inner: str) -> Rules:
-    """Query, key, value and output of one layer; `inner` is the word that old names repeat."""
+    """Query, key, value and output projection of one layer; `inner`: module in the old names."""
     rules: Rules = {
-        rf"{layer}attention\.(?:{inner}\.{word}|{word[0]}_proj){PARAM}": rf"{here}.attn.{word[0]}.\g<{{last}}>"
-        for word in ("query", "key", "value")
+        rf"{layer}attention\.(?:{inner}\.{name}|{name[0]}_proj){PARAM}": rf"{here}.attn.{name[0]}.\g<{{last}}>"
+        for name in ("query", "key", "value")
     }
     rules[rf"{layer}attention\.(?:output\.dense|o_proj){PARAM}"] = rf"{here}.attn.proj.\g<{{last}}>"
     last = re.compile(layer).groups + 1
@@ -51,7 +51,7 @@ TRANSFORMERS_VIT: Rules = {
 
 
 def transformers_vit(tensors: Tensors) -> Tensors:
-    """transformers' ViT, and DeiT with a teacher (two heads) or without (one head, that reads the class token)."""
+    """transformers' ViT, and DeiT with a teacher (two heads) or without (one head, on the class token)."""
     return join(rename(tensors, TRANSFORMERS_VIT, WHY_POOLER), "qkv")
 
 
@@ -70,7 +70,7 @@ def transformers_dinov2(tensors: Tensors) -> Tensors:
     head, token = out.get("head.weight"), out.get("cls_token")
     if head is not None and token is not None and head.shape[-1:] == (2 * token.shape[-1],):
         drop_head(
-            out, "it reads the class token and the patches' mean side by side; this model's head reads one of them"
+            out, "its input is the class token and the mean patch token concatenated, which this model does not support"
         )
     return out
 
