@@ -26,7 +26,7 @@ from vitrail.training.monitoring.report import write_report
 from vitrail.training.monitoring.report_data import report_details
 from vitrail.training.monitoring.summary import say_result, summarise
 from vitrail.training.monitoring.trackers import check_trackers
-from vitrail.training.objectives.teacher import Source, lasting_name
+from vitrail.training.objectives.teacher import Source, config_name
 from vitrail.training.probe import check_probe_keys, result_lines, run_probe
 from vitrail.training.resources.batch_size import fit_batch_size, memory_advice
 from vitrail.training.resources.forecast import estimate_cost
@@ -127,7 +127,7 @@ def _parse(given: Mapping[str, Any]) -> tuple[TrainConfig, nn.Module | None, Cla
     if isinstance(model, nn.Module):
         del values["model"]
     if teacher is not None:
-        values["teacher"] = lasting_name(teacher)
+        values["teacher"] = config_name(teacher)
     return (
         make_config(values),
         model if isinstance(model, nn.Module) else None,

@@ -31,7 +31,7 @@ from vitrail.training.engine.trainer import Trainer
 from vitrail.training.objectives.classification import Classify
 from vitrail.training.objectives.distillation import Distill, Hard, Soft
 from vitrail.training.objectives.teacher import TeacherLogits
-from vitrail.training.objectives.teacher_cache import Stored, _images
+from vitrail.training.objectives.teacher_cache import StoredLogits, _images
 from vitrail.training.run import train
 
 PREPROCESS = Preprocess(size=(8, 8), mean=(0.5,), std=(0.25,), channels=1)
@@ -191,7 +191,7 @@ def lines_of(session: Any) -> str:
 def test_the_scheme_suits_the_student(teacher: Path, token_student: None) -> None:
     session = tiny.session(teacher=str(teacher))
     assert session.trainer.task.scheme == Hard()
-    assert "the distillation token learns its best class (hard), 50% of the loss" in lines_of(session)
+    assert "hard, distillation token, 50% of the loss" in lines_of(session)
     session = tiny.session(teacher=str(teacher), distill="soft", temperature=3.0, distill_weight=0.1)
     assert session.trainer.task.scheme == Soft(3.0)
     assert session.trainer.task.weight == 0.1
@@ -202,7 +202,7 @@ def test_the_scheme_suits_the_student(teacher: Path, token_student: None) -> Non
 
 def test_without_a_token_the_logits_learn(teacher: Path) -> None:
     assert tiny.session(teacher=str(teacher)).trainer.task.scheme == Soft(1.0)
-    assert "the logits learn its probabilities (soft, temperature 1)" in lines_of(tiny.session(teacher=str(teacher)))
+    assert "soft, temperature 1," in lines_of(tiny.session(teacher=str(teacher)))
     assert tiny.session(teacher=str(teacher), distill="hard").trainer.task.scheme == Hard()
 
 
@@ -249,13 +249,13 @@ def test_the_teacher_sees_each_view_its_own_way(teacher: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"distill": "hard"}, "distill changes nothing without a teacher"),
-        ({"distill_weight": 0.1}, "distill_weight changes nothing"),
-        ({"temperature": 2.0}, "temperature changes nothing"),
-        ({"teacher_outputs": "there"}, "teacher_outputs changes nothing"),
+        ({"distill": "hard"}, "distill .*without a teacher"),
+        ({"distill_weight": 0.1}, "distill_weight .*without a teacher"),
+        ({"temperature": 2.0}, "temperature .*without a teacher"),
+        ({"teacher_outputs": "there"}, "teacher_outputs .*without a teacher"),
         ({"teacher": "resnet18"}, "the teacher cannot be opened"),
         ({"teacher": "missing.onnx"}, "check the path"),
-        ({"teacher": True, "distill": "hard", "temperature": 2.0}, "temperature is for distill=soft"),
+        ({"teacher": True, "distill": "hard", "temperature": 2.0}, "temperature .*distill=soft"),
         ({"teacher": True, "distill_weight": 1.5}, "less than or equal to 1"),
         ({"teacher": True, "probe": True}, "teacher .* probe"),
     ],
@@ -474,7 +474,7 @@ def test_damage_is_asked_again_and_nothing_else(tmp_path: Path, teacher: Path, c
 def test_steps_that_are_tried_out_are_not_stored(tmp_path: Path, teacher: Path) -> None:
     session = tiny.session(teacher=str(teacher), teacher_outputs=str(tmp_path / "store"))
     stored = session.trainer.task.teacher
-    assert isinstance(stored, Stored)
+    assert isinstance(stored, StoredLogits)
     each = session.trainer.view(next(session.loader.epoch(0)), 0)
     stored(each)
     assert not (tmp_path / "store").exists()
@@ -484,7 +484,7 @@ def test_steps_that_are_tried_out_are_not_stored(tmp_path: Path, teacher: Path) 
     stored.begin()
     assert torch.equal(stored(each), said)
     assert (stored.asked, stored.replayed) == (20, 10)
-    assert "10 are there" in stored.line
+    assert "10 stored" in stored.line
 
 
 def test_a_store_that_is_not_what_it_says_is_refused(tmp_path: Path, teacher: Path) -> None:
@@ -494,7 +494,7 @@ def test_a_store_that_is_not_what_it_says_is_refused(tmp_path: Path, teacher: Pa
     facts = json.loads(about.read_text())
     assert facts["settings"]["seed"] == 0
     about.write_text("{}")
-    with pytest.raises(VitrailError, match="not what its name says"):
+    with pytest.raises(VitrailError, match=r"store\.json"):
         teach(tmp_path / "two", teacher, teacher_outputs=store, epochs=0.2)
     (tmp_path / "file").write_text("")
     with pytest.raises(VitrailError, match="file: choose a folder for teacher_outputs"):

@@ -28,7 +28,7 @@ from vitrail.training.engine.batch_augmenter import View
 from vitrail.training.objectives.teacher import (
     Adapt,
     TeacherLogits,
-    lasting_name,
+    config_name,
     match_classes,
     open_teacher,
 )
@@ -116,7 +116,7 @@ def test_classes_are_matched_by_name() -> None:
     known = ("ant", "bee", "cat", "dog")
     assert match_classes(known, 4, known, "t") == (None, "")
     assert match_classes(known, 4, ("dog", "cat", "bee", "ant"), "t") == ([3, 2, 1, 0], "")
-    assert match_classes(known, 4, ("cat", "ant"), "t") == ([2, 0], "2 of its 4 classes are asked for")
+    assert match_classes(known, 4, ("cat", "ant"), "t") == ([2, 0], "2 of its 4 classes are used")
     with pytest.raises(VitrailError, match=r"'cats' \(did you mean 'cat'.*\) and 1 more"):
         match_classes(known, 4, ("cats", "ant", "dogs"), "t")
 
@@ -188,11 +188,11 @@ def test_the_precision_is_the_teachers_and_not_the_students() -> None:
 def test_a_saved_model_a_timm_model_and_a_catalog_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("one", "two", "three")
     Classifier(resnet(3, 1).eval(), GREY, names, architecture="resnet20_32").save(tmp_path / "m")
-    teacher = open_teacher(lasting_name(tmp_path / "m"))
+    teacher = open_teacher(config_name(tmp_path / "m"))
     assert teacher.class_names == names
     assert teacher.preprocess == GREY
-    assert "sees 8x8 pixels in grey" in teacher.words
-    assert f"{sum(p.numel() for p in teacher.model.parameters()):,} parameters" in teacher.words
+    assert "sees 8x8 pixels in grey" in teacher.description
+    assert f"{sum(p.numel() for p in teacher.model.parameters()):,} parameters" in teacher.description
 
     made = timm.create_model("resnet10t", num_classes=3)
     teacher = open_teacher(made)
@@ -200,8 +200,8 @@ def test_a_saved_model_a_timm_model_and_a_catalog_name(tmp_path: Path, monkeypat
     assert teacher.class_names is None
 
     monkeypatch.chdir(tmp_path)
-    assert lasting_name("m") == str(tmp_path / "m")
-    assert lasting_name("resnet18") == "resnet18"
+    assert config_name("m") == str(tmp_path / "m")
+    assert config_name("resnet18") == "resnet18"
     with pytest.raises(VitrailError, match=r"the teacher cannot be opened: .*\(did you mean '?resnet"):
         open_teacher("resnet99")
 
@@ -315,7 +315,7 @@ def test_an_onnx_file_teaches(shape: list[Any], tmp_path: Path) -> None:
     x = (grey.float().repeat(1, 3, 1, 1) / 255 - 0.5) / 0.25
     expected = GREY.normalize(grey).flatten(1).numpy() @ weight[:, [1, 2]]
     np.testing.assert_allclose(answers(view(x)).numpy(), expected, rtol=1e-4, atol=1e-4)
-    assert answers.notes == "; 2 of its 3 classes are asked for"
+    assert answers.notes == "; 2 of its 3 classes are used"
 
 
 def test_an_onnx_file_that_says_nothing(tmp_path: Path) -> None:

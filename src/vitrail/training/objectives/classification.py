@@ -1,4 +1,7 @@
-"""What the loss is. The loop calls a task and knows none by name."""
+"""The training objective: a task that returns the loss, and cross-entropy with labels.
+
+Shapes: B batch, K classes.
+"""
 
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -6,26 +9,24 @@ from typing import Literal, Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.errors import VitrailError
+from vitrail.errors import ConfigError
 from vitrail.training.engine.batch_augmenter import View
 
 
 class Task(Protocol):
-    """The mean loss of a view, a scalar that can be differentiated."""
+    """The mean loss of a batch: a scalar with gradients."""
 
     def __call__(self, model: nn.Module, view: View) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Classify:
-    """Cross-entropy with label smoothing, 0 <= smoothing < 1, on class numbers or on shares.
+    """Cross-entropy with label smoothing, 0 <= smoothing < 1, on class indices or soft targets.
 
-    With kind "bce", the binary cross-entropy of each class by itself, in the mean over classes (Wightman et al.,
-    "ResNet strikes back", 2021, https://arxiv.org/abs/2110.00476): a mixed image is of both its classes, and not half
-    of each. There, shares above the threshold become 1 and others 0; None: they stay.
+    With kind "bce", binary cross-entropy, averaged over classes (Wightman et al., "ResNet strikes back", 2021,
+    https://arxiv.org/abs/2110.00476). Soft targets above the threshold become 1 and others 0; None: unchanged.
 
-    Of a model that gives two outputs in training (DeiT's two heads) each learns the same target, and the loss is their
-    mean.
+    For a model with two outputs in training (DeiT's two heads), the mean of both losses.
     """
 
     smoothing: float = 0.0
@@ -34,7 +35,7 @@ class Classify:
 
     def __post_init__(self) -> None:
         if self.threshold is not None and self.kind != "bce":
-            raise VitrailError("bce_threshold belongs to loss=bce: set that too, or leave it out")
+            raise ConfigError("bce_threshold needs loss=bce: set it, or leave out bce_threshold")
 
     def __call__(self, model: nn.Module, view: View) -> Tensor:
         output = model(view.images)
@@ -59,7 +60,7 @@ class Classify:
         return total / len(view)
 
     def _binary(self, logits: Tensor, view: View) -> Tensor:
-        """With class weights, an image counts as much as they say of its shares."""
+        """Binary cross-entropy. The weight of an image is the mean of its classes' weights."""
         hard = not view.targets.is_floating_point()
         shares = F.one_hot(view.targets, logits.shape[1]).to(logits.dtype) if hard else view.targets
         targets = shares * (1 - self.smoothing) + self.smoothing / logits.shape[1]

@@ -1,8 +1,7 @@
-"""A teacher: any classifier whose answers a student learns from; how it is opened, and what it is shown.
+"""The teacher of a distillation: how it is opened, and how its input and output are adapted to the student.
 
-The teacher sees the very view that the student sees, prepared its own way: the student's normalisation is undone,
-colours become grey or grey becomes colours, the size is changed where it differs, and the teacher's normalisation is
-applied, in one pass where the images are. Of its answer the student's classes are kept, matched by name.
+The teacher sees the same augmented view as the student. The student's normalisation is undone, channels and size are
+converted, and the teacher's normalisation is applied, on the device. The student's classes are selected by name.
 
 Shapes: B batch, C channels, H W height and width, K classes.
 """
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.classifier import Classifier, resolve_model
-from vitrail.errors import VitrailError, did_you_mean
+from vitrail.errors import ConfigError, ModelError, VitrailError, did_you_mean
 from vitrail.images.preprocess import Preprocess
 from vitrail.inference.onnx_runtime import OnnxModel
 from vitrail.inference.torch_runtime import autocast
@@ -29,19 +28,18 @@ from vitrail.utils.device import uses_bf16
 from vitrail.utils.fingerprint import model_fingerprint
 from vitrail.utils.text import one_line
 
-_GIVEN = "python:"  # how a run's config names a teacher that was passed as an object
-_GREY = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow makes grey of colours
+_GIVEN = "python:"  # prefix, in the config, of a teacher that was passed as an object
+_GREY = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow converts RGB to grey
 
 Source = str | Path | Classifier | nn.Module
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """Something that answers images with logits.
+    """A classifier that returns logits.
 
-    model: float B C H W, normalised its way, to B K. preprocess: its own way; None: it is shown what the student sees.
-    class_names: None where nobody knows them. identity: a word that changes when its weights do. notes: what was
-    assumed.
+    model: normalised float B C H W to B K. preprocess: None if unknown: the student's is used. class_names: None if
+    unknown. identity: a fingerprint of the weights. notes: assumptions that were made.
     """
 
     name: str
@@ -53,8 +51,8 @@ class Teacher:
     notes: tuple[str, ...] = ()
 
     @property
-    def words(self) -> str:
-        """Its name, its size and what it sees, for a line."""
+    def description(self) -> str:
+        """Name, size and input."""
         sees = ""
         if self.preprocess is not None:
             height, width = self.preprocess.size
@@ -62,8 +60,8 @@ class Teacher:
         return f"{self.name}, {self.size}{sees}"
 
 
-def lasting_name(source: Source) -> str:
-    """How a run's config names its teacher: a path by the whole of it; an object by its class and its weights."""
+def config_name(source: Source) -> str:
+    """The teacher in a run's config: an absolute path, a name, or class and fingerprint of an object."""
     if isinstance(source, Classifier | nn.Module):
         model = source.model if isinstance(source, Classifier) else source
         return f"{_GIVEN}{type(model).__name__}:{model_fingerprint(model)[:16]}"
@@ -71,10 +69,10 @@ def lasting_name(source: Source) -> str:
 
 
 def open_teacher(source: Source) -> Teacher:
-    """What MODEL names, an .onnx file, or the caller's own classifier or module.
+    """Open a teacher: a MODEL, an .onnx file, or a classifier or module passed by the caller.
 
     Raises:
-        VitrailError: there is none, or it has no head for classes.
+        VitrailError: of the kind that fits the problem; ModelError if it has no classification head.
     """
     if isinstance(source, nn.Module):
         return _of_module(copy.deepcopy(source))  # the caller's own may be trained, moved, or be the student itself
@@ -82,7 +80,7 @@ def open_teacher(source: Source) -> Teacher:
         return _of_classifier(source, copy.deepcopy(source.model), source.architecture)
     word = str(source)
     if word.startswith(_GIVEN):
-        raise VitrailError(f"this run's teacher was passed from Python ({word}): pass it again, as teacher=")
+        raise ConfigError(f"this run's teacher was passed from Python ({word}): pass it again, as teacher=")
     try:
         if word.lower().endswith(".onnx"):
             found = OnnxModel(Path(word).expanduser())
@@ -95,24 +93,24 @@ def open_teacher(source: Source) -> Teacher:
             classifier = resolve_model(word)
         return _of_classifier(classifier, classifier.model, word, tuple(str(warning.message) for warning in caught))
     except VitrailError as error:
-        raise VitrailError(f"the teacher cannot be opened: {error}") from None
+        raise type(error)(f"the teacher cannot be opened: {error}") from None
 
 
 def _of_classifier(classifier: Classifier, model: nn.Module, name: str, notes: tuple[str, ...] = ()) -> Teacher:
     if not classifier.class_names:
-        raise VitrailError(f"the teacher {name} has no head for classes, and gives features: name one that classifies")
+        raise ModelError(f"the teacher {name} has no head for classes: use a classifier")
     if name != classifier.architecture:
         name = f"{name} ({classifier.architecture})"
     return _teacher(name, model, classifier.preprocess, classifier.class_names, notes)
 
 
 def _of_module(module: nn.Module) -> Teacher:
-    """A module in timm's interface or any other; what it does not say of itself is taken to be as the student's."""
+    """Any module; without timm's `pretrained_cfg`, the student's preprocessing is used."""
     from collections.abc import Mapping
 
     record, names = getattr(module, "pretrained_cfg", None), getattr(module, "class_names", None)
     preprocess = Preprocess.from_timm(record) if isinstance(record, Mapping) else None
-    notes = () if preprocess else ("it says nothing of its preprocessing: it is shown what the student sees",)
+    notes = () if preprocess else ("it has no preprocessing: the student's is used",)
     return _teacher(type(module).__name__, module, preprocess, tuple(names) if names else None, notes)
 
 
@@ -123,9 +121,9 @@ def _teacher(
     class_names: tuple[str, ...] | None,
     notes: tuple[str, ...] = (),
 ) -> Teacher:
-    """The model as a teacher: in eval mode, and without gradients."""
+    """The model as a teacher, in eval mode and without gradients."""
     if getattr(model, "num_classes", None) == 0:
-        raise VitrailError(f"the teacher {name} has no head for classes, and gives features: name one that classifies")
+        raise ModelError(f"the teacher {name} has no head for classes: use a classifier")
     model.eval().requires_grad_(False)
     size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
     return Teacher(name, model, preprocess, class_names, model_fingerprint(model), size, notes)
@@ -134,8 +132,7 @@ def _teacher(
 class Adapt:
     """A student's images to a teacher's: float B C H W to float B C' H' W'.
 
-    The affine change comes after the resizing (both are linear, and the weights of the latter add up to 1), so where
-    only the normalisation differs it is one multiplication and addition, and where nothing does, nothing.
+    The normalisation is applied after resizing, which gives the same, as interpolation weights sum to 1.
     """
 
     def __init__(self, student: Preprocess, teacher: Preprocess, device: torch.device) -> None:
@@ -143,9 +140,9 @@ class Adapt:
             return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
 
         if {student.channels, teacher.channels} - {1, 3} and student.channels != teacher.channels:
-            raise VitrailError(
-                f"the teacher sees {teacher.channels} channels and the student {student.channels}: "
-                "only grey and colour can be made of one another"
+            raise ModelError(
+                f"the teacher has {teacher.channels} channels and the student {student.channels}: "
+                "only 1 and 3 channels can be converted"
             )
         mean, std = student.mean, student.std
         self.mixing: Tensor | None = None
@@ -176,33 +173,32 @@ class Adapt:
 def match_classes(
     known: tuple[str, ...] | None, count: int, wanted: Sequence[str], name: str
 ) -> tuple[list[int] | None, str]:
-    """The columns of the teacher's answer that are the student's classes, in order, and what there is to say of it.
+    """The columns of the teacher's logits for the wanted classes, None for all in their order; and a note.
 
-    known: the teacher's classes, `count` of them; None where they have no names, for which numbers from 0 stand too.
-    None for columns means: all, as they stand.
+    known: the teacher's `count` class names; None, or "0", "1", ..., if it has none.
 
     Raises:
-        VitrailError: the teacher lacks a class, or nobody can tell which is which.
+        ModelError: the teacher lacks a class, or has no class names and another number of classes.
     """
     if known is None or (not set(wanted) <= set(known) and known == tuple(str(n) for n in range(count))):
         if count != len(wanted):
-            raise VitrailError(
+            raise ModelError(
                 f"the teacher {name} has {count} classes without names, and the data {len(wanted)}: "
-                "which is which cannot be told"
+                "they cannot be matched"
             )
-        return None, "its classes have no names, and are taken to stand in the data's order"
+        return None, "its classes have no names; the data's order is assumed"
     place = {label: i for i, label in enumerate(known)}
     lacking = [label for label in wanted if label not in place]
     if lacking:
         more = f" and {len(lacking) - 1} more of the data's classes" if len(lacking) > 1 else ""
-        raise VitrailError(
+        raise ModelError(
             f"the teacher {name} does not know the class {lacking[0]!r}{did_you_mean(lacking[0], known)}{more}: "
-            "a teacher must know every class of the data, by the same name"
+            "it needs all classes of the data, with the same names"
         )
     columns = [place[label] for label in wanted]
     if columns == list(range(count)):
         return None, ""
-    return columns, "" if len(columns) == count else f"{len(columns)} of its {count} classes are asked for"
+    return columns, "" if len(columns) == count else f"{len(columns)} of its {count} classes are used"
 
 
 class TeacherLogits:
@@ -233,10 +229,10 @@ class TeacherLogits:
         self.notes = ""
 
     def check(self) -> None:
-        """One blank image through the teacher: what does not fit is found now, and not in the first step.
+        """Try a blank image, so that errors are raised before training.
 
         Raises:
-            VitrailError: it cannot take the image, gives no logits, or its classes are others.
+            ModelError: it cannot take the image, returns no logits, or its classes do not match.
         """
         blank = torch.zeros(1, self.student.channels, *self.student.size, device=self.device)
         name = self.teacher.name
@@ -245,13 +241,13 @@ class TeacherLogits:
         except (RuntimeError, ValueError, TypeError) as error:
             shown = blank.shape if self.adapt is None else self.adapt(blank).shape
             what = f"{shown[1]} channels of {shown[2]}x{shown[3]} pixels"
-            raise VitrailError(f"the teacher {name} cannot take {what}: {one_line(error)}") from error
+            raise ModelError(f"the teacher {name} cannot take {what}: {one_line(error)}") from error
         if not isinstance(answer, Tensor) or answer.dim() != 2 or len(answer) != 1 or answer.shape[1] < 1:
             kind = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
-            raise VitrailError(f"the teacher {name} gives {kind} for an image, not logits of shape (1, classes)")
+            raise ModelError(f"the teacher {name} gives {kind} for an image, not logits of shape (1, classes)")
         count, known = answer.shape[1], self.teacher.class_names
         if known is not None and len(known) != count:
-            raise VitrailError(f"the teacher {name} gives {count} logits and has {len(known)} class names")
+            raise ModelError(f"the teacher {name} gives {count} logits and has {len(known)} class names")
         columns, note = match_classes(known, count, self.class_names, name)
         self.columns = None if columns is None else torch.tensor(columns, device=self.device)
         self.notes = "".join(f"; {words}" for words in (note, *self.teacher.notes) if words)
