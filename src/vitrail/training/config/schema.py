@@ -89,7 +89,7 @@ class DataSettings(Settings):
     """Which images, and how they are split."""
 
     data: str = Field("", description="a folder of images, a dataset's name, wds: shards or an hf-dataset:")
-    data_dir: Annotated[str | None, Optional, Use.RESUME] = Field(None, description="folder of a named dataset's files")
+    data_dir: Annotated[PathText, Use.RESUME] = Field(None, description="folder of a named dataset's files")
     val_fraction: Annotated[float, Use.HELD_OUT] = Field(
         0.1, gt=0, lt=1, description="share of the training images used for validation if the data has no val split"
     )
@@ -104,9 +104,7 @@ class ModelSettings(Settings):
 
     model: str = Field("", description="a name from `vitrail models`")
     pretrained: bool = Field(False, description="start from the published weights")
-    weights: Annotated[str | None, Optional] = Field(
-        None, description="start from these weights: a file, a folder or hf:org/repo"
-    )
+    weights: PathText = Field(None, description="start from these weights: a file, a folder or hf:org/repo")
     probe: bool = Field(False, description="linear probe: freeze the model and fit a linear head to its features")
     img_size: Size = Field(None, description="input height and width, pixels; none: the model's own")
     fit: Literal["auto", "crop", "pad", "squash"] = Field(
