@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import balanced_accuracy_score
 
+from tolerance import assert_near
 from training import tiny
 from training.objectives.test_classification import LABELS, LOGITS, SHARES, Fixed
 from training.runs import assert_same, outcome, run
@@ -118,7 +119,7 @@ def test_accumulated_gradients_are_those_of_the_whole_weighed_batch(monkeypatch:
         trainer._accumulate_gradients(seen)
         gradients[parts] = {name: p.grad for name, p in trainer.model.named_parameters()}
     for name, value in gradients[1].items():
-        torch.testing.assert_close(gradients[3][name], value, rtol=1e-4, atol=1e-6, msg=name)
+        assert_near(gradients[3][name], value, name=name)
 
 
 @pytest.mark.parametrize("balance", ["sample", "loss"])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tolerance import assert_near
 from training import tiny
 from vitrail.data.augment.settings import Augment
 from vitrail.errors import ConfigError
@@ -241,14 +242,23 @@ def test_a_key_changes_what_another_does(key: str) -> None:
 
 @pytest.mark.parametrize("key", ["grad_checkpointing", "accumulate"])
 def test_memory_is_saved_without_changing_the_result(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to rounding: the same gradients. (Without batch norm, which sees its part of the batch alone.)"""
+    """Up to rounding: the same gradients. (Without batch norm, which sees its part of the batch alone.)
+
+    Gradients and not weights: the first updates of AdamW are g / |g|, which enlarges the rounding of a small gradient.
+    """
     from dataclasses import replace
 
     plain = replace(tiny.VARIANT, config=replace(tiny.CONFIG, stem="patch"))
     monkeypatch.setitem(tiny.VARIANTS, tiny.VARIANT.name, plain)
-    base, changed = tiny.trained(lr=1e-4), tiny.trained(lr=1e-4, **{key: 3 if key == "accumulate" else True})
+    gradients = []
+    for keys in ({}, {key: 3 if key == "accumulate" else True}):
+        one = tiny.session(**keys)
+        batch = next(one.loader.epoch(0))
+        one.trainer._accumulate_gradients(one.trainer.view(batch, 0))
+        gradients.append({name: p.grad for name, p in one.trainer.model.named_parameters()})
+    base, changed = gradients
     for name in base:
-        torch.testing.assert_close(changed[name], base[name], rtol=1e-3, atol=2e-5, msg=name)
+        assert_near(changed[name], base[name], name=name)
 
 
 def test_every_key_that_decides_the_training_is_changed_above() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tolerance import assert_near
 from training import tiny
 from vitrail.models.build import build_model
 from vitrail.training.engine.interrupt import Interrupt
@@ -75,7 +76,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
         gradients[parts] = {name: p.grad for name, p in trainer.model.named_parameters()}
         gradients[parts]["loss"] = loss
     for name, value in gradients[1].items():
-        torch.testing.assert_close(gradients[3][name], value, rtol=1e-4, atol=1e-6, msg=name)
+        assert_near(gradients[3][name], value, name=name)
 
 
 def test_a_step_draws_from_its_own_number_alone() -> None:

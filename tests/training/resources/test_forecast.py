@@ -156,9 +156,12 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     limit, none = tmp_path / "limit", tmp_path / "none"
     limit.write_text("12345\n")
     none.write_text("max\n")
-    free = available_memory(torch.device("cpu"))
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:  9000 kB\nMemAvailable:  4000 kB\n")
+    monkeypatch.setattr(memory, "_MEMINFO", meminfo)
+    monkeypatch.setattr(memory, "resident_memory", lambda: 1024)
     monkeypatch.setattr(memory, "_CGROUP_LIMITS", (none, tmp_path / "missing"))
-    assert available_memory(torch.device("cpu")) == pytest.approx(free, rel=0.2)
+    assert available_memory(torch.device("cpu")) == 4001 * 1024
     monkeypatch.setattr(memory, "_CGROUP_LIMITS", (limit, none))
     assert available_memory(torch.device("cpu")) == 12345
 
