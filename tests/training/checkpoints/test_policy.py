@@ -2,9 +2,9 @@
 
 import os
 import signal
-import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ import pytest
 from training import tiny
 from training.checkpoints.test_checkpoint import checkpoint
 from training.runs import run
+from vitrail.training import session
 from vitrail.training.checkpoints.checkpoint import find_checkpoints, load_checkpoint, save_checkpoint
 from vitrail.training.checkpoints.policy import CheckpointPolicy
 from vitrail.training.config.schema import make_config
@@ -133,14 +134,21 @@ def test_a_signal_ends_a_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 def test_checkpoints_of_a_tiny_model_cost_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spent, original = [], Session.save
+    """A checkpoint takes as long as 20 steps: the second is due as long as 1000 steps after the first began."""
+    clock, saved, step, save = SimpleNamespace(now=0.0), [], Trainer.step, session.save_checkpoint
 
-    def save(self: Session) -> None:
-        begin = time.perf_counter()
-        original(self)
-        spent.append(time.perf_counter() - begin)
+    def train_step(self: Trainer, batch: Any) -> None:
+        step(self, batch)
+        clock.now += 2**-10  # exact in floating point
 
-    monkeypatch.setattr(Session, "save", save)
-    summary = run(tmp_path / "run", epochs=200, checkpoint_every=None).report
-    assert summary["steps"] == 1000
-    assert sum(spent) < 0.05 * summary["seconds"], spent
+    def save_slowly(folder: Path, steps: int, *tensors: Any) -> None:
+        save(folder, steps, *tensors)
+        clock.now += 20 * 2**-10
+        saved.append(steps)
+
+    monkeypatch.setattr(session, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(Trainer, "step", train_step)
+    monkeypatch.setattr(session, "save_checkpoint", save_slowly)
+    summary = run(tmp_path / "run", epochs=320, checkpoint_every=None).report
+    assert summary["steps"] == 1600
+    assert saved == [200, 1180, 1600], "the last one ends the run"
