@@ -1,14 +1,16 @@
 """Every benchmark that takes minutes, one after the other: `python -m benchmarks`. Keep the machine otherwise idle."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
 
 SUPPORT = {"__init__", "__main__", "measure", "oracles", "peers"}
-HOURS = {"distillation", "small_recipe"}  # they train many models; run them by themselves
+APART = {"amp_widths", "distillation", "small_recipe"}  # run by themselves: for one processor, or of hours
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     for name in sorted(path.stem for path in Path(__file__).parent.glob("*.py")):
-        if name not in SUPPORT | HOURS:
+        if name not in SUPPORT | APART:
             print(f"== {name}", flush=True)
             subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)

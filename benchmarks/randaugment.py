@@ -5,6 +5,8 @@ it. The magnitude is 8: at DeiT's 9 timm now and then asks for a posterisation t
 interpolates bilinearly; DeiT has timm's bicubic.
 """
 
+import argparse
+
 import numpy as np
 import torch
 from PIL import Image
@@ -15,11 +17,11 @@ from benchmarks.measure import Comparison, interleave, publish
 from vitrail.data.augment.randaugment import DRAWS, rand_augment
 from vitrail.utils.counter_rng import uniform
 
-SIZE, BATCH, ROUNDS = 224, 64, 15
+SIZE, BATCH = 224, 64
 FILL = (124, 116, 104)
 
 
-def compare(kind: str) -> Comparison:
+def compare(kind: str, rounds: int) -> Comparison:
     """Batches of 64, other draws in each round, against timm with one interpolation."""
     from timm.data.auto_augment import rand_augment_transform
 
@@ -43,11 +45,18 @@ def compare(kind: str) -> Comparison:
         f"RandAugment, {BATCH} images of {SIZE}x{SIZE}",
         ("vitrail", ours),
         (f"timm, {kind}", theirs),
-        rounds=ROUNDS,
+        rounds=rounds,
         note="seconds of a batch; its 64 images over them are images/s",
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    publish("randaugment", [compare(kind) for kind in ("bicubic", "bilinear")])
+    publish("randaugment", [compare(kind, arguments.rounds) for kind in ("bicubic", "bilinear")])
+
+
+if __name__ == "__main__":
+    main()
