@@ -157,7 +157,7 @@ def test_debug_shows_where_an_error_comes_from(run: Run) -> None:
         (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 2, "error: runs/x: no space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "error: x: permission denied"),
         (KeyboardInterrupt(), 130, ""),
-        (ZeroDivisionError("oh"), 1, "error: ZeroDivisionError: oh; this is a fault in vitrail, please report it"),
+        (ZeroDivisionError("oh"), 1, "error: ZeroDivisionError: oh; this is a bug in vitrail, please report it"),
     ],
 )
 def test_what_becomes_of_an_exception(

@@ -1,6 +1,6 @@
-"""The command line. Each command has a file: it parses, makes one call of the library, and prints.
+"""The command line, one file per command: parse, one library call, print.
 
-Results go to stdout, everything else to stderr. A person's mistake is one line and exit status 2.
+Results go to stdout, everything else to stderr. A user's mistake is one line and exit status 2.
 """
 
 from vitrail.cli.app import main

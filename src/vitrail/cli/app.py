@@ -1,4 +1,4 @@
-"""The `vitrail` command: its sub-commands, and what becomes of errors. No command's own imports happen here."""
+"""The `vitrail` command: its sub-commands and how errors are reported. Commands import what they need when they run."""
 
 import os
 import shlex
@@ -21,14 +21,14 @@ from vitrail.errors import VitrailError
 
 app = typer.Typer(
     name="vitrail",
-    help="Vision Transformers on your own images: train, judge, predict.",
+    help="Train, evaluate and use Vision Transformers on your own images.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(add_help_option=False)(train)  # it has its own
+app.command(add_help_option=False)(train)  # train has its own --help
 for _command in (evaluate, predict, embed, models, push, report):
     app.command()(_command)
 
@@ -46,40 +46,41 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     pass
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with its exit status: 0, 2 for an error, 130 for Ctrl-C, 143 for SIGTERM."""
-    # PyTorch then asks Linux for large pages: a batch of 32 MiB or more comes anew in each step, and in pages of 4 KiB
-    # handing it out takes longer than filling it.
+    # PyTorch then asks Linux for huge pages: a batch of 32 MiB or more is allocated in each step, and page faults of
+    # 4 KiB take longer than filling it.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file's name need not be text
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    debug = "--debug" in words  # wherever it stands
+            stream.reconfigure(errors="backslashreplace")  # file names may not be valid text
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments  # in any position
     warnings.showwarning = _warn
-    words = [word for word in words if word != "--debug"]
     try:
-        status = _run(words, debug)
+        status = _run([argument for argument in arguments if argument != "--debug"], debug)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at the end
+    except BrokenPipeError:  # the reader, such as `head`, has exited
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports it again at exit
         status = 0
     sys.exit(status)
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    """Python's warnings as one line without the place in the code."""
+    """Python's warnings as one line without the source location."""
     print(f"warning: {message}", file=sys.stderr)
 
 
-def _run(words: list[str], debug: bool) -> int:
+def _run(arguments: list[str], debug: bool) -> int:
     try:
-        result: Any = app(words, prog_name="vitrail", standalone_mode=False, obj=shlex.join(["vitrail", *words]))
+        result: Any = app(
+            arguments, prog_name="vitrail", standalone_mode=False, obj=shlex.join(["vitrail", *arguments])
+        )
         return result if isinstance(result, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return 130
@@ -90,25 +91,22 @@ def _run(words: list[str], debug: bool) -> int:
         if text is None or debug:
             traceback.print_exc()
         if text != "" and not getattr(error, "reported_elsewhere", False):
-            print(f"error: {text or _words(error)}", file=sys.stderr)
+            bug = f"{type(error).__name__}: {error}; this is a bug in vitrail, please report it with the lines above"
+            print(f"error: {text or bug}", file=sys.stderr)
         return 1 if text is None else 2
 
 
 def _explain(error: Exception) -> str | None:
-    """One line for what a person can mend, "" where all is said; None for what is a fault of ours."""
+    """One line for an error of the user, "" if nothing is to be printed; None for a bug."""
     if isinstance(error, VitrailError):
         return str(error)
-    if hasattr(error, "format_message"):  # a wrong option or argument, by typer, which names its classes differently
+    if hasattr(error, "format_message"):  # typer: a wrong option or argument
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "vitrail"
-        if not error.format_message():  # no command was named, and the help stands there already
+        if not error.format_message():  # no command: typer has printed the help
             return ""
         return f"{error.format_message().rstrip('.')} (see `{command} --help`)"
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror.lower()}"
     return None
-
-
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}; this is a fault in vitrail, please report it with the lines above"

@@ -6,35 +6,24 @@ from typing import Annotated
 
 import typer
 
+from vitrail.cli.options import BatchSizeOption, DeviceOption, ModelArgument, PathsArgument, SizeOption, open_model
+
 
 def embed(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="A run, a model folder, a name, hf:org/repo, a checkpoint.", show_default=False
-        ),
-    ],
-    paths: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="PATH...", help="Images, folders (searched all the way down), patterns such as '*.jpg'."
-        ),
-    ],
+    model: ModelArgument,
+    paths: PathsArgument,
     out: Annotated[str, typer.Option(help="The file to write: .npy or .parquet.")] = "features.npy",
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images in a batch; by default by their size.")] = None,
-    img_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="See images at another size than in training: 384, or 320x192.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto: the best that is there.")] = "auto",
+    batch_size: BatchSizeOption = None,
+    img_size: SizeOption = None,
+    device: DeviceOption = None,
 ) -> None:
     """Write the features of images to a file: the input of the model's classification head, float32.
 
     OUT.json beside it describes the model and lists the paths of an .npy file's rows and the images that could not be
-    read. When the command is stopped or killed, the same command continues where it was.
+    read. If the command is interrupted, running it again continues.
 
     Example: `vitrail embed runs/photos holiday/ --out holiday.npy`
     """
-    from vitrail.cli.source import open_model
     from vitrail.cli.tables import stderr, stdout
     from vitrail.inference.feature_file import embed_to_file
 
@@ -42,7 +31,7 @@ def embed(
     try:
         result = embed_to_file(classifier.engine(), paths, out, batch_size=batch_size, progress=_progress)
     except KeyboardInterrupt:
-        stderr().print("stopped; the same command continues from here")
+        stderr().print("stopped; run the same command again to continue")
         raise
     stdout().print(f"{result.images:,} images, {result.features:,} features each, in {result.path}")
     for skipped in result.skipped:
@@ -54,5 +43,5 @@ def _progress(done: int, total: int) -> AbstractContextManager[Callable[[int], N
     from vitrail.cli.tables import stderr
 
     if done:
-        stderr().print(f"continuing: {done:,} of {total:,} images are done")
+        stderr().print(f"resuming after {done:,} of {total:,} images")
     return progress("images", total - done)

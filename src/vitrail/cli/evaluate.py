@@ -1,48 +1,46 @@
 """`vitrail evaluate`."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+from vitrail.cli.options import (
+    BatchSizeOption,
+    DataArgument,
+    DataDirOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    SizeOption,
+    SplitOption,
+    open_model,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from vitrail.evaluation.metrics import Evaluation
 
-_WORST = 10  # classes that are shown
+_WORST = 10  # classes in the table
 _LABEL = 28  # columns of a class's name
 
 
 def evaluate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="A run, a model folder, a name, hf:org/repo, a checkpoint.", show_default=False
-        ),
-    ],
-    data: Annotated[
-        str, typer.Argument(metavar="DATA", help="A folder, a dataset's name, wds: or hf-dataset:.", show_default=False)
-    ],
-    split: Annotated[
-        str | None, typer.Option(help="test, val or train; by default test where there is one, else val.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    data_dir: Annotated[str | None, typer.Option(help="Where a named dataset's files are.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at once; by default by their size.")] = None,
-    img_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="See images at another size than in training: 384, or 320x192.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto: the best that is there.")] = "auto",
+    model: ModelArgument,
+    data: DataArgument,
+    split: SplitOption = None,
+    json: JsonOption = False,
+    data_dir: DataDirOption = None,
+    batch_size: BatchSizeOption = None,
+    img_size: SizeOption = None,
+    device: DeviceOption = None,
 ) -> None:
-    """Judge a model on images: top-1, top-5, loss, calibration, and each class.
+    """Evaluate a model on a dataset: top-1, top-5, loss, calibration error, and accuracy per class.
 
-    The images are split as they were in training, and classes are matched by name. An image that cannot be read is left
-    out of the figures and named.
+    The data is split as in training, and classes are matched by name. Images that could not be read are listed and not
+    counted.
 
     Example: `vitrail evaluate runs/photos photos/ --split test`
     """
     from vitrail.cli.progress import progress
-    from vitrail.cli.source import open_model
 
     classifier = open_model(model, device, img_size)
     with progress("images") as advance:
@@ -64,24 +62,24 @@ def _print(result: "Evaluation", data: str) -> None:
     console.print(f"  top-1  {percent(result.top1, 2):>9}    top-5              {percent(result.top5, 2):>9}")
     console.print(f"  loss   {result.loss:>9.4f}    calibration error  {percent(100 * result.ece, 2):>9}")
     if uneven(result.per_class):
-        console.print(f"  mean of the classes' own top-1, which all count the same: {percent(result.balanced_top1, 2)}")
+        console.print(f"  balanced top-1 (mean over classes): {percent(result.balanced_top1, 2)}")
     console.print()
     worst = _worst(result, console.width)
-    console.print(worst if worst is not None else "  every image is right")
+    console.print(worst if worst is not None else "  all predictions are correct")
     for skipped in result.skipped:
         stderr().print(f"skipped: {skipped['path']} {skipped['reason']}", style="yellow")
 
 
 def _worst(result: "Evaluation", width: int) -> "Table | None":
-    """The classes with the most of their images wrong, and what those were taken for; None without any mistake."""
+    """The classes with the lowest top-1 and what they were predicted as; None if all predictions are correct."""
     from vitrail.cli.tables import cut, percent, table
 
-    wrong = [(row["top1"], k) for k, row in enumerate(result.per_class) if row["images"] and row["top1"] < 100]
+    imperfect = [(row["top1"], k) for k, row in enumerate(result.per_class) if row["images"] and row["top1"] < 100]
     rows = []
-    for top1, k in sorted(wrong)[:_WORST]:
-        row, taken = result.per_class[k], result.confusion[k].copy()
-        taken[k] = 0
-        others = [f"{result.class_names[j]} ({taken[j]})" for j in (-taken).argsort(kind="stable")[:3] if taken[j]]
+    for top1, k in sorted(imperfect)[:_WORST]:
+        row, wrong = result.per_class[k], result.confusion[k].copy()
+        wrong[k] = 0
+        others = [f"{result.class_names[j]} ({wrong[j]})" for j in (-wrong).argsort(kind="stable")[:3] if wrong[j]]
         rows.append([f"  {cut(row['label'], _LABEL)}", f"{row['images']:,}", percent(top1), ", ".join(others)])
-    headers = [("  worst classes", "<"), ("images", ">"), ("right", ">"), ("taken for", "<")]
+    headers = [("  worst classes", "<"), ("images", ">"), ("top-1", ">"), ("predicted as", "<")]
     return table(headers, rows, width) if rows else None

@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vitrail.cli.options import JsonOption
+
 if TYPE_CHECKING:
     from vitrail.models.catalog import Variant
 
 
 def models(
     pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern such as 'swin*'.")] = "*",
-    json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """List the available models: size, cost, input, published accuracy and licence.
 
@@ -23,7 +25,7 @@ def models(
     variants = [VARIANTS[name] for name in list_models(pattern)]
     if not variants:
         raise ModelError(
-            f"no model matches {pattern!r}{did_you_mean(pattern, _beginnings(VARIANTS))}; `vitrail models` lists all"
+            f"no model matches {pattern!r}{did_you_mean(pattern, _prefixes(VARIANTS))}; `vitrail models` lists all"
         )
     if json:
         from json import dumps
@@ -36,10 +38,10 @@ def models(
     stdout().print(table(headers, [_row(variant) for variant in variants]))
 
 
-def _beginnings(names: Iterable[str]) -> list[str]:
-    """swin, swin_tiny, swin_tiny_patch4, ...: what a person who mistyped a part of a name may have meant."""
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """swin, swin_tiny, swin_tiny_patch4, ...: candidates for a mistyped part of a name."""
     parts = [name.split("_") for name in names]
-    return list(dict.fromkeys("_".join(words[:count]) for words in parts for count in range(1, len(words) + 1)))
+    return list(dict.fromkeys("_".join(part[:count]) for part in parts for count in range(1, len(part) + 1)))
 
 
 def _to_dict(variant: "Variant") -> dict[str, Any]:
@@ -59,7 +61,7 @@ def _to_dict(variant: "Variant") -> dict[str, Any]:
 
 def _row(variant: "Variant") -> list[str]:
     height, width = variant.config.img_size
-    weights = variant.weights[0] if variant.weights else None  # the default ones
+    weights = variant.weights[0] if variant.weights else None  # the default weights
     return [
         variant.name,
         f"{variant.params / 1e6:.1f} M",

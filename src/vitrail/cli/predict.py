@@ -6,62 +6,57 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitrail.errors import VitrailError
+from vitrail.cli.options import (
+    BatchSizeOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    PathsArgument,
+    SizeOption,
+    open_model,
+)
+from vitrail.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from vitrail.classifier import Prediction
 
-_TOP = {"text": 3, "json": 5, "csv": 1}  # classes that are shown when --top is not given
+_TOP = {"text": 3, "json": 5, "csv": 1}  # default of --top
 
 
 def predict(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="A run, a model folder, a name, hf:org/repo, a checkpoint.", show_default=False
-        ),
-    ],
-    paths: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="PATH...", help="Images, folders (searched all the way down), patterns such as '*.jpg'."
-        ),
-    ],
-    top: Annotated[int | None, typer.Option(min=1, help="How many classes to show for each image.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    model: ModelArgument,
+    paths: PathsArgument,
+    top: Annotated[int | None, typer.Option(min=1, help="Number of classes per image.")] = None,
+    json: JsonOption = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV with a header.")] = False,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images in a batch; by default by their size.")] = None,
-    img_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="See images at another size than in training: 384, or 320x192.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto: the best that is there.")] = "auto",
+    batch_size: BatchSizeOption = None,
+    img_size: SizeOption = None,
+    device: DeviceOption = None,
 ) -> None:
-    """Say what is on images: labels and scores.
+    """Predict labels and scores of images.
 
-    An image that cannot be read is named as an error and the others go on. The exit status is 0 when at least one image
-    was predicted and 2 when none was.
+    --json prints one object per line. Images that could not be read are reported as errors; the exit status is 2 if
+    that is all of them, else 0.
 
     Example: `vitrail predict runs/photos holiday/ --top 3`
     """
     if json and csv:
-        raise VitrailError("--json and --csv exclude each other")
+        raise ConfigError("--json and --csv exclude each other")
     form = "json" if json else "csv" if csv else "text"
-    from vitrail.cli.source import open_model
-
     classifier = open_model(model, device, img_size)
-    tally = {"read": 0, "failed": 0}
+    counts = {"read": 0, "failed": 0}
     top = top or _TOP[form]
-    _FORMS[form](_count(classifier.stream(paths, top, batch_size), tally), min(top, len(classifier.class_names)))
-    if not tally["read"]:
-        count = tally["failed"]
-        raise VitrailError("the image could not be read" if count == 1 else f"none of the {count} images could be read")
+    _FORMS[form](_count(classifier.stream(paths, top, batch_size), counts), min(top, len(classifier.class_names)))
+    if not counts["read"]:
+        count = counts["failed"]
+        raise DataError("the image could not be read" if count == 1 else f"none of the {count} images could be read")
 
 
-def _count(predictions: "Iterator[Prediction]", tally: dict[str, int]) -> "Iterator[Prediction]":
+def _count(predictions: "Iterator[Prediction]", counts: dict[str, int]) -> "Iterator[Prediction]":
     for prediction in predictions:
-        tally["read" if prediction.error is None else "failed"] += 1
+        counts["read" if prediction.error is None else "failed"] += 1
         yield prediction
 
 
@@ -76,7 +71,7 @@ def _print_csv(predictions: "Iterator[Prediction]", top: int) -> None:
     from csv import writer
 
     out = writer(sys.stdout, lineterminator="\n")
-    more = [f"{word}_{place}" for place in range(2, top + 1) for word in ("label", "score")]
+    more = [f"{column}_{rank}" for rank in range(2, top + 1) for column in ("label", "score")]
     out.writerow(["path", "label", "score", "error", *more])
     for prediction in predictions:
         others: list[Any] = [value for score in prediction.top[1:] for value in (score.label, score.score)]
@@ -102,7 +97,7 @@ def _print_text(predictions: "Iterator[Prediction]", top: int) -> None:
 
 
 def _table(predictions: "list[Prediction]", top: int, width: int) -> "Table":
-    """Image, best class and score, and the other classes in what is left of `width` columns."""
+    """Image, best class and score, and the other classes, in `width` columns."""
     from rich.cells import cell_len
     from rich.text import Text
 
@@ -122,12 +117,7 @@ def _table(predictions: "list[Prediction]", top: int, width: int) -> "Table":
     left = width - label - 2 - len("100.0 %") - 2
     path = max(min(longest[0], left if top == 1 else left * 3 // 5), len("image"))
     rows: list[list[str | Text]] = [
-        [
-            end_of(image, path),
-            Text(cut(best, label), style="bold"),
-            score,
-            Text(others, style="dim"),
-        ]
+        [end_of(image, path), Text(cut(best, label), style="bold"), score, Text(others, style="dim")]
         for image, best, score, others in cells
     ]
     headers = [("image", "<"), ("label", "<"), ("score", ">"), ("or", "<")]

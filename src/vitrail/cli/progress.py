@@ -1,4 +1,4 @@
-"""How far a command is: a bar that vanishes when it is done, or a line now and then where there is no terminal."""
+"""Progress on stderr: a bar, or a line every ten seconds without a terminal."""
 
 import sys
 import time
@@ -14,7 +14,7 @@ _LINE_SECONDS = 10.0  # between two lines without a terminal
 
 @contextmanager
 def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Gives a function that is told how many more are done. `what` is a word such as "images"; all on stderr."""
+    """Yields a function to call with the number of items just done. what: their plural, such as "images"."""
     if sys.stderr.isatty():
         with _bar(what) as bar:
             task = bar.add_task(what, total=total, rate="")

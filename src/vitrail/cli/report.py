@@ -10,8 +10,6 @@ def report(
 ) -> None:
     """Write the report.html of a finished run again, from the files in its folder.
 
-    Training writes it at its end; use this for runs of an earlier version, or if it could not be written.
-
     Example: `vitrail report runs/photos`
     """
     from pathlib import Path

@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vitrail.cli.options import DataDirOption, DeviceOption, JsonOption, SizeOption
+
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 def _print_help(context: typer.Context, wanted: bool) -> None:
-    """The usual help, and then every key of the config, read from the config itself."""
+    """The usual help, and the settings that are not options."""
     if not wanted:
         return
     if text := context.get_help():  # typer may have printed it already
@@ -18,135 +20,147 @@ def _print_help(context: typer.Context, wanted: bool) -> None:
     from rich.console import Console
     from rich.panel import Panel
 
-    from vitrail.training.config.schema import FIELDS
-
-    options = {parameter.name for parameter in context.command.params}
-    keys = {key: field for key, field in FIELDS.items() if key not in options}
-    panel = Panel(
-        _table({key: (field.default, field.description or "") for key, field in keys.items()}),
-        title="Settings (key=value)",
-        title_align="left",
-        border_style="dim",
+    settings = _settings_table({parameter.name for parameter in context.command.params})
+    Console().print(
+        Panel(
+            settings, title="Settings (key=value); a recipe sets other defaults", title_align="left", border_style="dim"
+        )
     )
-    Console().print(panel)
     raise typer.Exit
 
 
-def _table(keys: dict[str, tuple[object, str]]) -> "Table":
+def _settings_table(options: set[str | None]) -> "Table":
+    """Every key of the config that is not an option, under its section."""
     from rich.table import Table
 
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    for style in ("cyan", "dim", ""):
-        table.add_column(style=style, overflow="fold")
-    for key, (default, meaning) in keys.items():
-        table.add_row(key, _words(default), meaning)
+    from vitrail.training.config.schema import SECTIONS
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("setting", style="cyan", no_wrap=True)
+    table.add_column("default", style="dim", no_wrap=True)
+    table.add_column("meaning")
+    for name, section in SECTIONS.items():
+        fields = {key: field for key, field in section.model_fields.items() if key not in options}
+        if fields:
+            table.add_row()
+            table.add_row(f"[bold]{name}", "", f"[bold]{(section.__doc__ or '').splitlines()[0]}")
+        for key, field in fields.items():
+            table.add_row(f"  {key}", _format(field.default), field.description)
     return table
 
 
-def _words(value: object) -> str:
+def _format(value: object) -> str:
     """A default as it would be written on the command line."""
     if isinstance(value, tuple):
-        return ",".join(_words(part) for part in value)
+        return ",".join(_format(part) for part in value)
     return f"{value:.3g}" if isinstance(value, float) else str(value).lower()
 
 
-_OF_THE_COMMAND = {"data", "settings", "json", "help", "verify_resume"}  # parameters that are handled here
+_NOT_PASSED_ON = {"data", "settings", "json", "help", "verify_resume"}  # parameters that are handled here
+
+_Data = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="DATA",
+        help="A folder of images, CLASS/*.jpg; a dataset's name; wds: shards or hf-dataset:.",
+        show_default=False,
+    ),
+]
+_Settings = Annotated[
+    list[str] | None, typer.Argument(metavar="key=value...", help="Any setting below, such as lr=1e-3.")
+]
+_Model = Annotated[
+    str | None, typer.Option(metavar="NAME", help="A name from `vitrail models`; by default chosen for the images.")
+]
+_Pretrained = Annotated[bool, typer.Option("--pretrained", help="Start from the published weights.")]
+_Weights = Annotated[str | None, typer.Option(help="Start from these weights: a file, a folder or hf:org/repo.")]
+_Teacher = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="Distil from this model too; settings: see distill below.")
+]
+_Probe = Annotated[bool, typer.Option("--probe", help="Linear probe: freeze the model, fit a linear head.")]
+_Fit = Annotated[str | None, typer.Option(metavar="HOW", help="crop, pad or squash images of another aspect ratio.")]
+_Balance = Annotated[
+    str | None, typer.Option(metavar="HOW", help="Class balance: oversample (sample) or class weights (loss).")
+]
+_Recipe = Annotated[
+    str | None, typer.Option(metavar="NAME", help="deit, swin, augreg, plain, small, finetune, ..., or a TOML file.")
+]
+_Verbose = Annotated[bool, typer.Option("--verbose", help="Print how each tensor of the weights was loaded.")]
+_ShowBatch = Annotated[
+    str | None, typer.Option(metavar="PNG", help="Draw the first batch as the model gets it, without training.")
+]
+_VerifyResume = Annotated[
+    bool, typer.Option("--verify-resume", help="Check that a killed run resumes bit for bit; takes a minute.")
+]
+_Help = Annotated[  # typer's own would end before the settings
+    bool, typer.Option("--help", "-h", callback=_print_help, is_eager=True, help="Show this message and exit.")
+]
 
 
 def train(
     context: typer.Context,
-    data: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="DATA", help="A folder, CLASS/*.jpg; a dataset's name; wds: or hf-dataset:.", show_default=False
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Argument(metavar="key=value...", help="Any other setting, such as lr=1e-3; see below.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A name from `vitrail models`; by default one that suits.")
-    ] = None,
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from the published weights.")] = False,
-    weights: Annotated[str | None, typer.Option(help="Start from these weights.")] = None,
-    teacher: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Learn from this model too; see distill= below.")
-    ] = None,
-    probe: Annotated[
-        bool, typer.Option("--probe", help="Freeze the model; fit a linear head to its features, computed once.")
-    ] = False,
-    img_size: Annotated[str | None, typer.Option(metavar="SIZE", help="What the model sees: 384, or 320x192.")] = None,
-    fit: Annotated[
-        str | None, typer.Option(metavar="HOW", help="crop, pad or squash images that have another shape.")
-    ] = None,
-    balance: Annotated[
-        str | None, typer.Option(metavar="HOW", help="sample or loss: give classes with few images their due.")
-    ] = None,
+    data: _Data = None,
+    settings: _Settings = None,
+    model: _Model = None,
+    pretrained: _Pretrained = False,
+    weights: _Weights = None,
+    teacher: _Teacher = None,
+    probe: _Probe = False,
+    img_size: SizeOption = None,
+    fit: _Fit = None,
+    balance: _Balance = None,
     out: Annotated[str | None, typer.Option(help="The run folder; by default runs/DATA-MODEL.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the training images.")] = None,
-    budget: Annotated[str | None, typer.Option(help="How long, instead: 90s, 10m, 2h.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of all that is random but the split.  [default: 0]")] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="deit, swin, augreg, plain, small, finetune, ..., or a TOML file."),
-    ] = None,
-    resume: Annotated[str | None, typer.Option(help="Go on with the run in this folder.")] = None,
-    data_dir: Annotated[str | None, typer.Option(help="Where a named dataset's files are.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, mps.  [default: the best that is there]")
-    ] = None,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", help="Tell what became of every tensor of the weights.")
-    ] = False,
-    show_batch: Annotated[
-        str | None,
-        typer.Option(metavar="PNG", help="Draw what the model would see in the first batch, and train nothing."),
-    ] = None,
-    verify_resume: Annotated[
-        bool, typer.Option("--verify-resume", help="Prove in a minute that a killed run goes on as it was.")
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the run's summary as JSON.")] = False,
-    help: Annotated[  # typer's own would end before the keys
-        bool, typer.Option("--help", "-h", callback=_print_help, is_eager=True, help="Show this message and exit.")
-    ] = False,
+    budget: Annotated[str | None, typer.Option(help="Training time instead of epochs: 90s, 10m, 2h.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed, not of the split.  [default: 0]")] = None,
+    recipe: _Recipe = None,
+    resume: Annotated[str | None, typer.Option(help="Resume the run in this folder.")] = None,
+    data_dir: DataDirOption = None,
+    device: DeviceOption = None,
+    verbose: _Verbose = False,
+    show_batch: _ShowBatch = None,
+    verify_resume: _VerifyResume = False,
+    json: JsonOption = False,
+    help: _Help = False,
 ) -> int:
-    """Train a model on images, or fine-tune one, and leave a run folder behind.
+    """Train or fine-tune a model on images, and write a run folder.
 
-    Model and settings suit the images unless you name them. Ctrl-C saves the run; `--resume` goes on.
+    Model and settings that are not given are chosen for the images. Ctrl-C saves the run; `--resume` continues it.
 
     Example: `vitrail train photos/ --pretrained --epochs 10 --out runs/photos`
     """
-    from vitrail.training.config.schema import parse_overrides
-
-    words = list(settings or [])
-    if data is not None and "=" in data and (resume or recipe) and not os.path.exists(data):
-        # No DATA, as the run or the recipe knows it.
-        words, data = [data, *words], None
-    values: dict[str, Any] = parse_overrides(words)
-    # Every option is a parameter of `train`, by the same name; what was not asked for is None or False.
-    asked = {name: value for name, value in context.params.items() if value is not None and value is not False}
-    given = {name: value for name, value in asked.items() if name not in _OF_THE_COMMAND} | {"command": context.obj}
-    twice = given.keys() & values.keys()
-    if twice:
-        from vitrail.errors import VitrailError
-
-        name = min(twice)
-        raise VitrailError(f"{name} is given twice: as --{name.replace('_', '-')} and as {name}=")
+    data, given = _arguments(context, data, list(settings or []))
     if verify_resume:
         from vitrail.training.verify_resume import verify_resume as verify
 
-        verdict = verify(data, **given, **values)
+        verdict = verify(data, **given)
         print(verdict)
         return 0 if verdict.same else 1
     from vitrail.training import train as run
     from vitrail.training.engine.interrupt import Stopped
 
     try:
-        classifier = run(data, **given, **values)
-    except Stopped as stopped:  # typer would take it for Ctrl-C, whatever it was
+        classifier = run(data, **given)
+    except Stopped as stopped:  # typer would take it for Ctrl-C, whatever the signal was
         return 128 + stopped.signal
     if json and show_batch is None:
         from json import dumps
 
         print(dumps(classifier.report, indent=2, ensure_ascii=False))
     return 0
+
+
+def _arguments(context: typer.Context, data: str | None, settings: list[str]) -> tuple[str | None, dict[str, Any]]:
+    """DATA and the keyword arguments of the library's `train`. Options that were not given are None or False."""
+    from vitrail.errors import ConfigError
+    from vitrail.training.config.schema import parse_overrides
+
+    options = {name: value for name, value in context.params.items() if value is not None and value is not False}
+    if data is not None and "=" in data and options.keys() & {"resume", "recipe"} and not os.path.exists(data):
+        settings, data = [data, *settings], None  # no DATA: the run or the recipe names it
+    given: dict[str, Any] = {name: value for name, value in options.items() if name not in _NOT_PASSED_ON}
+    overrides = parse_overrides(settings)
+    if twice := given.keys() & overrides.keys():
+        name = min(twice)
+        raise ConfigError(f"{name} is given twice: as --{name.replace('_', '-')} and as {name}=")
+    return data, given | overrides | {"command": context.obj}

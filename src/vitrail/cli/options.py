@@ -1,0 +1,53 @@
+"""Arguments and options that several commands have, and MODEL's classifier."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from vitrail.classifier import Classifier
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A run or model folder, a catalog name, hf:org/repo, or a checkpoint file.",
+        show_default=False,
+    ),
+]
+DataArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA",
+        help="A folder of images, a table, a dataset's name, wds: shards or hf-dataset:.",
+        show_default=False,
+    ),
+]
+PathsArgument = Annotated[
+    list[str],
+    typer.Argument(metavar="PATH...", help="Images, folders (searched recursively), or patterns such as '*.jpg'."),
+]
+SizeOption = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Input size of the model, pixels: 384, or height x width such as 320x192."),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 or mps; by default the best available.")
+]
+BatchSizeOption = Annotated[int | None, typer.Option(min=1, help="Images per batch; by default by image size.")]
+SplitOption = Annotated[str | None, typer.Option(help="test, val or train; by default test if there is one, else val.")]
+DataDirOption = Annotated[str | None, typer.Option(metavar="FOLDER", help="Folder of a named dataset's files.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def open_model(source: str, device: str | None, img_size: str | None) -> "Classifier":
+    """Load MODEL; print to stderr how its weights were loaded, unless it is a folder of ours."""
+    from vitrail.classifier import load
+    from vitrail.utils.device import pick_device
+
+    classifier = load(source, pick_device(device or "auto"), img_size)
+    if classifier.report is not None and not isinstance(classifier.report, dict):  # else a run's summary
+        from vitrail.cli.tables import stderr
+
+        stderr().print(str(classifier.report))
+    return classifier
