@@ -98,11 +98,18 @@ def test_no_files_import_each_other_in_a_circle() -> None:
         pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
 
 
-def test_files_and_folders_stay_small() -> None:
+def test_files_functions_and_folders_stay_small() -> None:
     files = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
     assert {name: lines for name, lines in files.items() if lines > 400} == {}
     folders = {path.parent for path in MODULES.values()}
     assert {folder.name for folder in folders if len(list(folder.glob("*.py"))) > 14} == set()
+    functions = {
+        f"{name}:{node.name}": node.end_lineno - node.lineno + 1
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno
+    }
+    assert {name: lines for name, lines in functions.items() if lines > 60} == {}
 
 
 @pytest.mark.parametrize(

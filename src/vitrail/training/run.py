@@ -31,7 +31,7 @@ from vitrail.training.probe import check_probe_keys, result_lines, run_probe
 from vitrail.training.resources.batch_size import fit_batch_size, memory_advice
 from vitrail.training.resources.forecast import estimate_cost
 from vitrail.training.session import Session
-from vitrail.training.setup import Setup, held_out, prepare, reopen
+from vitrail.training.setup import Setup, prepare, reopen, split_settings
 from vitrail.utils.device import compiling, cpu_threads, pick_device, uses_bf16
 from vitrail.utils.distributed import DistributedContext, distributed_context
 from vitrail.utils.files import atomic_folder
@@ -323,7 +323,7 @@ def _finish(setup: Setup, model: nn.Module, summary: dict[str, Any], folder: Run
     """Write the model and then the summary, which marks the run as finished."""
     notes = {
         "data": setup.dataset.name,
-        "split": held_out(setup.config),
+        "split": split_settings(setup.config),
         "counts": setup.dataset.counts(),
         "figures": {key: summary[key] for key in ("split", "images", "top1", "top5", "loss")},
         **_origin(setup),

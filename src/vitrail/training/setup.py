@@ -1,4 +1,4 @@
-"""From the settings that were given to what is trained: dataset, config, model and preprocessing."""
+"""From the given settings to what is trained: dataset, config, model and preprocessing."""
 
 import warnings
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from torch import nn
 
 from vitrail.data.catalog import absolute_data, open_dataset
 from vitrail.data.dataset import Dataset
-from vitrail.errors import VitrailError
+from vitrail.errors import ConfigError, ModelError
 from vitrail.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from vitrail.inference.engine import default_workers
 from vitrail.models.base import ImageModel
@@ -27,16 +27,16 @@ from vitrail.training.resources.image_cache import settle_cache
 from vitrail.utils.counter_rng import fold
 from vitrail.utils.text import one_line
 
-_WHOLE_IMAGE = 64  # pixels a side up to which evaluation sees the whole image, and not the middle of a larger one
+_FULL_CROP = 64  # largest input side, pixels, that is evaluated without a center crop
 _CROP_PCT = 0.95
 _CROP_MODES = {"crop": "center", "pad": "border", "squash": "squash"}
-_MUCH_LOST = 0.4  # share of an image
+_LARGE_LOSS = 0.4  # share of an image
 _FAMILIES = {row.family for row in VARIANTS.values()}
 
 
 @dataclass
 class Setup:
-    """What a run starts from. reasons: a line for each setting that was chosen automatically."""
+    """What a run starts from. reasons: a line per automatic choice."""
 
     config: TrainConfig
     dataset: Dataset
@@ -44,12 +44,12 @@ class Setup:
     preprocess: Preprocess
     reasons: list[str]
     pretrained: Pretrained | None = None
-    stats: DatasetStats | None = None  # that the automatic choice was based on
+    stats: DatasetStats | None = None  # the automatic choice is based on them
     given: Mapping[str, Any] = field(default_factory=dict)  # settings that were not chosen automatically
     teacher: Any = None  # a teacher that was passed as an object
     recipe: Recipe | None = None
-    auto_batch: bool = False  # whether the batch size will be fitted to the device; config has a provisional one
-    external: bool = False  # whether the model was passed as an object
+    auto_batch: bool = False  # the batch size will be chosen for the device; config has a provisional one
+    external: bool = False  # the model was passed as an object
 
     def with_batch_size(self, size: int, reason: str) -> "Setup":
         """The same with another batch size and the settings that follow from it, such as the learning rate."""
@@ -63,65 +63,52 @@ class Setup:
 
 def prepare(
     data: str | Path | Dataset,
-    asked: TrainConfig,
+    requested: TrainConfig,
     external: nn.Module | None = None,
     recipe: Recipe | None = None,
 ) -> Setup:
     """Open the data, choose the settings that are not given, and build the model (or adapt an `external` one).
 
-    asked: its given values are kept. recipe: None: the one that `asked` names, or one chosen for the images.
+    requested: its given values are kept. recipe: None: the one that `requested` names, or one chosen for the images.
 
     Raises:
-        VitrailError: the data, a setting or the model does not exist, or they do not fit together.
+        VitrailError: of the kind of what is missing or does not match: data, setting, model or weights.
     """
-    if recipe is None and asked.recipe in recipe_names():
-        recipe = named_recipe(asked.recipe)
-    if external is None and asked.model.model and not asked.model.weights:
-        variant(asked.model.model)  # before a download, not after
-    dataset = data if isinstance(data, Dataset) else open_dataset(data, data_dir=asked.data.data_dir, **held_out(asked))
+    if recipe is None and requested.recipe in recipe_names():
+        recipe = named_recipe(requested.recipe)
+    if external is None and requested.model.model and not requested.model.weights:
+        variant(requested.model.model)  # before a download, not after
+    folder, split = requested.data.data_dir, split_settings(requested)
+    dataset = data if isinstance(data, Dataset) else open_dataset(data, data_dir=folder, **split)
     train = dataset.split("train")
-    given = asked.given | {"data": data.name if isinstance(data, Dataset) else absolute_data(data)}
+    given = _portable(requested.given) | {"data": data.name if isinstance(data, Dataset) else absolute_data(data)}
     if external is not None:
         given["model"] = type(external).__name__
-    for key in ("teacher", "teacher_outputs"):
-        if given.get(key):
-            given[key] = absolute_path(given[key], must_exist=key == "teacher")
-    auto_batch = given.get("batch_size") == 0
-    if auto_batch:
+    if auto_batch := given.get("batch_size") == 0:
         del given["batch_size"]
-    pretrained = bool(asked.model.pretrained or asked.model.weights)
+    pretrained = bool(requested.model.pretrained or requested.model.weights)
     stats = DatasetStats(len(train), dataset.sizes.median, dataset.sizes.uniform, pretrained)
-    found = None
+    loaded = None
     if pretrained and external is None:
         if not given.get("weights") and "model" not in given:
             given["model"] = choose(stats, given, recipe).values["model"]
-        found = _load(asked.updated(given), dataset)
-        given["model"] = found.name or name_of(found.model.config)
+        loaded = _load(requested.updated(given), dataset)
+        given["model"] = loaded.name or name_of(loaded.model.config)
     choice = choose(stats, given, recipe)
     config = TrainConfig().updated({"workers": default_workers(train), **choice.values, **given})
-    if external is not None:
-        model, preprocess = _prepare_external(external, config, dataset)
-    elif found is not None:
-        own = found.model.config
-        model, preprocess = found.model, found.preprocess or _fresh_preprocess(dataset, own.img_size, own.in_chans)
-    else:
-        model, preprocess = _build(config, dataset)
-    if config.model.fit != "auto":
-        preprocess = preprocess.replace(crop_mode=_CROP_MODES[config.model.fit])
-    _check_model(model, preprocess, dataset.num_classes)
+    model, preprocess = _make_model(config, dataset, external, loaded)
     config, cache_line = settle_cache(config, dataset, preprocess)
     given["cache"] = config.io.cache
-    weights = [str(found.report)] if found else []
+    weights = [str(loaded.report)] if loaded else []
     mismatch = window_mismatch(model.config, preprocess.size) if isinstance(model, ImageModel) else None
     notes = [mismatch] if mismatch else []
-    reasons = [*choice.reasons, *weights, *notes, *advise_fit(dataset, preprocess, config), *cache_line]
     return Setup(
         config,
         dataset,
         model,
         preprocess,
-        reasons,
-        pretrained=found,
+        reasons=[*choice.reasons, *weights, *notes, *advise_fit(dataset, preprocess, config), *cache_line],
+        pretrained=loaded,
         stats=stats,
         given=given,
         recipe=recipe,
@@ -131,21 +118,21 @@ def prepare(
 
 
 def advise_fit(dataset: Dataset, preprocess: Preprocess, config: TrainConfig) -> list[str]:
-    """A line where the middle crop would lose much of the images and nobody chose it."""
+    """A line if the default center crop cuts off a large part of some images."""
     height, width = preprocess.size
     narrow, _, wide = (aspect * height / width for aspect in dataset.sizes.aspect)
     lost = 1 - min(narrow, 1 / wide, 1.0)
-    if config.model.fit != "auto" or preprocess.crop_mode != "center" or lost < _MUCH_LOST:
+    if config.model.fit != "auto" or preprocess.crop_mode != "center" or lost < _LARGE_LOSS:
         return []
     long = "wide" if wide > 1 / narrow else "tall"
     return [
-        f"advice: some images are very {long}, and the middle crop loses up to {lost:.0%} of them; "
-        "--fit pad or --fit squash keeps them whole"
+        f"advice: some images are very {long}: the center crop cuts off up to {lost:.0%} of them; "
+        "use --fit pad or --fit squash to keep all of it"
     ]
 
 
-def held_out(config: TrainConfig) -> dict[str, Any]:
-    """The settings that decide which images are held out."""
+def split_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide which images are held out for validation and test."""
     return {key: config.flat[key] for key in keys_for(Use.HELD_OUT)}
 
 
@@ -155,13 +142,36 @@ def reopen(config: TrainConfig, data: str | Path | Dataset | None, external: nn.
 
 
 def absolute_path(text: str, *, must_exist: bool = True) -> str:
-    """A path made absolute; text that is no path, such as a model's name, as it is."""
+    """A path made absolute; other text, such as a catalog name, unchanged."""
     path = Path(text).expanduser()
     return text if text in VARIANTS or (must_exist and not path.exists()) else str(path.resolve())
 
 
+def _portable(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with absolute paths, so that the run can be resumed from another directory."""
+    paths = {key: given[key] for key in ("teacher", "teacher_outputs") if given.get(key)}
+    return {**given, **{key: absolute_path(path, must_exist=key == "teacher") for key, path in paths.items()}}
+
+
+def _make_model(
+    config: TrainConfig, dataset: Dataset, external: nn.Module | None, loaded: Pretrained | None
+) -> tuple[nn.Module, Preprocess]:
+    """The model that is trained, from outside, from weights or from scratch, and its preprocessing."""
+    if external is not None:
+        model, preprocess = _prepare_external(external, config, dataset)
+    elif loaded is not None:
+        own = loaded.model.config
+        model, preprocess = loaded.model, loaded.preprocess or _fresh_preprocess(dataset, own.img_size, own.in_chans)
+    else:
+        model, preprocess = _build(config, dataset)
+    if config.model.fit != "auto":
+        preprocess = preprocess.replace(crop_mode=_CROP_MODES[config.model.fit])
+    _check_model(model, preprocess, dataset.num_classes)
+    return model, preprocess
+
+
 def _build(config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, Preprocess]:
-    """A model from scratch, at the data's own mean and deviation."""
+    """A model from scratch, normalised with the dataset's mean and standard deviation."""
     row = variant(config.model.model).config
     size = config.model.img_size or row.img_size
     preprocess = _fresh_preprocess(dataset, size, config.model.in_chans or dataset.channels)
@@ -177,14 +187,11 @@ def _build(config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, Preprocess
 
 
 def _load(options: TrainConfig, dataset: Dataset) -> Pretrained:
-    """A model with weights, for these classes. Where no model of the catalog is named, the weights say which it is."""
-    named = options.model.model not in (
-        "",
-        *_FAMILIES,
-    )  # a family stands for weights without a variant name
-    torch.manual_seed(fold(options.seed, "weights"))  # of a fresh head
+    """A pretrained model with a head for these classes. The weights determine the variant if none is named."""
+    named = options.model.model not in ("", *_FAMILIES)  # a run's config has the family if the variant has no name
+    torch.manual_seed(fold(options.seed, "weights"))  # of a new head
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the report, which is always printed, says the same
+        warnings.simplefilter("ignore", UserWarning)  # the report, which is always printed, has the same text
         return load_pretrained(
             options.model.weights or "default",
             variant(options.model.model).name if named else None,
@@ -203,7 +210,7 @@ def _model_options(config: TrainConfig) -> dict[str, Any]:
 
 @torch.no_grad()
 def _check_model(model: nn.Module, preprocess: Preprocess, num_classes: int) -> None:
-    """One blank image through the model: a size that it cannot take is found now, and not in the first step."""
+    """Run one blank image through the model, so that an unsupported input size fails before training."""
     training, device = model.training, next(model.parameters()).device
     blank = torch.zeros(1, preprocess.channels, *preprocess.size, device=device)
     try:
@@ -211,29 +218,29 @@ def _check_model(model: nn.Module, preprocess: Preprocess, num_classes: int) -> 
     except (RuntimeError, ValueError) as error:
         height, width = preprocess.size
         what = f"{preprocess.channels} channels of {height}x{width} pixels"
-        raise VitrailError(f"{type(model).__name__} cannot take {what}: {one_line(error)}") from error
+        raise ModelError(f"{type(model).__name__} cannot take {what}: {one_line(error)}") from error
     finally:
         model.train(training)
     if tuple(logits.shape) != (1, num_classes):
-        raise VitrailError(f"{type(model).__name__} gives {tuple(logits.shape)} for an image, not (1, {num_classes})")
+        raise ModelError(f"{type(model).__name__} returns {tuple(logits.shape)} for an image, not (1, {num_classes})")
 
 
 def _fresh_preprocess(dataset: Dataset, size: tuple[int, int], channels: int) -> Preprocess:
-    """For a model from scratch: the data's own mean and deviation."""
-    crop_pct = 1.0 if max(size) <= _WHOLE_IMAGE else _CROP_PCT
+    """Preprocessing with the dataset's mean and standard deviation."""
+    crop_pct = 1.0 if max(size) <= _FULL_CROP else _CROP_PCT
     mean, std = dataset.mean or IMAGENET_MEAN, dataset.std or IMAGENET_STD
     return Preprocess(size=size, crop_pct=crop_pct, mean=mean, std=std, channels=len(mean)).with_channels(channels)
 
 
 def _prepare_external(model: nn.Module, config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, Preprocess]:
-    """The caller's own model, with a head for these classes; its preprocessing is its own where it says."""
+    """The caller's model with a head for these classes, and its preprocessing if it has one."""
     for key in ("pretrained", "weights", *keys_for(Use.BUILD)):
         if config.flat[key]:
-            raise VitrailError(f"{key} belongs to models made by name: set it on your own model before you pass it in")
+            raise ConfigError(f"{key} applies to models made by name: set it on the model before passing it")
     if getattr(model, "num_classes", None) != dataset.num_classes:
         if not hasattr(model, "reset_classifier"):
             kind = type(model).__name__
-            raise VitrailError(f"{kind} needs num_classes = {dataset.num_classes}, or a reset_classifier to set it")
+            raise ModelError(f"{kind} needs num_classes = {dataset.num_classes}, or a method reset_classifier")
         torch.manual_seed(fold(config.seed, "weights"))
         model.reset_classifier(dataset.num_classes)  # type: ignore[operator]
     own: Any = getattr(model, "config", None)
@@ -244,7 +251,5 @@ def _prepare_external(model: nn.Module, config: TrainConfig, dataset: Dataset) -
         preprocess = Preprocess.from_timm(record)
         return model, preprocess.replace(size=size or preprocess.size)
     if size is None:
-        raise VitrailError(
-            f"{type(model).__name__} does not say which size it takes: pass img_size=224 or whatever it is"
-        )
+        raise ConfigError(f"{type(model).__name__} has no config with its input size: pass img_size=, such as 224")
     return model, _fresh_preprocess(dataset, size, config.model.in_chans or 3)

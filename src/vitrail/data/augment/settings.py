@@ -11,10 +11,10 @@ from vitrail.utils.settings import Amount, Ascending, Count, Pair, Positive, Ran
 
 
 class Augment(Settings):
-    """What is done to training images; by default nothing.
+    """Augmentation of training images; off by default.
 
-    The crop is taken when an image is read (crop.py), the repeats when the batches are drawn up (sampling.py), and the
-    rest in batches on the device (augment.py).
+    Crops are taken when an image is read (crop.py), repeats are part of the epoch's order (sampling.py), and the rest
+    runs in batches on the device (augment.py).
     """
 
     crop_scale: Annotated[tuple[Share, Share] | None, Pair] = Field(

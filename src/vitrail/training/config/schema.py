@@ -86,7 +86,7 @@ def _trackers(value: object) -> object:
 
 
 class DataSettings(Settings):
-    """Which images, and how they are split."""
+    """Images and their split."""
 
     data: str = Field("", description="a folder of images, a dataset's name, wds: shards or an hf-dataset:")
     data_dir: Annotated[PathText, Use.RESUME] = Field(None, description="folder of a named dataset's files")
@@ -100,7 +100,7 @@ class DataSettings(Settings):
 
 
 class ModelSettings(Settings):
-    """Which model, and what it starts from."""
+    """Architecture, initial weights and input."""
 
     model: str = Field("", description="a name from `vitrail models`")
     pretrained: bool = Field(False, description="start from the published weights")
@@ -191,7 +191,7 @@ class DistillSettings(Settings):
 
 
 class IOSettings(Settings):
-    """What is written."""
+    """Checkpoints, trackers and the image cache."""
 
     checkpoint_every: Annotated[int | None, Field(ge=0), Optional, Use.RESUME] = Field(
         None,
@@ -210,7 +210,7 @@ class IOSettings(Settings):
 
 
 class MachineSettings(Settings):
-    """Where and how the run is computed."""
+    """Device, precision, memory and threads."""
 
     device: Annotated[str, Use.RESUME, Use.PROBE] = Field(
         "auto", description="cpu, cuda, cuda:1, mps; auto: the best available"
