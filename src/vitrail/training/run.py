@@ -77,7 +77,7 @@ def train(
         The classifier with the best weights by validation; its `report` is the run's summary.
 
     Raises:
-        VitrailError: of the kind that fits what is wrong.
+        VitrailError: of the kind of what is wrong.
         Stopped: by Ctrl-C or SIGTERM, a KeyboardInterrupt: the run is saved, and the message says how to resume.
     """
     named: dict[str, Any] = {"model": model, "pretrained": pretrained, "weights": weights, "teacher": teacher}
@@ -86,9 +86,9 @@ def train(
     command = command or python_call({"data": data, **given, "out": out, "resume": resume, "recipe": recipe})
     with distributed_context() as distributed, torch.random.fork_rng(devices=[]):  # restores the caller's random state
         reporter = Reporter(progress and distributed.is_main)
-        before = distributed.run_on_main(lambda: _check_folders(out, resume, recipe, show_batch))
+        resumed = distributed.run_on_main(lambda: _check_folders(out, resume, recipe, show_batch))
         with distributed.main_process_first():
-            setup = _new_setup(data, given, recipe) if before is None else _resumed_setup(data, given, before)
+            setup = _new_setup(data, given, recipe) if resumed is None else _resumed_setup(data, given, resumed)
         if verbose and setup.pretrained:
             reporter.say(setup.pretrained.report.table())
         return _run(setup, reporter, distributed, out=out, resume=resume, show_batch=show_batch, command=command)
@@ -97,7 +97,7 @@ def train(
 def _check_folders(
     out: str | Path | None, resume: str | Path | None, recipe: str | Path | None, show_batch: str | Path | None
 ) -> TrainConfig | None:
-    """The config of the run that is resumed, or None for a new one, whose folder is free."""
+    """The config of the run to resume, or None for a new one, after checking that its folder can be used."""
     if resume is not None:
         if recipe is not None or (out is not None and Path(out) != Path(resume)):
             raise ConfigError("--resume continues a run in its folder with its settings: leave out --out and --recipe")
@@ -137,15 +137,15 @@ def _parse(given: Mapping[str, Any]) -> tuple[TrainConfig, nn.Module | None, Cla
 
 def _new_setup(data: str | Path | Dataset | None, given: Mapping[str, Any], recipe_name: str | Path | None) -> Setup:
     """The setup of a new run."""
-    asked, external, teacher = _parse(given)
+    requested, external, teacher = _parse(given)
     recipe = None if recipe_name is None else find_recipe(recipe_name)
-    values = {**(recipe.fixed if recipe else {}), **asked.given}
+    values = {**(recipe.fixed if recipe else {}), **requested.given}
     data = values.pop("data", None) if data is None else data
     if data is None:
         raise ConfigError("no data: name a folder of images or a dataset, or a run with --resume")
     if values.get("probe"):
-        if recipe and not recipe.whole:
-            values.pop("recipe", None)  # a file may ask for a probe; the named ones are for training
+        if recipe and not recipe.complete:
+            values.pop("recipe", None)  # a file may set probe; named recipes are for training
         check_probe_keys({**values, **(recipe.settings if recipe else {})})
     check_trackers(values.get("track", "none"))  # before a download, not after
     setup = prepare(data, TrainConfig().updated(values), external, recipe)
@@ -155,13 +155,13 @@ def _new_setup(data: str | Path | Dataset | None, given: Mapping[str, Any], reci
 
 def _resumed_setup(data: str | Path | Dataset | None, given: Mapping[str, Any], before: TrainConfig) -> Setup:
     """The setup of a run that is resumed, with its settings."""
-    asked, external, teacher = _parse(given)
-    for key, value in asked.given.items():
+    requested, external, teacher = _parse(given)
+    for key, value in requested.given.items():
         if key not in keys_for(Use.RESUME) and before.flat[key] != value:
             raise ConfigError(
                 f"the run has {key}={before.flat[key]}: leave out {key} with --resume, or start a new run"
             )
-    config = before.updated(asked.given)
+    config = before.updated(requested.given)
     check_trackers(config.io.track)
     setup = reopen(config, data, external)
     setup.teacher = teacher
@@ -180,7 +180,7 @@ def _run(
 ) -> Classifier:
     config, several = setup.config, distributed.world_size > 1
     device = pick_device(config.machine.device, distributed.local_rank if several else None)
-    # Automatic choices that depend on the machine are the main process's, and are kept when the run is resumed.
+    # Choices that depend on the machine are made by the main process, and kept when the run is resumed.
     amp = "bf16" if uses_bf16(setup.model, device, config.machine.amp) else "off"
     pinned = distributed.broadcast_object({"cache": config.io.cache, "amp": amp})
     setup.config, setup.given = config.updated(pinned), {**setup.given, **pinned}
@@ -207,7 +207,7 @@ def _run(
 def _folder(
     out: str | Path | None, resume: str | Path | None, setup: Setup, distributed: DistributedContext
 ) -> RunFolder:
-    """The folder of the resumed run, or a free one; the first process's choice."""
+    """The folder of the resumed run, or a new one; chosen by the main process."""
 
     def choose() -> Path:
         old = None if resume is None else unfinished_run(resume)
@@ -219,7 +219,7 @@ def _folder(
 
 
 def _make_session(setup: Setup, reporter: Reporter, device: torch.device, distributed: DistributedContext) -> Session:
-    """A session; with batch_size=auto, with the batch size that was found for the device."""
+    """A session; with batch_size=auto, with the largest batch size for the device."""
     session = Session(setup, reporter, device, distributed)
     if not setup.auto_batch:
         return session
@@ -229,7 +229,7 @@ def _make_session(setup: Setup, reporter: Reporter, device: torch.device, distri
 
 
 def _train(session: Session, folder: RunFolder, reporter: Reporter, resumed: bool) -> Classifier:
-    setup, full = session.setup, False
+    setup, out_of_memory = session.setup, False
     for line in plan_lines(setup, session.trainer, session.loader.steps_per_epoch, str(folder.path)):
         reporter.say(line)
     if resumed:
@@ -249,8 +249,8 @@ def _train(session: Session, folder: RunFolder, reporter: Reporter, resumed: boo
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        full = True
-    if full:  # outside of `except`, where the error no longer references the step's tensors
+        out_of_memory = True
+    if out_of_memory:  # outside of `except`, where the error no longer references the tensors of the step
         raise DeviceError(memory_advice(session.trainer, setup.preprocess))
     classifier = _finish(setup, session.model, summary, folder)
     say_result(reporter, summary, folder)
@@ -301,8 +301,7 @@ def _report(
         folder.write_details(report_details(result, setup.dataset.splits.get(result.split), groups))
         write_report(folder)
     except Exception as error:
-        words = one_line(error)
-        reporter.say(f"warning: the run is saved, but could not write its report: {words}")
+        reporter.say(f"warning: the run is saved, but could not write its report: {one_line(error)}")
         return
     reporter.say(f"report  {folder.report}")
 

@@ -23,13 +23,13 @@ def facts(
 
 def test_every_case_has_a_row() -> None:
     for pretrained in (False, True):
-        rows = [row.up_to for row in MODELS if row.pretrained == pretrained]
+        rows = [row.max_side for row in MODELS if row.pretrained == pretrained]
         assert rows == sorted(rows)
         assert rows[-1] == float("inf")
         for family, side, images in itertools.product(
             ("vit", "swin", "resnet", "convnext", ""), (1, 10**5), (1, 10**9)
         ):
-            assert any(row.suits(facts(images, (side, side), pretrained=pretrained), side, family) for row in RECIPES)
+            assert any(row.matches(facts(images, (side, side), pretrained=pretrained), side, family) for row in RECIPES)
 
 
 def test_every_recipe_row_is_reached() -> None:
@@ -118,7 +118,7 @@ def test_small_images_keep_their_size(size: tuple[int, int], uniform: bool, expe
 
 @pytest.mark.parametrize("row", MODELS, ids=lambda row: row.model)
 def test_models_exist_and_take_their_size(row: Any) -> None:
-    side = int(min(row.up_to, 500))
+    side = int(min(row.max_side, 500))
     assert row.model in VARIANTS
     if row.pretrained:  # in its own size, which is large
         return
@@ -142,7 +142,7 @@ def test_what_is_given_is_left_alone_and_the_rest_fits_to_it() -> None:
     assert given.values["lr"] == pytest.approx(2 * free.values["lr"], rel=1e-2)
     assert given.values["warmup_epochs"] == pytest.approx(0.3)
     assert len(given.reasons) == 1
-    assert f"lr {given.values['lr']:g} (0.005 is for 128; it goes with the root)" in given.reasons[0]
+    assert f"lr {given.values['lr']:g} (0.005 at 128: square-root scaling)" in given.reasons[0]
 
 
 def test_few_images_get_more_epochs_and_smaller_batches() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from training import tiny
-from vitrail.errors import VitrailError
+from vitrail.errors import ConfigError
 from vitrail.training.config.recipes import find_recipe, named_recipe, rates_for, recipe_names
 from vitrail.training.config.schema import FIELDS, KEYS, SECTION_OF, TrainConfig, make_config, read_config
 from vitrail.training.run import train
@@ -56,7 +56,7 @@ def test_a_misspelt_key_names_the_nearest(name: str, tmp_path: Path) -> None:
     for key in named_recipe(name).settings:
         wrong = tmp_path / "wrong.toml"
         wrong.write_text(text.replace(f"\n{key} =", f"\n{key}s ="), encoding="utf-8")
-        with pytest.raises(VitrailError, match=rf"'{key}s'.*did you mean.*'{key}'"):
+        with pytest.raises(ConfigError, match=rf"'{key}s'.*did you mean.*'{key}'"):
             read_config(wrong)
 
 
@@ -85,12 +85,12 @@ def test_a_recipe_trains(name: str) -> None:
 
 
 def test_an_unknown_name_is_one_line() -> None:
-    with pytest.raises(VitrailError, match=r"no recipe 'diet' \(did you mean 'deit'") as error:
+    with pytest.raises(ConfigError, match=r"'diet' \(did you mean 'deit'") as error:
         find_recipe("diet")
     assert "\n" not in str(error.value)
-    with pytest.raises(VitrailError, match=r"not/there\.toml"):
+    with pytest.raises(ConfigError, match=r"not/there\.toml"):
         find_recipe("not/there.toml")
-    with pytest.raises(VitrailError, match=r"did you mean 'swin'"):
+    with pytest.raises(ConfigError, match=r"did you mean 'swin'"):
         train("digits", recipe="swing", progress=False)
 
 
@@ -127,7 +127,7 @@ def test_a_files_rate_belongs_to_its_batch_size(tmp_path: Path) -> None:
     own = config_of(tmp_path / "a", recipe)
     assert (own.schedule.batch_size, own.augment.flip) == (16, 0.25)
     assert (own.optimizer.lr, own.optimizer.head_lr) == (1e-3, 2e-3)
-    assert own.augment.rotate == 12.0  # chosen: a file of one's own need not be whole
+    assert own.augment.rotate == 12.0  # chosen: a file of one's own need not be complete
     other = config_of(tmp_path / "b", recipe, batch_size=4)
     assert (other.schedule.batch_size, other.optimizer.lr, other.optimizer.head_lr) == (4, 5e-4, 1e-3)
     assert config_of(tmp_path / "c", recipe, batch_size=4, lr=3e-3).optimizer.lr == 3e-3
@@ -145,7 +145,7 @@ def test_a_file_may_say_what_is_different_from_a_named_one(tmp_path: Path) -> No
     assert config.optimizer.lr == 1.25e-4
     assert config.recipe == str(recipe)
     recipe.write_text("recipe = 'swim'\n")
-    with pytest.raises(VitrailError, match=r"own\.toml: there is no recipe 'swim' \(did you mean 'swin'"):
+    with pytest.raises(ConfigError, match=r"own\.toml: .*'swim' \(did you mean 'swin'"):
         find_recipe(recipe)
 
 
@@ -161,10 +161,10 @@ def test_a_file_may_ask_for_a_probe_and_a_named_recipe_may_not(tmp_path: Path) -
     recipe = tmp_path / "own.toml"
     recipe.write_text(f"probe = true\nmodel = '{tiny.VARIANT.name}'\ndevice = 'cpu'\n")
     assert train(tiny.dataset(), recipe=recipe, out=tmp_path / "a", progress=False).report
-    with pytest.raises(VitrailError, match=r"recipe .* probe"):
+    with pytest.raises(ConfigError, match=r"^recipe .* probe"):
         train(tiny.dataset(), recipe="deit", probe=True, out=tmp_path / "b", progress=False)
     recipe.write_text("probe = true\nbatch_size = 8\nlr = 1e-3\n")
-    with pytest.raises(VitrailError, match=r"(lr|batch_size) .* probe"):
+    with pytest.raises(ConfigError, match=r"^(lr|batch_size) .* probe"):
         train(tiny.dataset(), recipe=recipe, out=tmp_path / "c", progress=False)
 
 

@@ -1,4 +1,4 @@
-"""Which model and which recipe, when nobody names them: two tables, and the reason in a line.
+"""The automatic choice of model and recipe: two tables, and a line with the reason.
 
 Importing this imports no torch.
 """
@@ -14,12 +14,12 @@ from vitrail.training.config.schema import Use, keys_for
 
 @dataclass(frozen=True)
 class DatasetStats:
-    """What a choice goes by: training images, their median height and width, and how it starts."""
+    """What the choice depends on: number of training images, median height and width, and pretraining."""
 
     images: int
     size: tuple[int, int]
     uniform: bool  # whether all images have this size
-    pretrained: bool  # whether the model starts from weights, of any source
+    pretrained: bool  # whether training starts from weights
 
     @property
     def side(self) -> int:
@@ -29,132 +29,132 @@ class DatasetStats:
 
 @dataclass(frozen=True)
 class ModelRow:
-    """A model for images up to `up_to` pixels a side.
+    """A model for images of at most `max_side` pixels a side.
 
-    It sees images in their own size, rounded up to a multiple of `multiple`, and at most `at_most` pixels a side; with
-    neither, in the size that it is made for.
+    Its input size is that of the images, rounded up to a multiple of `multiple`, at most `max_input` pixels a side;
+    with multiple = 0, the model's default.
     """
 
-    up_to: float
+    max_side: float
     pretrained: bool
     model: str
     why: str
     multiple: int = 0
-    at_most: int = 0
+    max_input: int = 0
 
     def img_size(self, size: tuple[int, int], uniform: bool) -> tuple[int, int] | None:
-        """Height and width that the model sees; None for its own."""
+        """Input height and width; None for the model's default."""
         if not self.multiple:
             return None
-        if not uniform or max(size) > self.at_most:
-            return self.at_most, self.at_most
+        if not uniform or max(size) > self.max_input:
+            return self.max_input, self.max_input
         height, width = (-(-side // self.multiple) * self.multiple for side in size)
         return height, width
 
 
 @dataclass(frozen=True)
 class RecipeRow:
-    """A recipe for images up to `up_to` pixels a side, at least `at_least` of them, and models of some families.
+    """A recipe for at least `min_images` images of at most `max_side` pixels a side, and models of some families.
 
-    families: none for any. epochs: such that about `seen` images are learnt from in all, but within `epochs` (fewest,
-    most). when: what all this is, in words.
+    families: empty for any. Epochs are chosen such that about `samples` images are processed in total, within `epochs`
+    (min, max). task: a description.
     """
 
     recipe: str
-    when: str
-    seen: float
+    task: str
+    samples: float
     epochs: tuple[int, int]
-    up_to: float = float("inf")
-    at_least: int = 0
+    max_side: float = float("inf")
+    min_images: int = 0
     families: tuple[str, ...] = ()
     pretrained: bool = False
 
-    def suits(self, facts: DatasetStats, side: int, family: str) -> bool:
-        """Whether this is the recipe for a model of a family that sees images of so many pixels a side."""
+    def matches(self, stats: DatasetStats, side: int, family: str) -> bool:
+        """Whether this recipe applies to a model of a family with an input of `side` pixels a side."""
         return (
-            facts.pretrained == self.pretrained
-            and side <= self.up_to
-            and facts.images >= self.at_least
+            stats.pretrained == self.pretrained
+            and side <= self.max_side
+            and stats.images >= self.min_images
             and (not self.families or family in self.families)
         )
 
 
-_EVER = float("inf")
+_ANY = float("inf")  # pixels
 
 _STEM = "a ViT with a convolutional stem, made for small images"
 
 MODELS = (
-    ModelRow(12, False, "vit_nano_patch2_8", _STEM, multiple=2, at_most=12),
-    ModelRow(20, False, "vit_nano_patch2_16", _STEM, multiple=2, at_most=20),
-    ModelRow(32, False, "vit_micro_patch8_32", _STEM, multiple=8, at_most=32),
-    ModelRow(48, False, "vit_mini_patch4_32", _STEM, multiple=4, at_most=48),
-    ModelRow(_EVER, False, "vit_small_patch8_64", f"{_STEM}; --pretrained would learn more", multiple=8, at_most=64),
-    ModelRow(_EVER, True, "deit_small_patch16_224", "a strong model of moderate cost to fine-tune"),
+    ModelRow(12, False, "vit_nano_patch2_8", _STEM, multiple=2, max_input=12),
+    ModelRow(20, False, "vit_nano_patch2_16", _STEM, multiple=2, max_input=20),
+    ModelRow(32, False, "vit_micro_patch8_32", _STEM, multiple=8, max_input=32),
+    ModelRow(48, False, "vit_mini_patch4_32", _STEM, multiple=4, max_input=48),
+    ModelRow(_ANY, False, "vit_small_patch8_64", f"{_STEM}; --pretrained may be better", multiple=8, max_input=64),
+    ModelRow(_ANY, True, "deit_small_patch16_224", "accurate, at moderate cost"),
 )
 
-_MANY = 100_000  # images from which on a paper's recipe for ImageNet is worth its time
-_IMAGENET = 3.8e8  # 300 epochs of it
+_MANY = 100_000  # images from which on a paper's recipe for ImageNet is used
+_IMAGENET = 3.8e8  # samples: 300 epochs of ImageNet-1k
 
-# The first that suits.
+# The first that matches is used.
 RECIPES = (
     RecipeRow("finetune", "fine-tuning", 3e4, (3, 30), pretrained=True),
-    RecipeRow("tiny", "tiny images from scratch", 7.1e4, (20, 60), up_to=12),
-    RecipeRow("small", "small images from scratch", 6e5, (10, 100), up_to=64),
+    RecipeRow("tiny", "tiny images from scratch", 7.1e4, (20, 60), max_side=12),
+    RecipeRow("small", "small images from scratch", 6e5, (10, 100), max_side=64),
     RecipeRow("resnet-a2", "a CNN from scratch", _IMAGENET, (100, 300), families=("resnet", "convnext")),
-    RecipeRow("swin", "a Swin from scratch on many images", _IMAGENET, (100, 300), at_least=_MANY, families=("swin",)),
-    RecipeRow("augreg", "a ViT from scratch on millions of images", _IMAGENET, (10, 90), at_least=5 * 10**6),
-    RecipeRow("deit", "a ViT from scratch on many images", _IMAGENET, (100, 300), at_least=_MANY),
+    RecipeRow("swin", "Swin from scratch on many images", _IMAGENET, (100, 300), min_images=_MANY, families=("swin",)),
+    RecipeRow("augreg", "a ViT from scratch on millions of images", _IMAGENET, (10, 90), min_images=5 * 10**6),
+    RecipeRow("deit", "a ViT from scratch on many images", _IMAGENET, (100, 300), min_images=_MANY),
     RecipeRow("photos", "photographs from scratch", 1e6, (10, 200)),
 )
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Values by config key for what was not given, and a line for each decision."""
+    """Values by config key for what was not given, and a line per decision."""
 
     values: dict[str, Any]
     reasons: list[str]
 
 
-def choose(facts: DatasetStats, given: Mapping[str, Any], recipe: Recipe | None = None) -> Choice:
-    """A model and settings for images like these. What `given` names is not touched, and the rest fits to it.
+def choose(stats: DatasetStats, given: Mapping[str, Any], recipe: Recipe | None = None) -> Choice:
+    """A model and settings for these images, consistent with the `given` settings, which are kept.
 
-    recipe: one that was asked for. A whole one stands for all settings that would be chosen.
+    recipe: the requested one. A complete one replaces all settings that would be chosen.
     """
     values: dict[str, Any] = {}
     reasons = []
     if "model" not in given:
-        own = next(r for r in MODELS if facts.side <= r.up_to and facts.pretrained == r.pretrained)
-        values["model"] = own.model
-        values["img_size"] = own.img_size(facts.size, facts.uniform)
-        height, width = facts.size
-        reasons.append(f"model {own.model}: the images are {height}x{width} px, and this is {own.why}")
-    # A size that was asked for says what kind of training this is; a model's own size says nothing of the images.
-    side = max(given.get("img_size") or values.get("img_size") or facts.size)
+        chosen = next(r for r in MODELS if stats.side <= r.max_side and stats.pretrained == r.pretrained)
+        values["model"] = chosen.model
+        values["img_size"] = chosen.img_size(stats.size, stats.uniform)
+        height, width = stats.size
+        reasons.append(f"model {chosen.model} for images of {height}x{width} px: {chosen.why}")
+    # The given input size decides; a model's default size is unrelated to the images.
+    side = max(given.get("img_size") or values.get("img_size") or stats.size)
     name = given.get("model", values.get("model"))
-    row = next(row for row in RECIPES if row.suits(facts, side, VARIANTS[name].family if name in VARIANTS else ""))
-    whole = recipe is not None and recipe.whole
-    settings = ({} if whole else dict(named_recipe(row.recipe).settings)) | (recipe.flexible if recipe else {})
+    row = next(row for row in RECIPES if row.matches(stats, side, VARIANTS[name].family if name in VARIANTS else ""))
+    complete = recipe is not None and recipe.complete
+    settings = ({} if complete else dict(named_recipe(row.recipe).settings)) | (recipe.flexible if recipe else {})
     if name not in VARIANTS:
         settings = {key: value for key, value in settings.items() if key not in keys_for(Use.BUILD)}
     usual, epochs = settings["batch_size"], given.get("epochs")
-    keeps = recipe is not None and recipe.keeps_batch
-    batch = given.get("batch_size") or (usual if keeps else limit_batch_size(usual, facts.images))
-    own_epochs = settings.pop("epochs")
+    keep = recipe is not None and recipe.keeps_batch_size
+    batch = given.get("batch_size") or (usual if keep else limit_batch_size(usual, stats.images))
+    recipe_epochs = settings.pop("epochs")
     values |= {"recipe": row.recipe} | settings | {"batch_size": batch} | rates_for(batch, settings)
     if epochs is None and not given.get("budget"):
-        fewest, most = row.epochs
-        epochs = own_epochs if whole else float(max(fewest, min(most, round(row.seen / facts.images))))
+        shortest, longest = row.epochs
+        epochs = recipe_epochs if complete else float(max(shortest, min(longest, round(row.samples / stats.images))))
         values["epochs"] = epochs
-    if epochs not in (None, own_epochs):
+    if epochs not in (None, recipe_epochs):
         values["warmup_epochs"] = min(settings["warmup_epochs"], round(epochs / 10, 3))
-    length = "as long as the budget lasts" if epochs is None else f"{epochs:g} epochs"
-    origin = f"{row.recipe}, for {row.when}{f', and {recipe.name}' if recipe else ''}"
-    if recipe is not None and whole:
+    length = "as many epochs as the budget allows" if epochs is None else f"{epochs:g} epochs"
+    origin = f"{row.recipe}, for {row.task}{f', and {recipe.name}' if recipe else ''}"
+    if recipe is not None and complete:
         origin = recipe.name
-    line = f"recipe {origin}: {length} of {facts.images:,} images in batches of {batch}"
+    line = f"recipe {origin}: {length} of {stats.images:,} images in batches of {batch}"
     if batch != usual and "lr" not in given:
-        line += f", lr {values['lr']:g} ({settings['lr']:g} is for {usual}; it goes with the root)"
+        line += f", lr {values['lr']:g} ({settings['lr']:g} at {usual}: square-root scaling)"
     reasons.append(line)
     return Choice({key: value for key, value in values.items() if key not in given}, reasons)
 
