@@ -17,7 +17,7 @@ import vitrail
 from tolerance import LOSS
 from training import tiny
 from training.runs import KEYS, outcome, run
-from vitrail.errors import ConfigError, DeviceError, ModelError, RunError, VitrailError
+from vitrail.errors import ConfigError, DeviceError, RunError, VitrailError
 from vitrail.training.config.schema import read_config
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.run import train
@@ -157,9 +157,9 @@ def test_a_budget_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
     mistakes: list[tuple[dict[str, Any], type[VitrailError], str]] = [
-        ({"model": "vit_test_patch2"}, ModelError, "did you mean 'vit_test_patch2_8'"),
+        ({"model": "vit_test_patch2"}, VitrailError, "did you mean 'vit_test_patch2_8'"),
         ({"lrr": 1}, ConfigError, "did you mean 'lr'"),
-        ({"img_size": 9}, ModelError, "9x9"),
+        ({"img_size": 9}, VitrailError, "9x9"),
         ({"min_lr": 1.0}, ConfigError, "min_lr=1"),
         ({"warmup_epochs": 9}, ConfigError, "warmup_epochs=9"),
         ({"device": "quantum"}, DeviceError, "auto, cpu"),

@@ -151,8 +151,7 @@ def test_every_key_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     train(tiny.dataset(), out=tmp_path / "run", progress=False, **{**tiny.PLAIN, "ema": 0.5, "epochs": 1.2})
     by_use = {*keys_for(Use.BUILD), *keys_for(Use.HELD_OUT)}
     only_with_another = {key for key in _CHANGES_OF_CHANGES if key in Augment.model_fields} - {"crop_ratio"}
-    handled_before = {"data_dir"}  # see test_data_keys_reach_the_dataset
-    assert set(KEYS) - read - by_use - only_with_another == handled_before
+    assert set(KEYS) - read - by_use - only_with_another == set()
 
 
 def test_data_keys_reach_the_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
