@@ -73,7 +73,7 @@ def test_it_goes_on_where_it_was_stopped(
     words = ("embed", model, photos, "--out", tmp_path / "f.parquet", "--batch-size", 1, "--device", "cpu")
     with monkeypatch.context() as patch:
         patch.setattr(features, "atomic_write_bytes", stop)
-        assert run(capsys, *words) == (130, "", "stopped; the same command continues from here\n")
+        assert run(capsys, *words) == (130, "", "stopped; run the same command again to continue\n")
     status, out, err = run(capsys, *words)
     assert status == 0
     assert out.startswith("3 images, 16 features each")

@@ -188,7 +188,7 @@ def test_the_command(hub: tuple[Hub, Uploads], tmp_path: Path, capsys: pytest.Ca
     lines = [line.split() for line in out.splitlines()]
     assert [name for _, name, *_ in lines[:-1]] == FILES
     assert int(lines[2][0].replace(",", "")) == (folder / "model.safetensors").stat().st_size
-    assert "would go to hf:org/m@v1" in out
+    assert "to upload to hf:org/m@v1" in out
     status, out, _ = run("org/m")
     assert (status, out) == (0, f"{server.url}/org/m/commit/{server.repos['org/m'].revisions['main']}\n")
     assert {name: len(content) for name, content in arrived(server).items()} == plan_upload(folder, "org/m").sizes()
