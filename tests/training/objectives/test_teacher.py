@@ -228,7 +228,7 @@ def test_models_of_timm_and_torchvision_beyond_the_catalog(monkeypatch: pytest.M
     assert teacher.preprocess == Preprocess(size=(224, 224), interpolation="bilinear", crop_pct=224 / 256)
     assert teacher.class_names is not None
     assert len(teacher.class_names) == 1000
-    with pytest.raises(VitrailError, match="squeezenet1_1.*'X'.*IMAGENET1K_V1"):
+    with pytest.raises(VitrailError, match=r"squeezenet1_1.*'X'.*IMAGENET1K_V1"):
         open_teacher("torchvision:squeezenet1_1.X")
 
 
