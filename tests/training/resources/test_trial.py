@@ -141,6 +141,7 @@ from vitrail.training.setup import prepare
 from vitrail.training.monitoring.progress import Reporter
 from vitrail.training.session import Session
 from vitrail.training.resources.trial import blank_batch, estimate_peak_memory
+from vitrail.training.config.schema import make_config
 keys = dict(model="vit_tiny_patch16_224", img_size=128, batch_size=64, workers=0)
 session = Session(prepare("digits", make_config(keys)), Reporter(False), torch.device("cpu"))
 foreseen = estimate_peak_memory(session.trainer, session.setup.preprocess, 64)
