@@ -182,7 +182,7 @@ def test_a_fault_in_one_process_ends_all_with_one_line(tmp_path: Path) -> None:
     done = launch(2, out=tmp_path / "run", **SAME)
     told = [line for line in done.stderr.splitlines() if "error: " in line]
     assert len(told) == 1
-    assert "holds a run that is not finished" in told[0]
+    assert "--resume" in told[0]
     trained(2, tmp_path / "run", resume=tmp_path / "run")
 
 
