@@ -179,7 +179,8 @@ def test_a_wheel_has_the_recipes(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(tree)], check=True)
     (built,) = tmp_path.glob("*.whl")
     code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); from vitrail.training.config import recipes as r; "
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); "
+        "from vitrail.training.config import recipes as r; "
         "print(r.__file__, *r.recipe_names(), r.named_recipe('deit').settings['lr'])"
     )
     with zipfile.ZipFile(built) as wheel:
