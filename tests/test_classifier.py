@@ -313,6 +313,19 @@ def test_what_is_no_model_is_refused_in_a_line(name: str, message: str, tmp_path
         load(tmp_path / name)
 
 
+def test_precision_is_that_of_load(photos: Path, tmp_path: Path) -> None:
+    clf = classifier(PHOTO)
+    clf.save(tmp_path / "model")
+    assert load(tmp_path / "model").precision == "auto"
+    for precision in ("off", "bf16"):
+        assert load(tmp_path / "model", precision=precision).predict(photos) == classifier(
+            PHOTO, precision=precision
+        ).predict(photos)
+    assert not np.array_equal(load(tmp_path / "model", precision="bf16").embed(photos), clf.embed(photos))
+    with pytest.raises(ConfigError, match="'fp8'"):
+        load(tmp_path / "model", precision="fp8")
+
+
 def test_names_and_classes_must_agree() -> None:
     with pytest.raises(ModelError, match=r"2 .*10 "):
         classifier(names=("a", "b"))

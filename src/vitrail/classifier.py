@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vitrail.evaluation.metrics import Evaluation
     from vitrail.pretrained.load import Pretrained
 
+PRECISIONS = ("auto", "bf16", "off")  # see inference/torch_runtime.py
 _HELD_OUT = ("val_fraction", "test_fraction", "split_seed")  # how a dataset's images were split
 
 
@@ -67,7 +68,8 @@ class Classifier:
     """`model` is an nn.Module in timm's interface, `preprocess` a Preprocess, `class_names` the K names by index.
 
     `architecture` is the variant's name. `report` is the summary of the run that trained the model, or the account of
-    its weights. `notes` is JSON that is saved along, such as how the training images were split.
+    its weights. `notes` is JSON that is saved along, such as how the training images were split. `precision` is "bf16"
+    (autocast), "off" (float32) or "auto" (whichever is faster on this hardware); predict, embed and evaluate use it.
     """
 
     def __init__(
@@ -81,6 +83,8 @@ class Classifier:
         notes: dict[str, Any] | None = None,
         precision: str = "auto",
     ) -> None:
+        if precision not in PRECISIONS:
+            raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
         if len(class_names) != model.num_classes:
             raise ModelError(f"{len(class_names)} class names for a model of {model.num_classes} classes")
         twice = sorted({name for name in class_names if list(class_names).count(name) > 1})
@@ -247,36 +251,40 @@ class Classifier:
 
 
 def load(
-    source: str | Path, device: str | torch.device = "cpu", img_size: int | tuple[int, int] | str | None = None
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    img_size: int | tuple[int, int] | str | None = None,
+    precision: str = "auto",
 ) -> Classifier:
     """The classifier that `source` names.
 
     A model folder or a run folder; a name of the catalog, with the default of its published weights; hf:org/repo,
     timm:name, torchvision:name, an URL; or a checkpoint file or folder of another library. With `img_size` (384,
-    (320, 192) or "320x192": height, then width, in pixels) it sees images at another size than in training.
+    (320, 192) or "320x192": height, then width, in pixels) it sees images at another size than in training. `precision`
+    is that of `Classifier`.
 
     Raises:
         VitrailError: there is none, it is damaged, its weights do not fit, or it cannot see images of that size.
     """
-    classifier = resolve_model(source).to(device)
+    classifier = resolve_model(source, precision).to(device)
     if img_size is not None:
         classifier.resize(img_size)
     return classifier
 
 
-def resolve_model(source: str | Path) -> Classifier:
+def resolve_model(source: str | Path, precision: str = "auto") -> Classifier:
     """What the command line calls MODEL. Every kind of source is told apart here, by looking at it."""
     path = Path(source).expanduser()
     for folder, summary in ((path, None), (path / "model", path / "summary.json")):
         if is_model_folder(folder):
-            return _from_folder(folder, summary and _summary(summary))
+            return _from_folder(folder, summary and _summary(summary), precision)
     from vitrail.pretrained.load import load_pretrained  # a model folder of our own needs none of it
 
     name = str(source) if str(source) in VARIANTS else None
-    return _from_weights(load_pretrained("default" if name else source, name))
+    return _from_weights(load_pretrained("default" if name else source, name), precision)
 
 
-def _from_weights(found: Pretrained) -> Classifier:
+def _from_weights(found: Pretrained, precision: str) -> Classifier:
     """Classes without known names are called by their numbers."""
     config = found.model.config
     names = found.class_names
@@ -298,10 +306,11 @@ def _from_weights(found: Pretrained) -> Classifier:
         found.report,
         architecture=found.name,
         notes={"source": found.loaded.source, "licence": found.loaded.licence},
+        precision=precision,
     )
 
 
-def _from_folder(folder: Path, report: Any) -> Classifier:
+def _from_folder(folder: Path, report: Any, precision: str) -> Classifier:
     contents = read_model_folder(folder)
     return Classifier(
         contents.model,
@@ -310,6 +319,7 @@ def _from_folder(folder: Path, report: Any) -> Classifier:
         report,
         architecture=contents.architecture,
         notes=contents.notes,
+        precision=precision,
     )
 
 

@@ -316,6 +316,29 @@ def test_evaluate_for_people(run: Run, model: Path) -> None:
     assert worst[0][5].startswith(f"({row.max()})")
 
 
+@pytest.mark.parametrize("precision", ["auto", "off", "bf16"])
+def test_precision_is_the_same_option_of_three_commands(
+    precision: str, run: Run, model: Path, photos: Path, tmp_path: Path
+) -> None:
+    clf, option = load(model, precision=precision), ("--precision", precision)
+    rows = [json.loads(line) for line in run("predict", model, photos, "--json", *option).out.splitlines()]
+    assert rows == [p.to_dict() for p in clf.predict(photos)]
+    record = json.loads(run("evaluate", model, "digits", "--json", *option).out)
+    assert record == json.loads(json.dumps(clf.evaluate("digits").to_dict()))
+    run("embed", model, photos, "--out", tmp_path / "f.npy", *option)
+    good = [row["path"] for row in rows if "label" in row]
+    assert np.array_equal(np.load(tmp_path / "f.npy"), clf.embed(good))
+    other = load(model, precision="off" if precision == "bf16" else "bf16")
+    assert other.evaluate("digits").loss != record["loss"]
+
+
+def test_an_unknown_precision_is_an_error(run: Run, model: Path) -> None:
+    for command in (("predict", model, "x.jpg"), ("evaluate", model, "digits"), ("embed", model, "x.jpg")):
+        done = run(*command, "--precision", "fp8")
+        assert (done.status, done.out) == (2, "")
+        assert "'fp8'" in done.err
+
+
 def test_evaluate_names_what_it_skipped(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     for k in range(2):

@@ -60,9 +60,16 @@ def as_dataset(split: Split) -> Dataset:
 
 
 @pytest.mark.parametrize("dropped", [False, True], ids=["unreadable", "unreadable left out"])
-@pytest.mark.parametrize("precision", ["auto", "off", "bf16"])
-def test_predict_and_evaluate_give_the_same_bits(precision: str, dropped: bool, photos: list[str]) -> None:
-    clf = classifier(precision)
+@pytest.mark.parametrize("precision", ["auto", "auto on AMX", "off", "bf16"])
+def test_predict_and_evaluate_give_the_same_bits(
+    precision: str, dropped: bool, photos: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if precision == "auto on AMX":
+        monkeypatch.setattr("vitrail.utils.device.cpu_bf16", lambda: "AMX")
+    clf = classifier(precision.split()[0])
+    runtime = clf.engine().runtime
+    assert isinstance(runtime, TorchRuntime)
+    assert runtime.bf16 == (precision in ("auto on AMX", "bf16"))
     predicted = clf.predict(photos, top=1)
     readable = [p for p in predicted if p.error is None]
     assert len(readable) == 492

@@ -197,7 +197,7 @@ def test_a_damaged_shard_is_computed_again(photos: Path, tmp_path: Path) -> None
     assert outcome(out)[0] == (tmp_path / "whole.npy").read_bytes()
 
 
-@pytest.mark.parametrize("change", ["model", "content", "list", "note", "no note"])
+@pytest.mark.parametrize("change", ["model", "precision", "content", "list", "note", "no note"])
 def test_work_of_another_kind_is_refused(change: str, photos: Path, tmp_path: Path) -> None:
     clf, out, inputs = classifier(), tmp_path / "f.npy", [photos]
     with pytest.raises(Killed):
@@ -206,6 +206,8 @@ def test_work_of_another_kind_is_refused(change: str, photos: Path, tmp_path: Pa
     state = tmp_path / "f.npy.part" / "state.json"
     if change == "model":
         clf, reason = classifier(2), "another model"
+    elif change == "precision":
+        clf.precision, reason = "bf16", "another model or precision"
     elif change == "content":
         Image.new("RGB", (9, 9)).save(photos / "29.png")
     elif change == "list":

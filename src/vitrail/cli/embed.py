@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from vitrail.cli.options import BatchSizeOption, DeviceOption, ModelArgument, PathsArgument, SizeOption, open_model
+from vitrail.cli.options import (
+    BatchSizeOption,
+    DeviceOption,
+    ModelArgument,
+    PathsArgument,
+    PrecisionOption,
+    SizeOption,
+    open_model,
+)
 
 
 def embed(
@@ -16,6 +24,7 @@ def embed(
     batch_size: BatchSizeOption = None,
     img_size: SizeOption = None,
     device: DeviceOption = None,
+    precision: PrecisionOption = "auto",
 ) -> None:
     """Write the features of images to a file: the input of the model's classification head, float32.
 
@@ -27,7 +36,7 @@ def embed(
     from vitrail.cli.tables import stderr, stdout
     from vitrail.inference.feature_file import embed_to_file
 
-    classifier = open_model(model, device, img_size)
+    classifier = open_model(model, device, img_size, precision)
     try:
         result = embed_to_file(classifier.engine(), paths, out, batch_size=batch_size, progress=_progress)
     except KeyboardInterrupt:

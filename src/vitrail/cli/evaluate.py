@@ -9,6 +9,7 @@ from vitrail.cli.options import (
     DeviceOption,
     JsonOption,
     ModelArgument,
+    PrecisionOption,
     SizeOption,
     SplitOption,
     open_model,
@@ -32,6 +33,7 @@ def evaluate(
     batch_size: BatchSizeOption = None,
     img_size: SizeOption = None,
     device: DeviceOption = None,
+    precision: PrecisionOption = "auto",
 ) -> None:
     """Evaluate a model on a dataset: top-1, top-5, loss, calibration error, and accuracy per class.
 
@@ -42,7 +44,7 @@ def evaluate(
     """
     from vitrail.cli.progress import progress
 
-    classifier = open_model(model, device, img_size)
+    classifier = open_model(model, device, img_size, precision)
     with progress("images") as advance:
         result = classifier.evaluate(data, split, data_dir=data_dir, batch_size=batch_size, on_batch=advance)
     if json:

@@ -34,18 +34,24 @@ SizeOption = Annotated[
 DeviceOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 or mps; by default the best available.")
 ]
+PrecisionOption = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|bf16|off", help="bfloat16 (bf16), float32 (off), or the faster one on this hardware (auto)."
+    ),
+]
 BatchSizeOption = Annotated[int | None, typer.Option(min=1, help="Images per batch; by default by image size.")]
 SplitOption = Annotated[str | None, typer.Option(help="test, val or train; by default test if there is one, else val.")]
 DataDirOption = Annotated[str | None, typer.Option(metavar="FOLDER", help="Folder of a named dataset's files.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
-def open_model(source: str, device: str | None, img_size: str | None) -> "Classifier":
+def open_model(source: str, device: str | None, img_size: str | None, precision: str) -> "Classifier":
     """Load MODEL; print to stderr how its weights were loaded, unless it is a folder of ours."""
     from vitrail.classifier import load
     from vitrail.utils.device import pick_device
 
-    classifier = load(source, pick_device(device or "auto"), img_size)
+    classifier = load(source, pick_device(device or "auto"), img_size, precision)
     if classifier.report is not None and not isinstance(classifier.report, dict):  # else a run's summary
         from vitrail.cli.tables import stderr
 

@@ -12,6 +12,7 @@ from vitrail.cli.options import (
     JsonOption,
     ModelArgument,
     PathsArgument,
+    PrecisionOption,
     SizeOption,
     open_model,
 )
@@ -34,6 +35,7 @@ def predict(
     batch_size: BatchSizeOption = None,
     img_size: SizeOption = None,
     device: DeviceOption = None,
+    precision: PrecisionOption = "auto",
 ) -> None:
     """Predict labels and scores of images.
 
@@ -45,7 +47,7 @@ def predict(
     if json and csv:
         raise ConfigError("--json and --csv exclude each other")
     form = "json" if json else "csv" if csv else "text"
-    classifier = open_model(model, device, img_size)
+    classifier = open_model(model, device, img_size, precision)
     counts = {"read": 0, "failed": 0}
     top = top or _TOP[form]
     _FORMS[form](_count(classifier.stream(paths, top, batch_size), counts), min(top, len(classifier.class_names)))

@@ -146,7 +146,7 @@ def _claim(part: Path, engine: Engine, sources: Sequence[Source]) -> str:
     known = found if isinstance(found, dict) and found.get("format") == _FORMAT else None
     origin = "unknown origin"
     if known is not None:
-        origin = "another model" if known["model"] != record["model"] else "other images"
+        origin = "another model or precision" if known["model"] != record["model"] else "other images"
     raise RunError(f"{part} has unfinished work of {origin}: remove it, or choose another --out")
 
 

@@ -47,7 +47,7 @@ class Runtime(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """A hex digest that changes with the weights, the architecture and the preprocessing."""
+        """A hex digest that changes with the weights, the architecture, the preprocessing and the precision."""
         ...
 
 

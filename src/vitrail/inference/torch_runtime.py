@@ -48,7 +48,8 @@ class TorchRuntime:
             return _to_numpy(_pre_logits(self.model, self._normalize(images)))
 
     def fingerprint(self) -> str:
-        return model_fingerprint(self.model, self.name, json.dumps(self.preprocess.to_dict(), sort_keys=True))
+        preprocess = json.dumps(self.preprocess.to_dict(), sort_keys=True)
+        return model_fingerprint(self.model, self.name, preprocess, "bf16" if self.bf16 else "float32")
 
     def _normalize(self, images: Images) -> Tensor:
         """uint8 B H W C to normalised float32 B C H W on the model's device."""
