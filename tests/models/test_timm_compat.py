@@ -10,7 +10,7 @@ from models.test_parity import SWIN, timm_twin
 from vitrail.models.build import build_model
 from vitrail.models.catalog import VARIANTS
 from vitrail.models.configs import ModelConfig, ResNetConfig, SwinConfig, ViTConfig
-from vitrail.models.timm_compat import timm_stand_in, window_mismatch
+from vitrail.models.timm_compat import timm_base_variant, window_mismatch
 
 CONFIG = SwinConfig(window_size=4, num_classes=7, **SWIN)  # patches of 2, three stages
 TINY = VARIANTS["swin_tiny_patch4_window7_224"].config
@@ -35,7 +35,7 @@ def test_a_mismatch_is_named_exactly_where_logits_differ(size: tuple[int, int]) 
     config = replace(CONFIG, img_size=size)
     differs = relative_difference(config, size) > 1e-5
     assert (window_mismatch(config) is not None) == differs
-    assert (timm_stand_in(config) is None) == differs
+    assert (timm_base_variant(config) is None) == differs
 
 
 def test_logits_of_some_sizes_differ_much() -> None:

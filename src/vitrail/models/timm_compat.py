@@ -45,7 +45,7 @@ def family_of(config: ModelConfig) -> str:
     return next(name for name, family in FAMILIES.items() if type(config) is family.config)
 
 
-def timm_stand_in(config: ModelConfig, size: tuple[int, int] | None = None) -> str | None:
+def timm_base_variant(config: ModelConfig, size: tuple[int, int] | None = None) -> str | None:
     """The timm variant that `model_args` turns into this model; None if timm has no equivalent.
 
     size: height and width of the images, if not `config.img_size`.
@@ -109,7 +109,7 @@ def _nearest_sides(config: SwinConfig, side: int, built: int | None) -> list[int
     return sorted({near for near in found if near is not None})
 
 
-def same_but_for_args(one: ModelConfig, other: ModelConfig) -> bool:
+def differ_only_in_args(one: ModelConfig, other: ModelConfig) -> bool:
     """Whether timm's constructor for `one` can build `other` by its `model_args`."""
     if type(one) is not type(other):
         return False

@@ -26,12 +26,12 @@ from vitrail.models.catalog import VARIANTS
 from vitrail.models.configs import ModelConfig
 from vitrail.models.timm_compat import (
     RATES,
+    differ_only_in_args,
     family_of,
     global_pool,
     model_args,
     pretrained_cfg,
-    same_but_for_args,
-    timm_stand_in,
+    timm_base_variant,
     window_mismatch,
 )
 from vitrail.pretrained.local import CARD, CONFIG, USUAL
@@ -120,18 +120,18 @@ def to_card(contents: Contents, repo: str | None = None) -> str:
     from vitrail.pretrained.model_card import model_card  # only writing needs it
 
     config, params = contents.model.config, sum(parameter.numel() for parameter in contents.model.parameters())
-    in_timm = timm_stand_in(config, contents.preprocess.size) is not None
+    in_timm = timm_base_variant(config, contents.preprocess.size) is not None
     note = window_mismatch(config, contents.preprocess.size)
     return model_card(to_json(contents), params, in_timm=in_timm, timm_note=note, repo=repo)
 
 
 def _timm_architecture(name: str, config: ModelConfig, size: tuple[int, int]) -> str:
     """The name under which timm builds the model; one unknown to timm if it cannot."""
-    stand_in, row = timm_stand_in(config, size), VARIANTS.get(name)
-    in_timm = row is not None and timm_stand_in(row.config) is not None
-    if stand_in is None:
+    base, row = timm_base_variant(config, size), VARIANTS.get(name)
+    in_timm = row is not None and timm_base_variant(row.config) is not None
+    if base is None:
         return f"vitrail_{name}" if in_timm else name
-    return name if row is not None and in_timm and same_but_for_args(row.config, config) else stand_in
+    return name if row is not None and in_timm and differ_only_in_args(row.config, config) else base
 
 
 def name_of(config: ModelConfig) -> str:
