@@ -1,105 +1,156 @@
-"""Models in ONNX files as teachers, run by onnxruntime.
+"""The ONNX runtime: models in ONNX files, run by onnxruntime without torch.
 
-A file may say in its metadata what it knows: `class_names` (a JSON list) and `preprocess` (JSON, as in a model folder).
+A file takes normalised float images B C H W. Its first output is the logits B K; an output named "features", if there
+is one, is the input of the classification head, B F. Its metadata may contain `class_names` (a JSON list) and
+`preprocess` (JSON, as in a model folder).
 
-Shapes: B batch, C channels, H W height and width, K classes.
+Shapes: B batch, C channels, H W height and width, K classes, F features.
 """
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+import numpy.typing as npt
 
-from vitrail.errors import VitrailError
+from vitrail.errors import ConfigError, DeviceError, ModelError
 from vitrail.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from vitrail.utils.text import one_line
+from vitrail.inference.runtime import Images, Outputs, default_batch_size
+from vitrail.utils.text import format_shape, one_line
+
+T = TypeVar("T")
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_FEATURES = "features"  # the name of the output
 
 
-class OnnxModel(nn.Module):
-    """Float images B C H W to the file's first output, on any device; the file runs where onnxruntime can.
+class OnnxModel:
+    """An ONNX file, on CUDA if onnxruntime supports it, else on the CPU.
+
+    threads: 0 for onnxruntime's default. preprocess: from the metadata, else ImageNet's mean and std at the size of the
+    input, which is then stated in `notes`; None if the input has no fixed size. class_names: None if unknown.
 
     Raises:
-        VitrailError: onnxruntime is missing, or the file is, or it holds no model of images.
+        DeviceError: onnxruntime is not installed.
+        ModelError: the file does not exist, is not an ONNX model of images, or has invalid metadata.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__()
+    def __init__(self, path: Path, threads: int = 0) -> None:
         try:
             import onnxruntime
         except ImportError:
-            raise VitrailError(f"{path} needs onnxruntime: pip install 'vitrail[onnx]'") from None
+            raise DeviceError(f"{path} needs onnxruntime: pip install 'vitrail[onnx]'") from None
         if not path.is_file():
-            raise VitrailError(f"there is no {path}: check the path")
+            raise ModelError(f"{path} does not exist: check the path")
         self.path = path
-        usual = ("CUDAExecutionProvider", "CPUExecutionProvider")
-        providers = [name for name in usual if name in onnxruntime.get_available_providers()]
+        known = ("CUDAExecutionProvider", "CPUExecutionProvider")
+        providers = [name for name in known if name in onnxruntime.get_available_providers()]
+        self.device_type = "cuda" if providers[0] == known[0] else "cpu"
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = threads
         try:
             self.session: Any = onnxruntime.InferenceSession(str(path), options, providers=providers)
-        except Exception as error:  # onnxruntime has many, all of one base
-            raise VitrailError(f"{path} is no ONNX model: {one_line(error)}") from None
-        self.input = self._one_input()
-        self.dtype = _TYPES[self.input.type]
-        self.fixed = [side if isinstance(side, int) else None for side in self.input.shape]  # B C H W
-        self.bytes = path.stat().st_size
-        self.identity = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-        self.notes: tuple[str, ...] = ()
-        metadata = self.session.get_modelmeta().custom_metadata_map
-        self.class_names = self._class_names(metadata.get("class_names"))
-        self.preprocess = self._preprocess(metadata.get("preprocess"))
-
-    def _one_input(self) -> Any:
+        except Exception as error:  # onnxruntime's errors have no common base class of their own
+            raise ModelError(f"{path} is not an ONNX model: {one_line(error)}") from None
         inputs = self.session.get_inputs()
         if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type not in _TYPES:
             found = ", ".join(f"{each.name} {each.type} {each.shape}" for each in inputs)
-            raise VitrailError(f"{self.path} takes {found}, not one batch of float images (B, C, H, W)")
-        return inputs[0]
+            raise ModelError(f"{path} takes {found}, not one batch of float images (B, C, H, W)")
+        self._input = inputs[0].name
+        self._dtype = _TYPES[inputs[0].type]
+        self.shape = tuple(side if isinstance(side, int) else None for side in inputs[0].shape)  # B C H W
+        self.outputs: list[str] = [each.name for each in self.session.get_outputs()]
+        self.bytes = path.stat().st_size
+        self.identity = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+        self.notes: tuple[str, ...] = ()
+        self.class_names = self._metadata("class_names", _class_names)
+        self.preprocess = self._metadata("preprocess", Preprocess.from_dict) or self._default_preprocess()
 
-    def _class_names(self, text: str | None) -> tuple[str, ...] | None:
+    def _metadata(self, key: str, convert: Callable[[Any], T]) -> T | None:
+        text = self.session.get_modelmeta().custom_metadata_map.get(key)
         if text is None:
             return None
         try:
-            names = json.loads(text)
-        except ValueError:
-            names = None
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise VitrailError(f"{self.path} has class_names in its metadata that are no JSON list of words")
-        return tuple(names)
+            return convert(json.loads(text))
+        except (ValueError, TypeError, AttributeError, ConfigError) as error:
+            raise ModelError(f"{self.path}: its metadata has invalid {key}: {one_line(error)}") from None
 
-    def _preprocess(self, text: str | None) -> Preprocess | None:
-        """From the metadata; else ImageNet's at the size that the input has; None where it takes any size."""
-        if text is not None:
-            try:
-                return Preprocess.from_dict(json.loads(text))
-            except (ValueError, TypeError, AttributeError, VitrailError) as error:
-                raise VitrailError(f"{self.path} has preprocessing of nonsense in its metadata: {error}") from None
-        _, channels, height, width = self.fixed
+    def _default_preprocess(self) -> Preprocess | None:
+        _, channels, height, width = self.shape
         if channels is None or height is None or width is None:
-            self.notes = ("it says nothing of its preprocessing: it is shown what the student sees",)
             return None
-        self.notes = ("it says nothing of its preprocessing: ImageNet's mean and deviation are assumed",)
-        mean: tuple[float, ...] = IMAGENET_MEAN
-        std: tuple[float, ...] = IMAGENET_STD
-        if channels == 1:
-            mean, std = (sum(mean) / 3,), (sum(std) / 3,)
-        return Preprocess(size=(height, width), mean=mean, std=std, channels=channels)
+        self.notes = ("it has no preprocessing: ImageNet's mean and std are assumed",)
+        imagenet = Preprocess(size=(height, width), mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        return imagenet.with_channels(channels)
 
-    def forward(self, images: Tensor) -> Tensor:
-        pixels = images.detach().float().cpu().numpy().astype(self.dtype, copy=False)
-        size = self.fixed[0] or len(pixels)
-        answers = [self._run(pixels[start : start + size], size) for start in range(0, len(pixels), size)]
-        return torch.from_numpy(np.concatenate(answers).astype(np.float32, copy=False)).to(images.device)
+    def run(self, images: npt.NDArray[np.floating], output: str | None = None) -> Outputs:
+        """The output of this name, the first by default, for normalised images B C H W.
 
-    def _run(self, pixels: Any, size: int) -> Any:
-        """A batch of the size that the file asks for: a smaller one is filled up."""
-        count = len(pixels)
-        if count < size:
-            pixels = np.concatenate([pixels, np.zeros((size - count, *pixels.shape[1:]), pixels.dtype)])
-        return self.session.run(None, {self.input.name: pixels})[0][:count]
+        Raises:
+            ModelError: the model does not take images of this size.
+        """
+        size = self.shape[0] or len(images)  # a file may take one batch size only: the last batch is filled up
+        parts = []
+        for start in range(0, len(images), size):
+            part = images[start : start + size].astype(self._dtype, copy=False)
+            count = len(part)
+            padded = np.concatenate([part, np.zeros((size - count, *part.shape[1:]), part.dtype)])
+            try:
+                (found,) = self.session.run([output or self.outputs[0]], {self._input: padded})
+            except Exception as error:  # as above
+                shape = format_shape(part.shape[1:])
+                raise ModelError(f"{self.path} cannot take images of {shape}: {one_line(error)}") from None
+            parts.append(found[:count])
+        return np.concatenate(parts).astype(np.float32, copy=False)
+
+
+def _class_names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError("not a list of strings")
+    return tuple(value)
+
+
+class OnnxRuntime:
+    """An ONNX file as a Runtime. preprocess: instead of the file's.
+
+    Raises:
+        DeviceError, ModelError: as OnnxModel; or no preprocessing is known, or the file does not take such images.
+    """
+
+    def __init__(self, path: Path, preprocess: Preprocess | None = None, threads: int = 0) -> None:
+        self.model = OnnxModel(path, threads)
+        self.name = path.name
+        found = preprocess or self.model.preprocess
+        if found is None:
+            raise ModelError(f"{path} has no preprocessing in its metadata and takes any size: pass preprocess=")
+        self.preprocess = found
+        self.default_batch_size = self.model.shape[0] or default_batch_size(found, self.model.device_type)
+        blank = np.zeros((1, *found.size, found.channels), np.uint8)
+        logits = self.logits(blank)
+        features = self.features(blank) if _FEATURES in self.model.outputs else None
+        for output in (logits, features):
+            if output is not None and output.ndim != 2:
+                raise ModelError(f"{path} has an output of shape {output.shape}, not (B, K) logits or (B, F) features")
+        self.num_classes = logits.shape[1]
+        self.num_features = 0 if features is None else features.shape[1]
+
+    def logits(self, images: Images) -> Outputs:
+        return self.model.run(self._normalize(images))
+
+    def features(self, images: Images) -> Outputs:
+        if _FEATURES not in self.model.outputs:
+            raise ModelError(f"{self.model.path} has no output named {_FEATURES!r}: export the model with its features")
+        return self.model.run(self._normalize(images), _FEATURES)
+
+    def fingerprint(self) -> str:
+        settings = json.dumps(self.preprocess.to_dict(), sort_keys=True)
+        return hashlib.blake2b(f"{self.model.identity} {settings}".encode(), digest_size=16).hexdigest()
+
+    def _normalize(self, images: Images) -> npt.NDArray[np.float32]:
+        """uint8 B H W C to normalised float32 B C H W, the same bits as Preprocess.normalize."""
+        mean, std = np.array(self.preprocess.mean), np.array(self.preprocess.std)
+        scale, shift = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+        return np.ascontiguousarray((images * scale + shift).transpose(0, 3, 1, 2))

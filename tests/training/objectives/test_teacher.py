@@ -6,20 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from onnx import TensorProto, helper
 from PIL import Image
 from torch import Tensor, nn
 
+from inference.onnx_file import onnx_file
 from training import tiny
 from vitrail.classifier import Classifier
 from vitrail.errors import VitrailError
 from vitrail.images.preprocess import Preprocess
-from vitrail.inference.onnx_runtime import OnnxModel
 from vitrail.models.build import build_model
 from vitrail.models.configs import ResNetConfig
 from vitrail.pretrained import external as guests
@@ -286,23 +284,6 @@ def test_a_teacher_that_does_not_fit_is_refused(answer: Callable[[Tensor], Any],
 # ---- ONNX
 
 
-def onnx_file(path: Path, shape: list[Any], metadata: dict[str, str] | None = None, *, kind: int = 1) -> np.ndarray:
-    """A linear model of 1x8x8 pixels and three classes; returns its weight, 64 x 3."""
-    weight = np.random.default_rng(1).normal(size=(64, 3)).astype(np.float32)
-    graph = helper.make_graph(
-        [helper.make_node("Flatten", ["x"], ["flat"]), helper.make_node("MatMul", ["flat", "w"], ["y"])],
-        "linear",
-        [helper.make_tensor_value_info("x", kind, shape)],
-        [helper.make_tensor_value_info("y", kind, None)],
-        [helper.make_tensor("w", TensorProto.FLOAT, weight.shape, weight.tobytes(), raw=True)],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    for key, value in (metadata or {}).items():
-        model.metadata_props.add(key=key, value=value)
-    onnx.save(model, path)
-    return weight
-
-
 @pytest.mark.parametrize("shape", [["n", 1, 8, 8], [3, 1, 8, 8]], ids=["any batch", "batches of 3"])
 def test_an_onnx_file_teaches(shape: list[Any], tmp_path: Path) -> None:
     metadata = {"class_names": json.dumps(["b", "a", "c"]), "preprocess": json.dumps(GREY.to_dict())}
@@ -333,33 +314,6 @@ def test_an_onnx_file_that_says_nothing(tmp_path: Path) -> None:
     assert open_teacher(tmp_path / "any.onnx").preprocess is None
     with pytest.raises(VitrailError, match="3 classes without names, and the data 2"):
         TeacherLogits(teacher, GREY, ("one", "two"), CPU).check()
-
-
-def test_onnx_files_of_nonsense_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "t.onnx"
-    file.write_bytes(b"nonsense")
-    with pytest.raises(VitrailError, match="is no ONNX model"):
-        OnnxModel(file)
-    onnx_file(file, ["n", 64])
-    with pytest.raises(VitrailError, match="not one batch of float images"):
-        OnnxModel(file)
-    for metadata in ({"class_names": "a, b"}, {"class_names": "[1]"}, {"preprocess": "{}"}, {"preprocess": "x"}):
-        onnx_file(file, ["n", 1, 8, 8], metadata)
-        with pytest.raises(VitrailError, match=next(iter(metadata))) as error:
-            OnnxModel(file)
-        assert "\n" not in str(error.value)
-    import builtins
-
-    original = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "onnxruntime":
-            raise ImportError
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(VitrailError, match=r"vitrail\[onnx\]"):
-        OnnxModel(file)
 
 
 def test_tiny_data_have_the_classes_that_these_tests_name() -> None:

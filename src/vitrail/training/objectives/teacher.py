@@ -29,6 +29,7 @@ from vitrail.utils.fingerprint import model_fingerprint
 from vitrail.utils.text import one_line
 
 _GIVEN = "python:"  # prefix, in the config, of a teacher that was passed as an object
+_NO_PREPROCESS = "it has no preprocessing: the student's is used"
 _GREY = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow converts RGB to grey
 
 Source = str | Path | Classifier | nn.Module
@@ -83,9 +84,7 @@ def open_teacher(source: Source) -> Teacher:
         raise ConfigError(f"this run's teacher was passed from Python ({word}): pass it again, as teacher=")
     try:
         if word.lower().endswith(".onnx"):
-            found = OnnxModel(Path(word).expanduser())
-            size = f"{found.bytes / 1e6:,.1f} MB"
-            return Teacher(word, found, found.preprocess, found.class_names, found.identity, size, found.notes)
+            return _of_onnx(word, OnnxModel(Path(word).expanduser(), torch.get_num_threads()))
         if (guest := open_external_model(word)) is not None:
             return _teacher(word, guest.model, guest.preprocess, guest.class_names)
         with warnings.catch_warnings(record=True) as caught:
@@ -104,13 +103,30 @@ def _of_classifier(classifier: Classifier, model: nn.Module, name: str, notes: t
     return _teacher(name, model, classifier.preprocess, classifier.class_names, notes)
 
 
+class _OnnxModule(nn.Module):
+    """An ONNX file as a module: float B C H W to logits B K, on any device."""
+
+    def __init__(self, model: OnnxModel) -> None:
+        super().__init__()
+        self.onnx = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.from_numpy(self.onnx.run(images.detach().float().cpu().numpy())).to(images.device)
+
+
+def _of_onnx(name: str, model: OnnxModel) -> Teacher:
+    notes = model.notes if model.preprocess else (_NO_PREPROCESS,)
+    size = f"{model.bytes / 1e6:,.1f} MB"
+    return Teacher(name, _OnnxModule(model), model.preprocess, model.class_names, model.identity, size, notes)
+
+
 def _of_module(module: nn.Module) -> Teacher:
     """Any module; without timm's `pretrained_cfg`, the student's preprocessing is used."""
     from collections.abc import Mapping
 
     record, names = getattr(module, "pretrained_cfg", None), getattr(module, "class_names", None)
     preprocess = Preprocess.from_timm(record) if isinstance(record, Mapping) else None
-    notes = () if preprocess else ("it has no preprocessing: the student's is used",)
+    notes = () if preprocess else (_NO_PREPROCESS,)
     return _teacher(type(module).__name__, module, preprocess, tuple(names) if names else None, notes)
 
 
