@@ -30,7 +30,7 @@ def test_attention_equals_pytorchs_module() -> None:
     x = torch.randn(2, 5, 12)
     expected, weights = theirs(x, x, x, average_attn_weights=False)
     assert_near(ours(x), expected)
-    out, ours_weights = ours.forward_with_weights(x)
+    out, ours_weights = ours.attend_with_weights(x)
     assert_near(out, expected)
     assert_near(ours_weights, weights)
 
@@ -70,7 +70,7 @@ def test_dropout_only_in_training() -> None:
     x = torch.randn(2, 5, 12)
     assert not torch.equal(attention(x), attention(x))
     attention.eval()
-    assert_near(attention(x), attention.forward_with_weights(x)[0])
+    assert_near(attention(x), attention.attend_with_weights(x)[0])
 
 
 def test_width_must_be_a_multiple_of_num_heads() -> None:

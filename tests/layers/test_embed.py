@@ -7,6 +7,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from tolerance import assert_near
+from vitrail.errors import ModelError
 from vitrail.layers.embed import ConvStem, PatchEmbed, resample_positions
 
 
@@ -34,7 +35,7 @@ def test_patches_are_in_row_major_order() -> None:
 def test_image_size_must_be_a_multiple_of_the_patch_size(
     embed: type[PatchEmbed | ConvStem], size: tuple[int, int]
 ) -> None:
-    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} .*patch size 4.* (8x8|4x8)$"):
+    with pytest.raises(ModelError, match=f"{size[0]}x{size[1]} .*patch size 4.* (8x8|4x8)$"):
         embed(4, 3, 8)(torch.zeros(1, 3, *size))
 
 

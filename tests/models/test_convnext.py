@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vitrail.errors import ModelError
 from vitrail.models.configs import ConvNeXtConfig
 from vitrail.models.convnext import ConvNeXt
 
@@ -16,7 +17,7 @@ def test_any_image_size_from_32() -> None:
 
 
 def test_too_small_image_raises() -> None:
-    with pytest.raises(ValueError, match="31x64"):
+    with pytest.raises(ModelError, match="31x64"):
         small()(torch.zeros(1, 3, 31, 64))
 
 

@@ -144,7 +144,7 @@ def test_weights_of_a_padded_swin(size: tuple[int, int]) -> None:
     for block, into, weights in zip(blocks, inputs, vitrail.attention_weights(model, x), strict=True):
         plan = plan_windows((into.shape[1], into.shape[2]), block.attn.window, block.shifted, into.device)
         cut = plan.partition(block.norm1(into))
-        v = block.attn._split(block.attn.qkv(cut))[2]
+        v = block.attn.split_heads(block.attn.qkv(cut))[2]
         out = block.attn.proj((weights @ v).transpose(1, 2).flatten(2))
         fused = block.attn(cut, plan)
         assert_close(plan.reverse(out, 2), plan.reverse(fused, 2))

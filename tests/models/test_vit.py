@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from vitrail.errors import ModelError
 from vitrail.models.configs import ViTConfig
 from vitrail.models.vit import VisionTransformer
 
@@ -43,7 +44,7 @@ def test_the_last_block_computes_the_class_token_alone() -> None:
 @pytest.mark.parametrize("size", [(30, 32), (32, 31)])
 def test_image_size_must_be_a_multiple_of_the_patch_size(size: tuple[int, int]) -> None:
     model = VisionTransformer(ViTConfig(**SMALL))
-    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} .*patch size 8.*32x32"):
+    with pytest.raises(ModelError, match=f"{size[0]}x{size[1]} .*patch size 8.*32x32"):
         model(torch.zeros(1, 3, *size))
 
 

@@ -70,8 +70,8 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention over tokens B N C, with one linear layer for queries, keys and values (`qkv`)."""
+class MultiHeadAttention(nn.Module):
+    """The layers of multi-head self-attention; queries, keys and values come from one linear layer, `qkv`."""
 
     def __init__(
         self, dim: int, num_heads: int, qkv_bias: bool = True, attn_drop: float = 0.0, proj_drop: float = 0.0
@@ -85,12 +85,25 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
+    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """B N 3C -> queries, keys and values, B H N D each."""
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def attend_with_weights(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Attention of all tokens without dropout: the output B N C and the attention weights B H N N."""
+        q, k, v = self.split_heads(self.qkv(x))
+        weights = attention_weights(q, k, bias)
+        return self.proj(merge_heads(weights @ v)), weights
+
+
+class Attention(MultiHeadAttention):
+    """Multi-head self-attention over tokens B N C."""
+
     def project(self, x: Tensor, queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries B H Q D of the first `queries` tokens (None for all), and keys and values B H N D of all tokens."""
         if queries is None or queries == x.shape[1]:
-            qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # B N 3 H D
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # B H N D each
-            return q, k, v
+            return self.split_heads(self.qkv(x))
         dim = x.shape[-1]
         weight, bias = self.qkv.weight, self.qkv.bias
         q = F.linear(x[:, :queries], weight[:dim], None if bias is None else bias[:dim])
@@ -104,9 +117,3 @@ class Attention(nn.Module):
         out = attend(q, k, v, dropout=self.attn_drop if self.training else 0.0)
         projected: Tensor = self.proj_drop(self.proj(merge_heads(out)))
         return projected
-
-    def forward_with_weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward` without dropout: the output B N C and the attention weights B H N N."""
-        q, k, v = self.project(x)
-        weights = attention_weights(q, k)
-        return self.proj(merge_heads(weights @ v)), weights

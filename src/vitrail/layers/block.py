@@ -95,7 +95,7 @@ class Block(nn.Module):
 
     def forward_with_weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`forward` without dropout or drop path: the output B N C and the attention weights B H N N."""
-        attended, weights = self.attn.forward_with_weights(self.norm1(x))
+        attended, weights = self.attn.attend_with_weights(self.norm1(x))
         x = x + self.ls1(attended)
         return x + self.ls2(self.mlp(self.norm2(x))), weights
 

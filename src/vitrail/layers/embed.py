@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitrail.errors import ModelError
+
 
 def check_divides(height: int, width: int, patch_size: int) -> None:
-    """Raise ValueError unless both sides are multiples of the patch size."""
+    """Raise ModelError unless both sides are multiples of the patch size."""
     if height % patch_size or width % patch_size or not height or not width:
-        raise ValueError(
+        raise ModelError(
             f"the image size {height}x{width} is not a multiple of the patch size {patch_size}: use for example "
             f"{max(1, round(height / patch_size)) * patch_size}x{max(1, round(width / patch_size)) * patch_size}"
         )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitrail.layers.attention import attend, attention_weights, merge_heads
+from vitrail.layers.attention import MultiHeadAttention, attend, merge_heads
 from vitrail.utils.torch_compat import softmax_backward
 
 Pair = tuple[int, int]
@@ -173,7 +173,7 @@ class _AttendWithBias(torch.autograd.Function):
         return dqkv.flatten(2), dbias
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(MultiHeadAttention):
     """Multi-head self-attention in windows (B M) n C, with a learnable bias per head and relative position added to the
     scores."""
 
@@ -188,19 +188,12 @@ class WindowAttention(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
     ) -> None:
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"the width {dim} is not a multiple of num_heads={num_heads}")
-        self.num_heads = num_heads
+        super().__init__(dim, num_heads, qkv_bias, attn_drop, proj_drop)
         self.window = window
         self.relative_position_bias_table = nn.Parameter(
             torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1), num_heads)
         )
         self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.attn_drop = attn_drop
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02, a=-0.04, b=0.04)
 
     def bias(self, windows: Windows) -> Tensor:
@@ -220,7 +213,7 @@ class WindowAttention(nn.Module):
         if bias.requires_grad and not dropout and x.is_cpu:
             out: Tensor = _AttendWithBias.apply(qkv, bias.to(qkv.dtype))  # type: ignore[no-untyped-call]
         else:
-            q, k, v = self._split(qkv)
+            q, k, v = self.split_heads(qkv)
             bias = bias.to(q.dtype)
             if len(bias) > 1:
                 bias = bias.repeat(len(q) // len(bias), 1, 1, 1)  # (B M) A n n
@@ -230,12 +223,5 @@ class WindowAttention(nn.Module):
 
     def forward_with_weights(self, x: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
         """`forward` without dropout: the output (B M) n C and the attention weights (B M) A n n."""
-        q, k, v = self._split(self.qkv(x))
         bias = self.bias(windows)
-        weights = attention_weights(q, k, bias.repeat(len(q) // len(bias), 1, 1, 1))
-        return self.proj(merge_heads(weights @ v)), weights
-
-    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B M) n 3C -> queries, keys and values, (B M) A n D each."""
-        q, k, v = qkv.reshape(*qkv.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
+        return self.attend_with_weights(x, bias.repeat(len(x) // len(bias), 1, 1, 1))

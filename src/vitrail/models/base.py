@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vitrail.errors import ModelError
 from vitrail.layers.block import init_linear
-from vitrail.models.configs import ModelConfig
+from vitrail.models.configs import ConvNeXtConfig, ModelConfig, SwinConfig
 
 
 class ImageModel(nn.Module):
@@ -26,7 +26,10 @@ class ImageModel(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images to the last feature map, normalised and not pooled: B N C, B H W C or B C H W, as in timm."""
-        raise NotImplementedError
+        for output, features in self.forward_stages(x, norm=False):
+            x = features
+            del output  # frees its memory while the next stage runs
+        return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool the output of `forward_features`, and apply the head unless `pre_logits`: B num_features or B K."""
@@ -112,12 +115,13 @@ class ImageModel(nn.Module):
         """Recompute blocks in the backward pass instead of keeping their activations: less memory, more time."""
         self.grad_checkpointing = enable
 
-    def run_block(self, block: Callable[..., Tensor], *args: Any) -> Tensor:
+    def run_block(self, block: nn.Module, *args: Any) -> Tensor:
         """Call `block`, with gradient checkpointing if enabled."""
         if self.grad_checkpointing and self.training:
             out: Tensor = checkpoint(block, *args, use_reentrant=False)
-            return out
-        return block(*args)
+        else:
+            out = block(*args)
+        return out
 
 
 class Stage(nn.Module):
@@ -152,16 +156,27 @@ class PoolHead(nn.Module):
         return logits
 
 
-def stage_layer_id(path: list[str], depths: Sequence[int]) -> int:
-    """`ImageModel.layer_id` of a model whose parts are a stem, a sequence of `Stage`s, and norm and head."""
-    match path:
-        case ["stem" | "patch_embed", *_]:
-            return 0
-        case ["stages" | "layers", stage, "blocks", block, *_]:
-            return 1 + sum(depths[: int(stage)]) + int(block)
-        case ["stages" | "layers", stage, "downsample", *_]:
-            return 1 + sum(depths[: int(stage)])
-    return 1 + sum(depths)
+class StagedModel(ImageModel):
+    """A hierarchical model: a stem, a sequence of `Stage`s, perhaps a norm, and a `PoolHead`."""
+
+    config: SwinConfig | ConvNeXtConfig
+    head_names = ("head.fc",)
+    head: PoolHead
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        logits: Tensor = self.head(x, pre_logits)
+        return logits
+
+    def layer_id(self, path: list[str]) -> int:
+        depths = self.config.depths
+        match path:
+            case ["stem" | "patch_embed", *_]:
+                return 0
+            case ["stages" | "layers", stage, "blocks", block, *_]:
+                return 1 + sum(depths[: int(stage)]) + int(block)
+            case ["stages" | "layers", stage, "downsample", *_]:
+                return 1 + sum(depths[: int(stage)])
+        return 1 + sum(depths)
 
 
 def choose_stages(count: int, indices: int | Sequence[int] | None) -> list[int]:

@@ -10,7 +10,7 @@ from vitrail.models.configs import ModelConfig
 from vitrail.models.timm_compat import FAMILIES
 from vitrail.utils.text import one_line
 
-# Fields that files of earlier versions lack; the deproblems reproduce those versions.
+# Fields that files of earlier versions lack; the defaults reproduce those versions.
 ADDED_FIELDS: frozenset[str] = frozenset({"channels", "small_stem", "stem_depth"})
 
 

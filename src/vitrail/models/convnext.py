@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitrail.errors import ModelError
 from vitrail.layers.block import DropPath, Mlp, drop_path_rates, init_linear
-from vitrail.models.base import ImageModel, PoolHead, Stage, head_layer, stage_layer_id
+from vitrail.models.base import PoolHead, Stage, StagedModel, head_layer
 from vitrail.models.configs import ConvNeXtConfig
 
 
@@ -45,11 +46,13 @@ def _downsample(before: int, dim: int, norm_eps: float) -> nn.Module:
     return nn.Sequential(ChannelNorm(before, eps=norm_eps), nn.Conv2d(before, dim, 2, stride=2))
 
 
-class ConvNeXt(ImageModel):
-    """Images B I H W to logits B K, of any size from 32x32."""
+class ConvNeXt(StagedModel):
+    """Images B I H W to logits B K, of any size from 32x32.
+
+    The last feature map is B C H/32 W/32 and not normalised: the norm follows pooling.
+    """
 
     config: ConvNeXtConfig
-    head_names = ("head.fc",)
 
     def __init__(self, config: ConvNeXtConfig) -> None:
         super().__init__()
@@ -77,24 +80,10 @@ class ConvNeXt(ImageModel):
         self.apply(init_linear)
         self.apply(partial(init_linear, layer=nn.Conv2d))
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images B I H W to the last feature map B C H/32 W/32, not normalised: the norm follows pooling."""
-        if min(x.shape[2:]) < 32:
-            raise ValueError(f"an image of {x.shape[2]}x{x.shape[3]} is too small: ConvNeXt needs at least 32x32")
-        x = self.stem(x)
-        for stage in self.stages:
-            x = stage(x, self.run_block)
-        return x
-
     def forward_stages(self, x: Tensor, norm: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        if min(x.shape[2:]) < 32:
+            raise ModelError(f"an image of {x.shape[2]}x{x.shape[3]} is too small: ConvNeXt needs at least 32x32")
         x = self.stem(x)
         for stage in self.stages:
             x = stage(x, self.run_block)
             yield x, x
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        logits: Tensor = self.head(x, pre_logits)
-        return logits
-
-    def layer_id(self, path: list[str]) -> int:
-        return stage_layer_id(path, self.config.depths)

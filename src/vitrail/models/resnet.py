@@ -7,7 +7,7 @@ changes (the paper's option B; the paper's CIFAR network pads with zeros, option
 Shapes: B batch, I channels of the image, H W height and width of the image or of a feature map, C channels, K classes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -118,40 +118,24 @@ class ResNet(ImageModel):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def run_block(self, block: Callable[..., Tensor], *args: Any) -> Tensor:
+    def run_block(self, block: nn.Module, *args: Any) -> Tensor:
         """As in the base class, but recomputing a block must not update the running statistics a second time."""
-        if not (self.grad_checkpointing and self.training and isinstance(block, nn.Module)):
+        if not (self.grad_checkpointing and self.training):
             return super().run_block(block, *args)
         out: Tensor = checkpoint(
             block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_statistics(block))
         )
         return out
 
-    def stem(self, x: Tensor) -> Tensor:
-        """Images B I H W to B C H/2 W/2, or B C H W with the small stem."""
-        features: Tensor = self.act(self.bn1(self.conv1(channels_last(x))))
-        return features
-
-    def run_stage(self, stage: str, x: Tensor) -> Tensor:
-        for block in self.get_submodule(stage).children():
-            x = self.run_block(block, x)
-        return x
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images B I H W to the last feature map, B C H/32 W/32 with four stages and the large stem."""
-        x = self.maxpool(self.stem(x))
-        for stage in self.stages:
-            x = self.run_stage(stage, x)
-        return x
-
     def forward_stages(self, x: Tensor, norm: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Maps B C H W; as in timm, the first is the output of the stem before pooling. There is no final norm."""
-        x = self.stem(x)
+        x = self.act(self.bn1(self.conv1(channels_last(x))))  # B C H/2 W/2, or B C H W with the small stem
         pooled = self.maxpool(x)
         yield x, pooled
         x = pooled
         for stage in self.stages:
-            x = self.run_stage(stage, x)
+            for block in self.get_submodule(stage).children():
+                x = self.run_block(block, x)
             yield x, x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

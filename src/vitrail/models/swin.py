@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitrail.layers.block import DropPath, Mlp, drop_path_rates, init_linear
 from vitrail.layers.embed import PatchEmbed
 from vitrail.layers.window import Pair, WindowAttention, Windows, plan_windows
-from vitrail.models.base import ImageModel, PoolHead, Stage, head_layer, stage_layer_id
+from vitrail.models.base import PoolHead, Stage, StagedModel, head_layer
 from vitrail.models.configs import SwinConfig
 
 
@@ -88,7 +88,7 @@ class SwinBlock(nn.Module):
         return x + self.mlp(self.norm2(x)), weights
 
 
-class SwinTransformer(ImageModel):
+class SwinTransformer(StagedModel):
     """Images B I H W to logits B K, through feature maps B H W C; each stage halves H and W and doubles C.
 
     Images may have any size. A feature map that is not a whole number of windows is padded and then shifted, and no
@@ -98,7 +98,6 @@ class SwinTransformer(ImageModel):
     """
 
     config: SwinConfig
-    head_names = ("head.fc",)
 
     def __init__(self, config: SwinConfig) -> None:
         super().__init__()
@@ -121,14 +120,6 @@ class SwinTransformer(ImageModel):
         self.head = PoolHead((1, 2), nn.Identity(), config.drop_rate, head_layer(self.num_features, config.num_classes))
         self.apply(init_linear)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images B I H W to the last feature map, normalised: B H/32 W/32 C with patches of 4 and four stages."""
-        x = self.patch_embed(x)
-        for stage in self.layers:
-            x = stage(x, self.run_block)
-        features: Tensor = self.norm(x)
-        return features
-
     def forward_stages(self, x: Tensor, norm: bool) -> Iterator[tuple[Tensor, Tensor]]:
         x = self.patch_embed(x)
         for index, stage in enumerate(self.layers, start=1):
@@ -136,15 +127,8 @@ class SwinTransformer(ImageModel):
             features = self.norm(x) if index == self.num_stages else x  # B H W C
             yield (features if norm else x).permute(0, 3, 1, 2), features
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        logits: Tensor = self.head(x, pre_logits)
-        return logits
-
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
-
-    def layer_id(self, path: list[str]) -> int:
-        return stage_layer_id(path, self.config.depths)
 
 
 def _pad_to_multiple(x: Tensor, step: int) -> Tensor:
