@@ -99,9 +99,31 @@ class ArraySplit:
         return ArraySplit(images, self.labels[rows], self.prefix, indices)
 
 
+class EncodedSplit:
+    """A split of encoded images, decoded on access. sizes: int64 (N, 2), heights and widths, or None if unknown."""
+
+    labels: Labels
+    channels: int
+    sizes: npt.NDArray[np.int64] | None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, i: int, at_least: AtLeast | None = None) -> Image.Image:
+        return decode(self.encoded(i), self.channels, at_least)
+
+    def encoded(self, i: int) -> str | bytes:
+        """The path or content of image i. Raises BadImage."""
+        raise NotImplementedError
+
+    def fingerprints(self) -> Iterator[str]:
+        """A line per image that changes when its content does."""
+        raise NotImplementedError
+
+
 @dataclass
-class FileSplit:
-    """Image files, decoded on access. sizes: int64 (N, 2), heights and widths, or None if unknown."""
+class FileSplit(EncodedSplit):
+    """Image files."""
 
     paths: list[str]
     labels: Labels
@@ -113,17 +135,13 @@ class FileSplit:
             raise ValueError(f"{len(self.paths)} paths with {len(self.labels)} labels")
         self.labels = np.asarray(self.labels, dtype=np.int64)
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def image(self, i: int, at_least: AtLeast | None = None) -> Image.Image:
-        return decode(self.paths[i], self.channels, at_least)
+    def encoded(self, i: int) -> str:
+        return self.paths[i]
 
     def name(self, i: int) -> str:
         return self.paths[i]
 
     def fingerprints(self) -> Iterator[str]:
-        """A line per image that changes when its file does."""
         for path in self.paths:
             yield f"{os.path.abspath(path)}\t{file_fingerprint(path)}"
 

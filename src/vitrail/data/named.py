@@ -36,9 +36,6 @@ class DatasetRow:
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    mean_source: str
-    licence: str
-    citation: str
     files: tuple[DatasetFile, ...] = ()
     splits: dict[str, tuple[str, ...]] = field(default_factory=dict)  # split -> files, or members of the archive
     folder: str = ""  # top folder of the archive

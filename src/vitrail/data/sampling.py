@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vitrail.data.dataset import Labels
 from vitrail.utils.counter_rng import permutation, uniform
 
-Labels = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.int64]
 _Numbers = TypeVar("_Numbers", Keys, torch.Tensor)
 

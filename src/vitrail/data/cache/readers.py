@@ -8,29 +8,16 @@ Shapes: N images, H height, W width, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
 from vitrail.data.cache.pixel_cache import Log, Shapes, open_cache
-from vitrail.data.dataset import Split
+from vitrail.data.dataset import EncodedSplit, Split
 from vitrail.images.convert import Pixels
 from vitrail.images.preprocess import Preprocess
 
 ReadImage = Callable[[int], Pixels]  # row -> uint8 H W C, or BadImage
-
-
-@runtime_checkable
-class _EncodedSplit(Protocol):
-    """A split of encoded images, for which a cache is useful."""
-
-    sizes: npt.NDArray[np.int64] | None
-
-    def fingerprints(self) -> Iterable[str]:
-        """A line per image that changes when its content does."""
-        ...
 
 
 def max_short_side(preprocess: Preprocess) -> int:
@@ -52,7 +39,7 @@ def shrunk_size(height: int, width: int, side: int) -> tuple[int, int]:
 
 def cached_shapes(split: Split, preprocess: Preprocess, *, random_crop: bool) -> Shapes | None:
     """(N, 2): height and width of each stored image; None if the split is not of files, so that none are stored."""
-    if not isinstance(split, _EncodedSplit) or split.sizes is None:
+    if not isinstance(split, EncodedSplit) or split.sizes is None:
         return None
     if not random_crop:
         return np.tile(np.array(preprocess.size, dtype=np.int64), (len(split.sizes), 1))
@@ -70,7 +57,7 @@ def cache_size(split: Split, preprocess: Preprocess, *, random_crop: bool) -> in
 def cached_reader(split: Split, preprocess: Preprocess, limit: int, log: Log, *, random_crop: bool) -> ReadImage:
     """Reads images of a split: full ones for random crops, else evaluation crops. Up to `limit` bytes are stored."""
     shapes = cached_shapes(split, preprocess, random_crop=random_crop)
-    assert isinstance(split, _EncodedSplit)
+    assert isinstance(split, EncodedSplit)
     assert shapes is not None
     side = max_short_side(preprocess)
     kind = f"full {side}" if random_crop else f"crop {preprocess.to_dict()}"

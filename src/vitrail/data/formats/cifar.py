@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import tarfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from vitrail.data.dataset import ArraySplit
+from vitrail.data.dataset import ArraySplit, Labels
 from vitrail.data.named import DatasetRow
 from vitrail.errors import DataError
+from vitrail.images.convert import Pixels
 from vitrail.utils.download import Progress
 
 _PIXELS = 3 * 32 * 32
@@ -37,17 +38,15 @@ def open_cifar(row: DatasetRow, data_dir: Path | None, progress: Progress | None
                 f"{data_dir} contains neither {file.name} nor {row.folder}; without --data-dir it is downloaded"
             )
         source = found
-    return read_cifar(source, row.splits, row.label_bytes, row.num_classes, row.name)
+    return read_cifar(source, row)
 
 
-def read_cifar(
-    source: Path, files: Mapping[str, Sequence[str]], label_bytes: int, num_classes: int, prefix: str
-) -> dict[str, ArraySplit]:
-    """Read splits from a .tar.gz or a folder. `files`: split -> its files, in order.
+def read_cifar(source: Path, row: DatasetRow) -> dict[str, ArraySplit]:
+    """Read the splits of a row from a .tar.gz, without extracting it to the disk, or from a folder.
 
-    Nothing is extracted to the disk. Raises DataError for a damaged archive, a missing file or a label out of range.
+    Raises DataError for a damaged archive, a missing file or a label out of range.
     """
-    wanted = [name for names in files.values() for name in names]
+    wanted = [name for names in row.splits.values() for name in names]
     try:
         content = _from_folder(source, wanted) if source.is_dir() else _from_archive(source, wanted)
     except (tarfile.TarError, EOFError, zlib.error) as error:
@@ -58,11 +57,11 @@ def read_cifar(
         if name not in content:
             raise DataError(f"{source} does not contain {name}: it must be the binary version of the dataset")
     splits = {}
-    for split, names in files.items():
-        parts = [_records(content[name], source, name, label_bytes, num_classes) for name in names]
+    for split, names in row.splits.items():
+        parts = [_records(content[name], f"{name} in {source}", row) for name in names]
         images, labels = (np.concatenate(x) for x in zip(*parts, strict=True))
         # A view: memory stays N C H W, the layout of batches.
-        splits[split] = ArraySplit(images.transpose(0, 2, 3, 1), labels, f"{prefix}/{split}")
+        splits[split] = ArraySplit(images.transpose(0, 2, 3, 1), labels, f"{row.name}/{split}")
     return splits
 
 
@@ -85,13 +84,12 @@ def _from_archive(archive: Path, wanted: Sequence[str]) -> dict[str, bytes]:
     return content
 
 
-def _records(
-    content: bytes, source: Path, name: str, label_bytes: int, num_classes: int
-) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.uint8]], np.ndarray[tuple[int, ...], np.dtype[np.int64]]]:
-    if not content or len(content) % (label_bytes + _PIXELS):
-        raise DataError(f"{name} in {source} is damaged: {len(content):,} bytes is not a whole number of images")
-    records = np.frombuffer(content, dtype=np.uint8).reshape(-1, label_bytes + _PIXELS)
-    labels = records[:, label_bytes - 1].astype(np.int64)
-    if int(labels.max()) >= num_classes:
-        raise DataError(f"{name} in {source} is damaged: label {labels.max()} is outside 0..{num_classes - 1}")
-    return records[:, label_bytes:].reshape(-1, 3, 32, 32), labels
+def _records(content: bytes, name: str, row: DatasetRow) -> tuple[Pixels, Labels]:
+    """uint8 N C H W and labels."""
+    if not content or len(content) % (row.label_bytes + _PIXELS):
+        raise DataError(f"{name} is damaged: {len(content):,} bytes is not a whole number of images")
+    records = np.frombuffer(content, dtype=np.uint8).reshape(-1, row.label_bytes + _PIXELS)
+    labels = records[:, row.label_bytes - 1].astype(np.int64)
+    if int(labels.max()) >= row.num_classes:
+        raise DataError(f"{name} is damaged: label {labels.max()} is outside 0..{row.num_classes - 1}")
+    return records[:, row.label_bytes :].reshape(-1, 3, 32, 32), labels

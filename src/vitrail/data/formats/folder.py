@@ -6,18 +6,27 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import dropwhile, groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from vitrail.data.dataset import Dataset, FileSplit, SkippedImage
+from vitrail.data.formats.scan import checked_header
 from vitrail.data.splits import SPLIT_NAMES, SPLITS, SplitOptions, make_dataset, natural
 from vitrail.errors import DataError, did_you_mean
-from vitrail.images.decode import BadImage, Header, decode, image_extensions, read_header
+from vitrail.images.decode import BadImage, decode, image_extensions
 from vitrail.utils.download import Progress
 
 _CHUNK = 64  # files per task of the scan
-File = tuple[str, int]  # path, class index
+File = tuple[str, int]  # path, index in the classes of its split
+
+
+class _Image(NamedTuple):
+    path: str
+    label: int
+    size: tuple[int, int]  # height, width
 
 
 @dataclass
@@ -46,12 +55,12 @@ def open_folder(folder: str, options: SplitOptions, progress: Progress | None = 
     splits: dict[str, FileSplit] = {}
     for split, listing in listings.items():
         skipped += [{"path": path, "reason": "is not in a class folder"} for path in listing.unclassified]
-        files, headers = _scan(listing, skipped, progress)
+        images = _scan(listing.files, skipped, progress)
         if split == first:
-            files, headers = _check_each_class(root, listing, files, headers, skipped)
-        labels = np.array([index[listing.classes[c]] for _, c in files], dtype=np.int64)
-        sizes = np.array([(h.height, h.width) for h in headers], dtype=np.int64).reshape(-1, 2)
-        splits[split] = FileSplit([path for path, _ in files], labels, sizes=sizes)
+            images = _check_each_class(root, listing, images, skipped)
+        labels = np.array([index[listing.classes[image.label]] for image in images], dtype=np.int64)
+        sizes = np.array([image.size for image in images], dtype=np.int64).reshape(-1, 2)
+        splits[split] = FileSplit([image.path for image in images], labels, sizes=sizes)
 
     def names_of(split: FileSplit) -> list[str]:
         return [Path(os.path.relpath(path, root)).as_posix() for path in split.paths]
@@ -137,58 +146,47 @@ def _common_classes(root: Path, listings: dict[str, _Listing]) -> list[str]:
     return names
 
 
-def _scan(listing: _Listing, skipped: list[SkippedImage], progress: Progress | None) -> tuple[list[File], list[Header]]:
-    """Read all headers. Unreadable files go to `skipped`; those that may be truncated are decoded to find out."""
+def _scan(files: Sequence[File], skipped: list[SkippedImage], progress: Progress | None) -> list[_Image]:
+    """Read all headers. Unreadable files go to `skipped`."""
 
-    def read_headers(files: Sequence[File]) -> list[Header | BadImage]:
-        results: list[Header | BadImage] = []
-        for path, _ in files:
-            try:
-                header = read_header(Path(path))
-                if header.may_fail:
-                    decode(path)
-                results.append(header)
-            except BadImage as bad:
-                results.append(bad)
-        return results
+    def read_headers(chunk: Sequence[File]) -> list[_Image | SkippedImage]:
+        return [_read_header(path, label) for path, label in chunk]
 
-    good: list[File] = []
-    headers: list[Header] = []
-    chunks = [listing.files[i : i + _CHUNK] for i in range(0, len(listing.files), _CHUNK)]
+    images: list[_Image] = []
     done = 0
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        for chunk, results in zip(chunks, pool.map(read_headers, chunks), strict=True):
-            for item, result in zip(chunk, results, strict=True):
-                if isinstance(result, BadImage):
-                    skipped.append({"path": item[0], "reason": result.reason})
-                else:
-                    good.append(item)
-                    headers.append(result)
-            done += len(chunk)
+        for results in pool.map(read_headers, [files[i : i + _CHUNK] for i in range(0, len(files), _CHUNK)]):
+            images += [result for result in results if isinstance(result, _Image)]
+            skipped += [result for result in results if isinstance(result, dict)]
+            done += len(results)
             if progress:
-                progress(done, len(listing.files))
-    return good, headers
+                progress(done, len(files))
+    return images
 
 
-def _check_each_class(
-    root: Path, listing: _Listing, files: list[File], headers: list[Header], skipped: list[SkippedImage]
-) -> tuple[list[File], list[Header]]:
+def _read_header(path: str, label: int) -> _Image | SkippedImage:
+    try:
+        header = checked_header(Path(path))
+    except BadImage as bad:
+        return {"path": path, "reason": bad.reason}
+    return _Image(path, label, (header.height, header.width))
+
+
+def _check_each_class(root: Path, listing: _Listing, images: list[_Image], skipped: list[SkippedImage]) -> list[_Image]:
     """Decode images of each class until one succeeds; those that fail are left out. Raises if a class has none."""
-    usable: set[int] = set()
-    bad: set[int] = set()
-    for row, (path, c) in enumerate(files):
-        if c in usable:
-            continue
+
+    def fails(image: _Image) -> bool:
         try:
-            decode(path)
-            usable.add(c)
-        except BadImage as error:
-            bad.add(row)
-            skipped.append({"path": path, "reason": error.reason})
-    for c, name in enumerate(listing.classes):
-        if c not in usable:
-            tried = {path for path, number in listing.files if number == c}
+            decode(image.path)
+        except BadImage as bad:
+            skipped.append({"path": image.path, "reason": bad.reason})
+            return True
+        return False
+
+    usable = {label: [*dropwhile(fails, of_class)] for label, of_class in groupby(images, lambda image: image.label)}
+    for label, name in enumerate(listing.classes):
+        if not usable.get(label):
+            tried = {path for path, c in listing.files if c == label}
             why = next((f": {os.path.basename(s['path'])} {s['reason']}" for s in skipped if s["path"] in tried), "")
             raise DataError(f"the class {name!r} in {root} has no readable image ({len(tried)} files{why})")
-    keep = [row for row in range(len(files)) if row not in bad]
-    return [files[row] for row in keep], [headers[row] for row in keep]
+    return [image for of_class in usable.values() for image in of_class]

@@ -12,21 +12,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from vitrail.data.dataset import Dataset, Labels, SkippedImage
+from vitrail.data.dataset import Dataset, EncodedSplit, Labels, SkippedImage
 from vitrail.data.formats.scan import Label, Scan, cached_scan, group_by_split, make_labelled_dataset
 from vitrail.data.splits import SplitOptions, split_of
 from vitrail.errors import DataError, DeviceError
-from vitrail.images.decode import AtLeast, BadImage, decode
+from vitrail.images.decode import BadImage
 from vitrail.utils.download import Progress, cache_dir
 from vitrail.utils.text import one_line
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 _IMAGE_COLUMNS = ("image", "img", "images", "picture", "photo", "pixels", "jpg", "png")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category", "cls")
@@ -35,8 +32,8 @@ _ROWS = 64  # of a table in memory at once
 
 
 @dataclass
-class TableSplit:
-    """Rows of a `datasets.Dataset` whose image column is not decoded by it. sizes: int64 (N, 2)."""
+class TableSplit(EncodedSplit):
+    """Rows of a `datasets.Dataset` whose image column is not decoded by it."""
 
     table: Any
     image_column: str
@@ -47,18 +44,13 @@ class TableSplit:
     fingerprint: str
     channels: int = 3
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def image(self, i: int, at_least: AtLeast | None = None) -> Image.Image:
-        value = self.table[int(self.rows[i])][self.image_column]
-        return decode(_source(value), self.channels, at_least)
+    def encoded(self, i: int) -> bytes | str:
+        return _source(self.table[int(self.rows[i])][self.image_column])
 
     def name(self, i: int) -> str:
         return f"{self.prefix}/{self.rows[i]}"
 
     def fingerprints(self) -> Iterator[str]:
-        """A line per image that changes when the table does."""
         for row in self.rows.tolist():
             yield f"{self.fingerprint}\t{row}"
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from vitrail.data.dataset import Dataset, SkippedImage, Split
 from vitrail.data.splits import SPLIT_NAMES, SPLITS, SplitOptions, make_dataset, natural, split_of
 from vitrail.errors import DataError, VitrailError
-from vitrail.images.decode import BadImage, decode, read_header
+from vitrail.images.decode import BadImage, Header, decode, read_header
 from vitrail.utils.download import cache_dir
 from vitrail.utils.files import atomic_write_text
 
@@ -44,16 +44,22 @@ class Scan:
     def add(self, name: str, path: str, content: bytes, offset: int, label: Label) -> None:
         """Add a sample if `content` is a readable image, else skip it."""
         try:
-            header = read_header(content)
-            if header.may_fail:
-                decode(content)
+            header = checked_header(content)
         except BadImage as bad:
             self.skip(path, bad.reason)
-            return
-        self.samples.append((name, offset, len(content), label, header.height, header.width))
+        else:
+            self.samples.append((name, offset, len(content), label, header.height, header.width))
 
     def skip(self, path: str, reason: str) -> None:
         self.skipped.append({"path": path, "reason": reason})
+
+
+def checked_header(source: Path | bytes) -> Header:
+    """The header of an image; the image is decoded if the header shows that this may fail. Raises BadImage."""
+    header = read_header(source)
+    if header.may_fail:
+        decode(source)
+    return header
 
 
 def cached_scan(key: str, fingerprint: str, scan: Callable[[], Scan]) -> Scan:

@@ -7,30 +7,24 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 
-from vitrail.data.dataset import Labels, file_fingerprint
+from vitrail.data.dataset import EncodedSplit, Labels, file_fingerprint
 from vitrail.data.formats.scan import Label, Scan
 from vitrail.errors import DataError
-from vitrail.images.decode import AtLeast, BadImage, decode
-
-if TYPE_CHECKING:
-    from PIL import Image
+from vitrail.images.decode import BadImage
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")  # in order of preference
 _BLOCK = 512  # bytes; a complete archive ends with two blocks of zeros
 
 
 @dataclass
-class ShardSplit:
-    """Images in shards. locations: int64 (N, 3): the shard's index, the image's offset in it, and its length.
-
-    sizes: int64 (N, 2), heights and widths.
-    """
+class ShardSplit(EncodedSplit):
+    """Images in shards. locations: int64 (N, 3): the shard's index, the image's offset in it, and its length."""
 
     shards: list[str]
     names: list[str]
@@ -49,13 +43,7 @@ class ShardSplit:
         labels = np.zeros(len(samples), dtype=np.int64)
         return cls([path for path, _ in scans], names, locations.reshape(-1, 3), labels, sizes.reshape(-1, 2))
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def image(self, i: int, at_least: AtLeast | None = None) -> Image.Image:
-        return decode(self._read(i), self.channels, at_least)
-
-    def _read(self, i: int) -> bytes:
+    def encoded(self, i: int) -> bytes:
         shard, offset, length = self.locations[i].tolist()
         try:
             # Opened for each read, which takes microseconds: a process cannot keep thousands of files open.
@@ -72,14 +60,13 @@ class ShardSplit:
         return f"{self.shards[self.locations[i, 0]]}/{self.names[i]}"
 
     def fingerprints(self) -> Iterator[str]:
-        """A line per image that changes when its shard does."""
         shards = [f"{os.path.abspath(path)}\t{file_fingerprint(path)}" for path in self.shards]
         for shard, offset, length in self.locations.tolist():
             yield f"{shards[shard]}\t{offset}\t{length}"
 
     def take(self, rows: npt.NDArray[np.int64]) -> ShardSplit:
-        names = [self.names[i] for i in rows]
-        return ShardSplit(self.shards, names, self.locations[rows], self.labels[rows], self.sizes[rows], self.channels)
+        names, locations = [self.names[i] for i in rows], self.locations[rows]
+        return replace(self, names=names, locations=locations, labels=self.labels[rows], sizes=self.sizes[rows])
 
 
 def scan_shard(path: str) -> Scan:
