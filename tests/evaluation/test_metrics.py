@@ -9,7 +9,7 @@ from torch import nn
 
 from training import tiny
 from vitrail.evaluation.evaluate import evaluate
-from vitrail.evaluation.metrics import Evaluation, Recorder, calibration_error
+from vitrail.evaluation.metrics import Evaluation, Recorder
 from vitrail.images.preprocess import Preprocess
 from vitrail.inference.torch_runtime import TorchRuntime
 
@@ -34,17 +34,6 @@ def test_equals_scikit_learn() -> None:
     recall = recall_score(labels, predicted, average=None, labels=kinds)
     assert [row["top1"] for row in result.per_class] == pytest.approx(list(100 * recall))
     assert (result.records.indices == np.arange(200)).all()
-
-
-def test_calibration_error_by_hand() -> None:
-    # One bin with 0.62 and 0.65 (one right of two), one with 0.99 (right).
-    confidence, correct = np.array([0.62, 0.65, 0.99]), np.array([True, False, True])
-    expected = (abs(0.62 + 0.65 - 1) + abs(0.99 - 1)) / 3
-    assert calibration_error(confidence, correct) == pytest.approx(expected)
-    # Bins are open below and closed above: 1/15 falls into the first.
-    assert calibration_error(np.array([1 / 15, 0.07]), np.array([True, False])) == pytest.approx(
-        (abs(1 / 15 - 1) + 0.07) / 2
-    )
 
 
 def test_few_classes_and_empty_classes() -> None:

@@ -20,7 +20,7 @@ from vitrail.data.catalog import open_dataset
 from vitrail.data.dataset import Dataset
 from vitrail.data.sampling import class_weights
 from vitrail.errors import VitrailError
-from vitrail.evaluation.metrics import uneven
+from vitrail.evaluation.metrics import is_imbalanced
 from vitrail.training.engine.batch_augmenter import BatchAugmenter, View
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.monitoring.plan import balance_lines
@@ -200,5 +200,5 @@ def test_the_mean_over_the_classes_is_scikit_learns() -> None:
     assert result.balanced_top1 == pytest.approx(expected)
     assert result.balanced_top1 != pytest.approx(result.top1)
     assert result.to_dict()["balanced_top1"] == result.balanced_top1
-    assert uneven(result.per_class)
-    assert not uneven(evaluation(torch.eye(3), torch.arange(3)).per_class)
+    assert is_imbalanced(result.per_class)
+    assert not is_imbalanced(evaluation(torch.eye(3), torch.arange(3)).per_class)

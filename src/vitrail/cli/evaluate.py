@@ -57,13 +57,13 @@ def evaluate(
 
 def _print(result: "Evaluation", data: str) -> None:
     from vitrail.cli.tables import percent, stderr, stdout
-    from vitrail.evaluation.metrics import uneven
+    from vitrail.evaluation.metrics import is_imbalanced
 
     console = stdout()
     console.print(f"{result.images:,} {result.split} images of {data}\n")
     console.print(f"  top-1  {percent(result.top1, 2):>9}    top-5              {percent(result.top5, 2):>9}")
     console.print(f"  loss   {result.loss:>9.4f}    calibration error  {percent(100 * result.ece, 2):>9}")
-    if uneven(result.per_class):
+    if is_imbalanced(result.per_class):
         console.print(f"  balanced top-1 (mean over classes): {percent(result.balanced_top1, 2)}")
     console.print()
     worst = _worst(result, console.width)

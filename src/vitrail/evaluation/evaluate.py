@@ -1,9 +1,8 @@
-"""A model's metrics on the images of a split, each counted exactly once."""
+"""Evaluation of a runtime on a split; each image is counted exactly once."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import fields
 
 import numpy as np
 import torch
@@ -14,13 +13,11 @@ from vitrail.inference.engine import BatchResult, Engine, SplitReader, default_w
 from vitrail.inference.runtime import Runtime
 from vitrail.utils.distributed import SINGLE_PROCESS, DistributedContext
 
-__all__ = ["Evaluation", "Interrupted", "evaluate"]
-
 _SYNC_EVERY = 8  # batches between two collectives in which several processes agree on signals
 
 
 class Interrupted(Exception):
-    """An evaluation that was stopped by a signal."""
+    """A signal stopped the evaluation."""
 
     def __init__(self, signal: int) -> None:
         super().__init__(signal)
@@ -40,12 +37,12 @@ def evaluate(
     distributed: DistributedContext = SINGLE_PROCESS,
     sharded: bool = False,
 ) -> Evaluation:
-    """Metrics of a runtime, whose classes are `class_names`, on the images of a split, which is called `name`.
+    """Metrics of a runtime with the classes `class_names` on the images of the split `name`.
 
     An image that could not be read is not counted and is listed in `skipped`. on_batch is called with the number of
-    counted images of each batch. stop: asked between batches for a signal to stop at. distributed: each process
-    evaluates its share of the images, and all return the metrics of all images. sharded: the processes compute each
-    batch together, so all of them call the model equally often.
+    readable images of each batch. stop: returns the number of a signal that was received, or None; called between
+    batches. distributed: each process evaluates a part of the images, and all return the metrics of all images.
+    sharded: the model's parameters are sharded over the processes, so all of them call it equally often.
 
     Raises:
         Interrupted: `stop` returned a signal, in any process.
@@ -71,7 +68,8 @@ def evaluate(
             elif sharded:
                 runtime.logits(blank)
     skipped = [item for items in distributed.all_gather_object(skipped) for item in items]
-    return Evaluation(_merge(distributed.all_gather_object(recorder.records())), tuple(class_names), name, skipped)
+    records = Records.concatenate(distributed.all_gather_object(recorder.records()))
+    return Evaluation(records, tuple(class_names), name, skipped)
 
 
 def _until_stopped(
@@ -88,12 +86,3 @@ def _until_stopped(
             if signal := round(max(row[0] for row in signals)):
                 raise Interrupted(signal)
         yield next(batches, None)
-
-
-def _merge(parts: list[Records]) -> Records:
-    """The records of all processes, in the split's order."""
-    if len(parts) == 1:
-        return parts[0]
-    values = {field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Records)}
-    order = np.argsort(values["indices"], kind="stable")
-    return Records(**{name: value[order] for name, value in values.items()})

@@ -22,6 +22,7 @@ from training.runs import run
 from vitrail.cli import main
 from vitrail.data.dataset import ArraySplit, Dataset, FileSplit, Sizes
 from vitrail.errors import RunError
+from vitrail.evaluation.calibration import calibration_bins
 from vitrail.evaluation.metrics import Evaluation, Records
 from vitrail.reports.charts import Series, format_number, line_chart, ticks
 from vitrail.reports.page import escape_unprintable
@@ -31,7 +32,7 @@ from vitrail.training.checkpoints.run_folder import RunFolder
 from vitrail.training.engine.interrupt import Stopped
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.monitoring.report import make_report, write_report
-from vitrail.training.monitoring.report_data import calibration_bins, confused_pairs, report_details
+from vitrail.training.monitoring.report_data import confused_pairs, report_details
 from vitrail.training.run import train
 
 
@@ -355,7 +356,7 @@ def test_confused_and_calibration_count_every_image() -> None:
     for label, predicted, count in confused_pairs(result):
         found[label, predicted] = count
     assert found.tolist() == (truth - np.diag(truth.diagonal())).tolist()
-    bins = calibration_bins(result)
+    bins = calibration_bins(result.records.confidence, result.records.correct)
     assert sum(row["images"] for row in bins) == 500
     gaps = sum(row["images"] * abs(row["confidence"] - row["accuracy"]) for row in bins) / 500
     assert gaps == pytest.approx(result.ece)

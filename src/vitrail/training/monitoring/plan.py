@@ -8,7 +8,7 @@ import torch
 
 from vitrail.data.dataset import Dataset
 from vitrail.data.sampling import Imbalance, class_weights
-from vitrail.evaluation.metrics import UNEVEN
+from vitrail.evaluation.metrics import IMBALANCE_RATIO
 from vitrail.training.config.schema import TrainConfig
 from vitrail.training.engine.optimizer import describe_groups
 from vitrail.training.engine.trainer import Trainer
@@ -47,7 +47,7 @@ def balance_lines(dataset: Dataset, balance: str) -> list[str]:
     """The class imbalance of the training images and how it is balanced; nothing if the classes are balanced."""
     labels = dataset.split("train").labels
     found = Imbalance.of(labels)
-    if found.ratio <= UNEVEN and balance == "none":
+    if found.ratio <= IMBALANCE_RATIO and balance == "none":
         return []
     (largest, many), (smallest, few) = found.largest, found.smallest
     names = dataset.class_names

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from vitrail.data.dataset import Split
-from vitrail.evaluation.metrics import Evaluation, bin_of
+from vitrail.evaluation.calibration import calibration_bins
+from vitrail.evaluation.metrics import Evaluation
 from vitrail.reports.thumbnails import SIDE, thumbnail
 
 _MAX_ERRORS = 24
 _MAX_PAIRS = 10_000
-_BINS = 15
 
 
 def report_details(result: Evaluation, split: Split | None, groups: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def report_details(result: Evaluation, split: Split | None, groups: Sequence[Map
         "split": result.split,
         "classes": list(result.class_names),
         "confused": confused_pairs(result),
-        "calibration": calibration_bins(result),
+        "calibration": calibration_bins(result.records.confidence, result.records.correct),
         "mistakes": confident_errors(result, split),
         "groups": [
             {
@@ -45,36 +45,16 @@ def report_details(result: Evaluation, split: Split | None, groups: Sequence[Map
 def confused_pairs(result: Evaluation) -> list[list[int]]:
     """[true label, predicted label, images] of the errors, most images first, ties by label."""
     records, classes = result.records, len(result.class_names)
-    wrong = records.labels != records.predicted
+    wrong = ~records.correct
     pairs, counts = np.unique(records.labels[wrong] * classes + records.predicted[wrong], return_counts=True)
     order = np.argsort(-counts, kind="stable")[:_MAX_PAIRS]
     return [[int(pairs[i] // classes), int(pairs[i] % classes), int(counts[i])] for i in order]
 
 
-def calibration_bins(result: Evaluation, bins: int = _BINS) -> list[dict[str, float]]:
-    """Bounds, images, mean confidence and accuracy of the bins of equal width that have images."""
-    records = result.records
-    index = bin_of(records.confidence, bins)
-    images = np.bincount(index, minlength=bins)
-    sums = np.bincount(index, weights=records.confidence, minlength=bins)
-    hits = np.bincount(index, weights=records.predicted == records.labels, minlength=bins)
-    return [
-        {
-            "low": i / bins,
-            "high": (i + 1) / bins,
-            "images": int(images[i]),
-            "confidence": float(sums[i] / images[i]),
-            "accuracy": float(hits[i] / images[i]),
-        }
-        for i in range(bins)
-        if images[i]
-    ]
-
-
 def confident_errors(result: Evaluation, split: Split | None) -> list[dict[str, Any]]:
     """The wrong predictions with the highest scores."""
     records = result.records
-    wrong = np.flatnonzero(records.labels != records.predicted)
+    wrong = np.flatnonzero(~records.correct)
     order = wrong[np.argsort(-records.confidence[wrong], kind="stable")][:_MAX_ERRORS]
     return [
         {

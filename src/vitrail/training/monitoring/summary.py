@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vitrail.evaluation.metrics import Evaluation, uneven
+from vitrail.evaluation.metrics import Evaluation, is_imbalanced
 from vitrail.evaluation.statistics import wilson
 from vitrail.training.checkpoints.provenance import environment
 from vitrail.training.checkpoints.run_folder import RunFolder
@@ -63,7 +63,7 @@ def _interval(summary: Mapping[str, Any]) -> str:
 
 def _by_class(summary: Mapping[str, Any]) -> str:
     """Balanced top-1, for imbalanced classes."""
-    return f", balanced top-1 {summary['balanced_top1']:.2f} %" if uneven(summary["per_class"]) else ""
+    return f", balanced top-1 {summary['balanced_top1']:.2f} %" if is_imbalanced(summary["per_class"]) else ""
 
 
 def say_result(reporter: Reporter, summary: Mapping[str, Any], folder: RunFolder) -> None:
