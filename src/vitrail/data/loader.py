@@ -12,14 +12,14 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from vitrail.data.augment.crop import CROP_DRAWS, crop_stored, random_crop
+from vitrail.data.augment.crop import CROP_DRAWS, crop_box, random_crop
 from vitrail.data.cache.readers import ReadImage
 from vitrail.data.dataset import ArraySplit, SkippedImage, Split
 from vitrail.data.sampling import Keys, balanced_rows, count_repetitions, epoch_order, rows_of
@@ -27,6 +27,7 @@ from vitrail.errors import ConfigError, DataError, DistributedError
 from vitrail.images.convert import Pixels
 from vitrail.images.decode import BadImage
 from vitrail.images.preprocess import Preprocess
+from vitrail.images.resize import resize_part
 from vitrail.utils.counter_rng import uniform
 
 _IN_MEMORY = 256 << 20  # bytes up to which an array's cropped images are kept, rather than cropped anew every epoch
@@ -70,6 +71,7 @@ class _Job:
     tasks: list[Future[None]]
 
 
+@dataclass(eq=False, repr=False)
 class TrainLoader:
     """Shuffled batches, epoch by epoch.
 
@@ -89,52 +91,38 @@ class TrainLoader:
     None decodes them anew each time.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        preprocess: Preprocess,
-        *,
-        batch_size: int,
-        seed: int = 0,
-        workers: int = 0,
-        crop_scale: tuple[float, float] | None = None,
-        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        repeats: int = 1,
-        balance: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        pin: bool = False,
-        read: ReadImage | None = None,
-    ) -> None:
-        if batch_size < 1 or workers < 0:
-            raise ValueError(f"batch_size {batch_size} and workers {workers} must be at least 1 and 0")
-        if len(split) == 0:
+    split: Split
+    preprocess: Preprocess
+    _: KW_ONLY
+    batch_size: int
+    seed: int = 0
+    workers: int = 0
+    crop_scale: tuple[float, float] | None = None
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    repeats: int = 1
+    balance: bool = False
+    rank: int = 0
+    world_size: int = 1
+    pin: bool = False
+    read: ReadImage | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.workers < 0:
+            raise ValueError(f"batch_size {self.batch_size} and workers {self.workers} must be at least 1 and 0")
+        if len(self.split) == 0:
             raise DataError("there are no images to load")
-        if batch_size % world_size or not 0 <= rank < world_size:
+        if self.batch_size % self.world_size or not 0 <= self.rank < self.world_size:
             raise DistributedError(
-                f"batch_size={batch_size} cannot be divided among {world_size} processes: use a multiple"
+                f"batch_size={self.batch_size} cannot be divided among {self.world_size} processes: use a multiple"
             )
-        if len(split) < world_size:
-            raise DistributedError(f"{len(split)} training images are too few for {world_size} processes")
-        if balance and repeats > 1:
+        if len(self.split) < self.world_size:
+            raise DistributedError(f"{len(self.split)} training images are too few for {self.world_size} processes")
+        if self.balance and self.repeats > 1:
             raise ConfigError(
                 "balance=sample already repeats the images of rare classes: set repeats=1, or use balance=loss"
             )
-        self.split = split
-        self.preprocess = preprocess
-        self.batch_size = batch_size
-        self.seed = seed
-        self.workers = workers
-        self.crop_scale = crop_scale
-        self.crop_ratio = crop_ratio
-        self.repeats = repeats
-        self.balance = balance
-        self.rank = rank
-        self.world_size = world_size
-        self.steps_per_epoch = max(1, len(split) // batch_size)
+        self.steps_per_epoch = max(1, len(self.split) // self.batch_size)
         self.wait_seconds = 0.0
-        self._pin = pin
-        self._read = read
         self._unreadable: dict[int, SkippedImage] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._memory: Pixels | None = None
@@ -177,7 +165,7 @@ class TrainLoader:
             keys = order[positions.start : positions.stop]
             # numpy's take: torch's own indexing wakes its thread pool, which costs more than the copy.
             images = torch.from_numpy(memory.take(rows_of(keys), axis=0))
-            batch = self._batch(keys, images.pin_memory() if self._pin else images)
+            batch = self._batch(keys, images.pin_memory() if self.pin else images)
             self.wait_seconds += time.perf_counter() - begin
             yield batch
 
@@ -202,7 +190,7 @@ class TrainLoader:
     def _start(self, order: Keys, positions: range, epoch: int) -> _Job:
         keys = order[positions.start : positions.stop].copy()
         shape = (len(keys), self.preprocess.channels, *self.preprocess.size)
-        images = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin)
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin)
         job = _Job(order, positions, epoch, keys, self._draws(keys, epoch), images, [])
 
         def fill(part: range) -> None:
@@ -226,7 +214,7 @@ class TrainLoader:
 
     def _batch(self, keys: Keys, images: torch.Tensor) -> Batch:
         labels = torch.from_numpy(self.split.labels[rows_of(keys)])
-        return Batch(images, labels.pin_memory() if self._pin else labels, torch.from_numpy(keys))
+        return Batch(images, labels.pin_memory() if self.pin else labels, torch.from_numpy(keys))
 
     def _try_sample(self, job: _Job, i: int) -> bool:
         """Read image i of a batch; False, and an entry in `skipped`, if it cannot be read."""
@@ -254,14 +242,15 @@ class TrainLoader:
     def _sample(self, row: int, draw: npt.NDArray[np.float64], out: torch.Tensor) -> None:
         """Write an image into `out`, uint8 C H W. Raises BadImage."""
         if self.crop_scale is None:
-            crop = self._read(row) if self._read else self.preprocess.crop(self.split.image(row))
-            out.numpy()[:] = crop.transpose(2, 0, 1)
-            return
-        if self._read:
-            crop_stored(self._read(row), self.preprocess, self.crop_scale, self.crop_ratio, draw, out)
-        else:
+            crop = self.read(row) if self.read else self.preprocess.crop(self.split.image(row))
+        elif self.read is None:
             crop = random_crop(self.split, row, self.preprocess, self.crop_scale, self.crop_ratio, draw)
-            out.numpy()[:] = crop.transpose(2, 0, 1)
+        else:
+            pixels = self.read(row)
+            box = crop_box(pixels.shape[0], pixels.shape[1], self.crop_scale, self.crop_ratio, draw)
+            resize_part(pixels, box, self.preprocess.interpolation, out)
+            return
+        out.numpy()[:] = crop.transpose(2, 0, 1)
 
     def _in_memory(self) -> Pixels | None:
         """All images as uint8 N C H W, if they are an array that needs no cropping or is small enough to be cropped

@@ -1,4 +1,4 @@
-"""Model configs to and from JSON, with every key and type checked."""
+"""Model configs from JSON, with every key and type checked."""
 
 import dataclasses
 import json
@@ -12,11 +12,6 @@ from vitrail.utils.text import one_line
 
 # Fields that files of earlier versions lack; the defaults reproduce those versions.
 ADDED_FIELDS: frozenset[str] = frozenset({"channels", "small_stem", "stem_depth"})
-
-
-def to_json(config: ModelConfig) -> dict[str, Any]:
-    """The config's fields; `from_json` reads them back from JSON."""
-    return dataclasses.asdict(config)
 
 
 def from_json(family: object, values: Mapping[str, Any], where: str) -> ModelConfig:

@@ -41,11 +41,6 @@ class ConvNeXtBlock(nn.Module):
         return out
 
 
-def _downsample(before: int, dim: int, norm_eps: float) -> nn.Module:
-    """Norm and a 2x2 convolution with stride 2: B C H W -> B C' H/2 W/2."""
-    return nn.Sequential(ChannelNorm(before, eps=norm_eps), nn.Conv2d(before, dim, 2, stride=2))
-
-
 class ConvNeXt(StagedModel):
     """Images B I H W to logits B K, of any size from 32x32.
 
@@ -60,15 +55,18 @@ class ConvNeXt(StagedModel):
         self.num_classes = config.num_classes
         self.num_stages = len(config.depths)
         self.num_features = config.dims[-1]
-        first = config.dims[0]
+        before = config.dims[0]
         self.stem = nn.Sequential(
-            nn.Conv2d(config.in_chans, first, 4, stride=4), ChannelNorm(first, eps=config.norm_eps)
+            nn.Conv2d(config.in_chans, before, 4, stride=4), ChannelNorm(before, eps=config.norm_eps)
         )
         rates = iter(drop_path_rates(config.drop_path_rate, sum(config.depths)))
         self.stages = nn.Sequential()
-        before = first
         for dim, depth in zip(config.dims, config.depths, strict=True):
-            downsample = nn.Identity() if dim == before else _downsample(before, dim, config.norm_eps)
+            downsample: nn.Module = nn.Identity()
+            if len(self.stages):
+                downsample = nn.Sequential(
+                    ChannelNorm(before, eps=config.norm_eps), nn.Conv2d(before, dim, 2, stride=2)
+                )
             self.stages.append(Stage(downsample, (ConvNeXtBlock(dim, next(rates), config) for _ in range(depth))))
             before = dim
         self.head = PoolHead(

@@ -4,7 +4,7 @@ Options that change the model's output and that our configs do not have are refu
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -68,7 +68,7 @@ def check(config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> Non
     Raises:
         ModelError: it is invalid, or describes another model.
     """
-    config_io.from_json(family_of(config), config_io.to_json(config), where)
+    config_io.from_json(family_of(config), asdict(config), where)
     sizes = {size for tensor in tensors.values() for size in tensor.shape} | {1}
     largest = max(sizes)
     match config:

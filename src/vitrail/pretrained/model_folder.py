@@ -107,7 +107,7 @@ def to_json(contents: Contents) -> dict[str, Any]:
             "version": __version__,
             "architecture": contents.architecture,
             "family": family_of(config),
-            "config": config_io.to_json(config),
+            "config": dataclasses.asdict(config),
             "preprocess": contents.preprocess.to_dict(),
             "class_names": list(contents.class_names),
             "notes": contents.notes,

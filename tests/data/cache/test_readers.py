@@ -10,7 +10,7 @@ from sklearn.datasets import load_sample_image
 
 from data.crops import read_crops
 from data.make_folder import make_folder
-from vitrail.data.augment.crop import CROP_DRAWS, crop_box, crop_stored
+from vitrail.data.augment.crop import CROP_DRAWS, crop_box
 from vitrail.data.cache.readers import (
     cache_size,
     cached_reader,
@@ -187,12 +187,11 @@ def test_resizing_is_torchvisions() -> None:
     from torchvision.transforms.v2.functional import resized_crop
 
     photo = load_sample_image("flower.jpg")
-    p = Preprocess(size=(64, 48), interpolation="bilinear")
     for row in range(8):
         draw = uniform(0, 0, [row], "crop", CROP_DRAWS)[0]
         out = torch.empty(3, 64, 48, dtype=torch.uint8)
-        crop_stored(photo, p, (0.08, 1.0), (3 / 4, 4 / 3), draw, out)
-        top, left, h, w = crop_box(427, 640, (0.08, 1.0), (3 / 4, 4 / 3), draw)
+        box = top, left, h, w = crop_box(427, 640, (0.08, 1.0), (3 / 4, 4 / 3), draw)
+        resize_part(photo, box, "bilinear", out)
         tensor = torch.from_numpy(photo.copy()).permute(2, 0, 1)
         assert torch.equal(out, resized_crop(tensor, top, left, h, w, [64, 48], antialias=True))
 

@@ -11,7 +11,7 @@ Shapes: B images, C channels, H height, W width, K classes.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -96,9 +96,7 @@ def _move_each(
 ) -> torch.Tensor:
     """On the CPU: slices of the padded images, which is several times faster than one large gather."""
     height, width = images.shape[2:]
-    mode: Literal["constant", "edge", "reflect"] = (
-        "edge" if edge == "edge" else "reflect" if edge == "reflect" else "constant"
-    )
+    mode: Any = "constant" if edge == "black" else edge
     source = images.numpy()
     if pad:
         source = np.pad(source, ((0, 0), (0, 0), (pad, pad), (pad, pad)), mode)

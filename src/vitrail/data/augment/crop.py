@@ -10,12 +10,10 @@ import math
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from vitrail.data.dataset import Split
 from vitrail.images.convert import Pixels
 from vitrail.images.preprocess import Preprocess
-from vitrail.images.resize import resize_part
 
 _TRIES = 10
 CROP_DRAWS = 2 * _TRIES + 2  # random numbers per crop
@@ -42,19 +40,6 @@ def crop_box(
     elif width / height > ratio[1]:
         w = max(1, round(height * ratio[1]))
     return (height - h) // 2, (width - w) // 2, h, w
-
-
-def crop_stored(
-    pixels: Pixels,
-    preprocess: Preprocess,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    draw: npt.NDArray[np.float64],
-    out: torch.Tensor,
-) -> None:
-    """Decoded pixels, uint8 H W C, cropped at random and resized into `out`, uint8 C H W."""
-    box = crop_box(pixels.shape[0], pixels.shape[1], scale, ratio, draw)
-    resize_part(pixels, box, preprocess.interpolation, out)
 
 
 def random_crop(

@@ -125,15 +125,15 @@ def _split_name(name: str) -> tuple[str, str]:
     return (f"{folder}/{key}" if folder else key), extension.lower()
 
 
+@dataclass
 class _Sample:
     """The files of one sample, added one by one."""
 
-    def __init__(self, key: str, path: str) -> None:
-        self.key = key
-        self.path = path
-        self.image: tuple[str, bytes, int] | None = None  # extension, content, offset
-        self.label: Label | None = None
-        self.label_error = ""
+    key: str
+    path: str
+    image: tuple[str, bytes, int] | None = None  # extension, content, offset
+    label: Label | None = None
+    label_error: str = ""
 
     def add(self, file: IO[bytes], extension: str, offset: int, length: int) -> None:
         """Use a file of the sample if it is an image or a label; others are ignored."""
