@@ -1,4 +1,4 @@
-"""What frozen features are worth: a linear classifier fitted to them, and their nearest neighbours.
+"""Classifiers on frozen features: logistic regression and k nearest neighbours.
 
 Shapes: N images, C features, K classes.
 """
@@ -11,8 +11,8 @@ from torch import Tensor
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # as in DINO
 
-_EXACT = 2**27  # numbers up to which features are computed with in float64
-_CHUNK = 2**24  # numbers in a chunk of logits or similarities
+_MAX_FLOAT64 = 2**27  # elements: larger features are fitted in float32
+_CHUNK = 2**24  # elements of logits or similarities that are computed at once
 _ITERATIONS = 300
 
 
@@ -25,44 +25,41 @@ class Linear:
 
 
 class LogisticRegression:
-    """Multinomial logistic regression on features N C with classes N, by full batches and L-BFGS.
+    """Multinomial logistic regression on features N C with classes N, by L-BFGS on full batches.
 
-    Minimises the mean cross-entropy plus l2 / 2 times the squared weights, the features being standardised and the bias
-    free. It is convex, so nothing is random and no rate is to be chosen. scikit-learn's `C` is 1 / (N l2). A fit starts
-    where the last one ended: go from strong to weak.
+    Minimises the mean cross-entropy plus l2 / 2 times the sum of squared weights, on standardised features; the bias is
+    not penalised. scikit-learn's `C` is 1 / (N l2). Each fit starts at the previous solution, so fit decreasing l2.
     """
 
     def __init__(self, features: Tensor, labels: Tensor, num_classes: int) -> None:
-        kind = torch.float64 if features.numel() <= _EXACT else torch.float32
-        whole = features.to(kind)
-        self._mean = whole.mean(dim=0)
-        deviation = whole.std(dim=0, correction=0)
-        # What hardly varies carries nothing; blown up to a deviation of 1 it would be noise.
-        floor = 1e-6 * deviation.max().clamp_min(1e-30)
-        self._scale = torch.where(deviation > floor, deviation, torch.inf)
-        self._features = (whole - self._mean) / self._scale
+        dtype = torch.float64 if features.numel() <= _MAX_FLOAT64 else torch.float32
+        features = features.to(dtype)
+        self._mean = features.mean(dim=0)
+        std = features.std(dim=0, correction=0)
+        # Features that are nearly constant get weight 0: scaled to a std of 1 they would be rounding noise.
+        self._scale = torch.where(std > 1e-6 * std.max().clamp_min(1e-30), std, torch.inf)
+        self._features = (features - self._mean) / self._scale
         self._labels = labels
-        self._weight = torch.zeros(num_classes, features.shape[1], dtype=kind, device=features.device)
-        self._bias = torch.zeros(num_classes, dtype=kind, device=features.device)
+        self._weight = torch.zeros(num_classes, features.shape[1], dtype=dtype, device=features.device)
+        self._bias = torch.zeros(num_classes, dtype=dtype, device=features.device)
 
     def fit(self, l2: float) -> Linear:
-        """The best weights for this l2, for features as they come: the standardisation is folded in."""
-        parameters = [self._weight, self._bias]
-        optimiser = torch.optim.LBFGS(
-            parameters,
+        """The solution for this l2, for features that are not standardised: the scaling is part of the weights."""
+        optimizer = torch.optim.LBFGS(
+            [self._weight, self._bias],
             max_iter=_ITERATIONS,
             tolerance_grad=1e-7,
             tolerance_change=1e-10,
             history_size=20,
             line_search_fn="strong_wolfe",
         )
-        optimiser.step(lambda: self._objective(l2))
+        optimizer.step(lambda: self._objective(l2))
         weight = self._weight.double() / self._scale
         bias = self._bias.double() - weight @ self._mean.double()
         return Linear(weight.float(), bias.float())
 
     def _objective(self, l2: float) -> Tensor:
-        """The value at the current weights, whose gradients are written beside them."""
+        """The objective; sets the gradients of weight and bias."""
         count, rows = len(self._labels), max(1, _CHUNK // len(self._bias))
         value = self._weight.square().sum() * (l2 / 2)
         self._weight.grad, self._bias.grad = self._weight * l2, torch.zeros_like(self._bias)
@@ -70,10 +67,10 @@ class LogisticRegression:
             features, labels = self._features[start : start + rows], self._labels[start : start + rows]
             logits = torch.addmm(self._bias, features, self._weight.T)
             value += F.cross_entropy(logits, labels, reduction="sum") / count
-            slope = logits.softmax(dim=1)  # of the loss by the logits, N K, once the truth is taken off
-            slope[torch.arange(len(labels), device=labels.device), labels] -= 1
-            self._weight.grad += slope.T @ features / count
-            self._bias.grad += slope.sum(dim=0) / count
+            gradient = logits.softmax(dim=1)  # with respect to the logits, N K: softmax - one-hot labels
+            gradient[torch.arange(len(labels), device=labels.device), labels] -= 1
+            self._weight.grad += gradient.T @ features / count
+            self._bias.grad += gradient.sum(dim=0) / count
         return value
 
 
@@ -86,9 +83,9 @@ def nearest_neighbours(
     neighbours: int = NEIGHBOURS,
     temperature: float = TEMPERATURE,
 ) -> Tensor:
-    """The class of each query M C by its nearest among `features` N C, whose classes are `labels` N; M class numbers.
+    """Predicted classes M of queries M C by their nearest `features` N C with classes `labels` N.
 
-    Nearest by cosine; each of the neighbours has exp(cosine / temperature) votes for its class. Caron et al.,
+    Neighbours by cosine similarity, weighted by exp(similarity / temperature). Caron et al.,
     "Emerging Properties in Self-Supervised Vision Transformers", 2021 (https://arxiv.org/abs/2104.14294).
     """
     bank, queries = F.normalize(features, dim=1), F.normalize(queries, dim=1)
@@ -96,8 +93,7 @@ def nearest_neighbours(
     predicted = []
     for part in queries.split(max(1, _CHUNK // len(bank))):
         cosine, nearest = (part @ bank.T).topk(neighbours, dim=1)
-        # Less the largest: a constant factor for each query, which keeps exp from overflowing when it is cold.
-        votes = ((cosine - cosine[:, :1]) / temperature).exp()
-        tally = torch.zeros(len(part), num_classes, dtype=votes.dtype, device=votes.device)
-        predicted.append(tally.scatter_add_(1, labels[nearest], votes).argmax(dim=1))
+        weights = ((cosine - cosine[:, :1]) / temperature).exp()  # relative to the nearest: exp cannot overflow
+        votes = torch.zeros(len(part), num_classes, dtype=weights.dtype, device=weights.device)
+        predicted.append(votes.scatter_add_(1, labels[nearest], weights).argmax(dim=1))
     return torch.cat(predicted) if predicted else labels[:0]
