@@ -111,7 +111,7 @@ def test_a_parquet_file_has_the_same_rows(photos: Path, tmp_path: Path, monkeypa
     assert str(table.schema.field("feature").type) == "fixed_size_list<element: float>[24]"
     assert np.array_equal(np.stack(table["feature"].to_numpy()), np.load(tmp_path / "f.npy"))
     assert table["path"].to_pylist() == json.loads((tmp_path / "f.npy.json").read_text())["paths"]
-    assert pyarrow.parquet.ParquetFile(tmp_path / "f.parquet").num_row_groups == 2  # of 8-image shards
+    assert pyarrow.parquet.ParquetFile(tmp_path / "f.parquet").num_row_groups == 3
 
 
 # --- going on

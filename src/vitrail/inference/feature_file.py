@@ -1,7 +1,7 @@
-"""Writing the features of many images to a file; work that was stopped or killed continues where it was.
+"""Writes the features of many images to a file; repeating a call that was stopped or killed continues it.
 
-Finished features are kept in shards in `<out>.part/`, with a record of the model and the files that they belong to. In
-the end the shards are joined into the file, which is renamed into place, and the folder is removed.
+Finished features are written to shards in `<out>.part/`, with fingerprints of the model and the files in state.json.
+At the end the shards are joined into the file, which is renamed into place, and the folder is removed.
 Shapes: N images, F features.
 """
 
@@ -13,10 +13,11 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,17 @@ from vitrail.inference.engine import Engine
 from vitrail.utils.files import atomic_write_bytes, atomic_write_text, disk_errors, lock_or_raise, remove_leftovers
 
 Source = str | Crop  # a path, or the error of a folder or pattern without images
-Chunk = tuple[list[str], npt.NDArray[np.float32]]  # paths and their features N F
+Rows = Iterator[tuple[str, npt.NDArray[np.float32]]]  # paths and their features F
 Progress = Callable[[int, int], AbstractContextManager[Callable[[int], None]]]
 
-_SHARD = 256  # images in a shard, at least: about what is lost when the process is killed
-_ROW_GROUP = 8192  # rows of a parquet file that are written at once
+_SHARD = 256  # images in a shard, at least: at most these are computed again after a kill
+_ROW_GROUP = 8192  # rows in a row group of a parquet file
 _FORMAT = "2"
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """What was written: `images` rows of `features` numbers to `path`.
+    """The file `path` has `images` rows of `features` numbers.
 
     `skipped` lists the images that could not be read, {"path", "reason"} each; they have no row.
     """
@@ -60,10 +61,10 @@ def embed_to_file(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Embedded:
-    """Write the features that the model's head reads, float32 N F, one row for each readable image.
+    """Write the input of the model's classification head, float32 N F, one row for each readable image.
 
-    When a stopped or killed call is repeated, it continues after the last complete shard, and the file has the same
-    bytes as without the interruption.
+    A call that is repeated after it was stopped or killed continues after the last complete shard, and writes the same
+    bytes as an uninterrupted one.
 
     Args:
         engine: for a classifier, `classifier.engine()`.
@@ -71,13 +72,13 @@ def embed_to_file(
         out: `*.npy`, an array whose paths are in `<out>.json`, or `*.parquet` with the columns `path` and `feature`.
             Either way `<out>.json` describes the model and lists the images that were skipped.
         batch_size: None for the runtime's default. Continuing with another one may change the last bits.
-        progress: called with the number of finished images and of all images; the context manager that it returns
-            yields a function that is called with the number of images finished since the last call.
+        progress: called with the numbers of finished images and of all images; returns a context manager whose value is
+            a function that is called with the number of images of each batch.
 
     Raises:
-        ConfigError: `out` has another ending, or batch_size is below 1.
+        ConfigError: `out` has another extension, or batch_size is below 1.
         DataError: no image could be read, or the inputs are not paths.
-        RunError: `out` exists, or the unfinished work beside it is of another model or of other files.
+        RunError: `out` exists, or `<out>.part` belongs to another model or to other files.
         DeviceError: pyarrow is missing.
     """
     out = Path(out).expanduser()
@@ -93,18 +94,18 @@ def embed_to_file(
     busy = RunError(f"another process is writing {out}: wait for it, or choose another --out")
     with lock_or_raise(part / ".lock", busy):
         remove_leftovers(part)
-        fingerprint = _claim(part, engine, sources)
+        fingerprint = _check_state(part, engine, sources)
         shards = _find_shards(part, engine.runtime.num_features)
         done = shards[-1].stop if shards else 0
         with progress(done, len(sources)) if progress else contextlib.nullcontext(lambda count: None) as advance:
             _write_shards(engine, sources, done, part, batch_size, advance)
-        result = _assemble(engine, fingerprint, sources, part, out, write)
+        result = _join_shards(engine, fingerprint, sources, part, out, write)
     gone = part.with_name(f".{part.name}.{secrets.token_hex(4)}.tmp")
-    part.rename(gone)  # renamed first, because a folder that is half removed would pass for unfinished work
+    part.rename(gone)  # first, because a folder that is partly removed would look like unfinished work
     shutil.rmtree(gone, ignore_errors=True)
     if not result.images:
-        first = f"the first: {result.skipped[0]['reason']}"
-        raise DataError(f"none of {len(sources):,} images could be read; {first}")
+        first = result.skipped[0]
+        raise DataError(f"none of {len(sources):,} images could be read; the first: {first['path']} {first['reason']}")
     return result
 
 
@@ -124,30 +125,25 @@ def _path(source: Source) -> str:
     return path_of(source) or ""
 
 
-def _claim(part: Path, engine: Engine, sources: Sequence[Source]) -> str:
-    """Record which model and files the work is for, or check the record; returns the model's fingerprint.
+def _check_state(part: Path, engine: Engine, sources: Sequence[Source]) -> str:
+    """Write state.json, or check the one of an interrupted call; returns the model's fingerprint.
 
     Raises:
         RunError: the unfinished work is of another model or of other files.
     """
-    record = {"format": _FORMAT, "model": engine.runtime.fingerprint(), "files": files_fingerprint(sources)}
+    state = {"format": _FORMAT, "model": engine.runtime.fingerprint(), "files": files_fingerprint(sources)}
     path = part / "state.json"
+    if not path.exists() and not any(part.glob("*.safetensors")):
+        atomic_write_text(path, json.dumps(state))
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if next(part.glob("*.safetensors"), None) is None:
-            atomic_write_text(path, json.dumps(record))
-            return record["model"]
-        found = None
-    except ValueError:
-        found = None
-    if found == record:
-        return record["model"]
-    known = found if isinstance(found, dict) and found.get("format") == _FORMAT else None
-    origin = "unknown origin"
-    if known is not None:
-        origin = "another model or precision" if known["model"] != record["model"] else "other images"
-    raise RunError(f"{part} has unfinished work of {origin}: remove it, or choose another --out")
+    except (OSError, ValueError):
+        found = {}
+    names = {"format": "unknown origin", "model": "another model or precision", "files": "other images"}
+    for key, name in names.items():
+        if found.get(key) != state[key]:
+            raise RunError(f"{part} has unfinished work of {name}: remove it, or choose another --out")
+    return state["model"]
 
 
 def files_fingerprint(sources: Sequence[Source]) -> str:
@@ -156,11 +152,11 @@ def files_fingerprint(sources: Sequence[Source]) -> str:
     for source in sources:
         path = _path(source)
         try:
-            state = os.stat(path)
-            stamp = f"{state.st_size} {state.st_mtime_ns}"
+            stat = os.stat(path)
+            version = f"{stat.st_size} {stat.st_mtime_ns}"
         except (OSError, ValueError):
-            stamp = "none"
-        digest.update(f"{path}\0{stamp}\0".encode("utf-8", "surrogateescape"))
+            version = "none"
+        digest.update(f"{path}\0{version}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
@@ -208,10 +204,8 @@ def _write_shards(
     errors: dict[int, str] = {}
     for batch in engine.stream(remaining, batch_size, features=True):
         rows.append(batch.outputs)
-        for error in batch.errors:
-            if error is not None:
-                errors[stop] = error
-            stop += 1
+        errors |= {index: error for index, error in enumerate(batch.errors, stop) if error is not None}
+        stop += len(batch.items)
         if stop - start >= _SHARD or stop == len(sources):
             metadata = {"stop": str(stop), "errors": json.dumps(errors)}
             content = save({"features": np.concatenate(rows)}, metadata)
@@ -220,22 +214,22 @@ def _write_shards(
         advance(len(batch.items))
 
 
-def _assemble(
+def _join_shards(
     engine: Engine,
     fingerprint: str,
     sources: Sequence[Source],
     part: Path,
     out: Path,
-    write: Callable[..., None],
+    write: Callable[[Path, Rows, int, int], None],
 ) -> Embedded:
-    """Join the shards into the file and rename it into place, unless it would have no row."""
+    """Write the features of all shards to `out`, and its description; neither if no image was readable."""
     runtime = engine.runtime
     shards = _find_shards(part, runtime.num_features)
-    skipped = [
-        {"path": _path(sources[index]), "reason": reason} for shard in shards for index, reason in shard.errors.items()
-    ]
-    result = Embedded(out, len(sources) - len(skipped), runtime.num_features, skipped)
-    if not result.images:
+    errors = {index: reason for shard in shards for index, reason in shard.errors.items()}
+    skipped = [{"path": _path(sources[index]), "reason": reason} for index, reason in errors.items()]
+    paths = [_path(source) for index, source in enumerate(sources) if index not in errors]
+    result = Embedded(out, len(paths), runtime.num_features, skipped)
+    if not paths:
         return result
     description: dict[str, Any] = {
         "model": runtime.name,
@@ -246,11 +240,11 @@ def _assemble(
         "skipped": skipped,
     }
     if write is _write_npy:
-        description["paths"] = [path for shard in shards for path in _readable(shard, sources)]
+        description["paths"] = paths
     temporary = part / ".joined.tmp"
+    features = (row for shard in shards for row in load_file(shard.file)["features"])
     with disk_errors(out):
-        chunks = ((list(_readable(shard, sources)), load_file(shard.file)["features"]) for shard in shards)
-        write(temporary, chunks, result.images, result.features)
+        write(temporary, zip(paths, features, strict=True), result.images, result.features)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         atomic_write_text(out.with_name(out.name + ".json"), json.dumps(description, indent=1) + "\n")
@@ -258,53 +252,35 @@ def _assemble(
     return result
 
 
-def _readable(shard: _Shard, sources: Sequence[Source]) -> Iterator[str]:
-    """Paths of the shard's rows."""
-    return (_path(sources[index]) for index in range(shard.start, shard.stop) if index not in shard.errors)
-
-
-def _writer(out: Path) -> Callable[..., None]:
-    """The function that writes the format that `out` ends in."""
+def _writer(out: Path) -> Callable[[Path, Rows, int, int], None]:
+    """The function that writes files with the extension of `out`."""
     if out.suffix == ".npy":
         return _write_npy
     if out.suffix != ".parquet":
-        raise ConfigError(f"{out} is neither .npy nor .parquet: choose one of these endings")
+        raise ConfigError(f"{out} is neither .npy nor .parquet: choose one of these extensions")
     if find_spec("pyarrow") is None:
         raise DeviceError("parquet needs pyarrow: pip install 'vitrail[parquet]', or write .npy")
     return _write_parquet
 
 
-def _write_npy(path: Path, chunks: Iterable[Chunk], images: int, width: int) -> None:
-    """NumPy's format, chunk by chunk. Not by memmap, where a full disk kills the process without a message."""
+def _write_npy(path: Path, rows: Rows, images: int, width: int) -> None:
+    """NumPy's format, row by row. Not by memmap, where a full disk kills the process without a message."""
     with path.open("wb") as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": (images, width)}
         np.lib.format.write_array_header_1_0(file, header)
-        for _, rows in chunks:
-            file.write(rows.astype("<f4", copy=False).tobytes())
+        for _, features in rows:
+            file.write(features.astype("<f4", copy=False).tobytes())
 
 
-def _write_parquet(path: Path, chunks: Iterable[Chunk], images: int, width: int) -> None:
+def _write_parquet(path: Path, rows: Rows, images: int, width: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = pa.schema([("path", pa.string()), ("feature", pa.list_(pa.float32(), width))])
     with pq.ParquetWriter(path, schema, use_dictionary=False) as writer:
-        for paths, rows in _row_groups(chunks):
+        while group := list(islice(rows, _ROW_GROUP)):
             # Parquet strings are UTF-8; file names need not be.
-            names = pa.array([path.encode("utf-8", "backslashreplace").decode() for path in paths], pa.string())
-            values = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), width)
-            writer.write_table(pa.table([names, values], schema=schema))
-
-
-def _row_groups(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-    """The same rows in larger pieces, because every row group costs readers time."""
-    paths: list[str] = []
-    parts: list[npt.NDArray[np.float32]] = []
-    for names, rows in chunks:
-        paths += names
-        parts.append(rows)
-        if len(paths) >= _ROW_GROUP:
-            yield paths, np.concatenate(parts)
-            paths, parts = [], []
-    if paths:
-        yield paths, np.concatenate(parts)
+            names = pa.array([name.encode("utf-8", "backslashreplace").decode() for name, _ in group], pa.string())
+            features = pa.array(np.concatenate([features for _, features in group]))
+            table = pa.table([names, pa.FixedSizeListArray.from_arrays(features, width)], schema=schema)
+            writer.write_table(table)
