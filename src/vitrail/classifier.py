@@ -1,4 +1,4 @@
-"""Classifier: a model, its preprocessing and its class names; what a person trains, saves, loads and predicts with.
+"""Classifier: a model with its preprocessing and class names; predict, embed, evaluate, save and load.
 
 Shapes: N inputs, K classes, C features.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from vitrail.pretrained.load import Pretrained
 
 PRECISIONS = ("auto", "bf16", "off")  # see inference/torch_runtime.py
-_HELD_OUT = ("val_fraction", "test_fraction", "split_seed")  # how a dataset's images were split
+_SPLIT_OPTIONS = ("val_fraction", "test_fraction", "split_seed")  # of open_dataset
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class Score:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one input: the best class and the `top` ones, or the `error` that kept it from reading.
+    """The most probable class of one input, its score and the `top` classes; or the `error` why it could not be read.
 
-    `path` is None for an image that came from memory.
+    `path` is None for an image in memory.
     """
 
     path: str | None
@@ -67,9 +68,9 @@ class Prediction:
 class Classifier:
     """`model` is an nn.Module in timm's interface, `preprocess` a Preprocess, `class_names` the K names by index.
 
-    `architecture` is the variant's name. `report` is the summary of the run that trained the model, or the account of
-    its weights. `notes` is JSON that is saved along, such as how the training images were split. `precision` is "bf16"
-    (autocast), "off" (float32) or "auto" (whichever is faster on this hardware); predict, embed and evaluate use it.
+    `architecture` is the variant's name. `report` is the summary of the run that trained the model, or a report of how
+    its weights were loaded. `notes` is JSON that is saved with the model, such as how the training images were split.
+    `precision` is "bf16" (autocast), "off" (float32) or "auto": the faster one on this hardware.
     """
 
     def __init__(
@@ -87,9 +88,8 @@ class Classifier:
             raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
         if len(class_names) != model.num_classes:
             raise ModelError(f"{len(class_names)} class names for a model of {model.num_classes} classes")
-        twice = sorted({name for name in class_names if list(class_names).count(name) > 1})
-        if twice:
-            raise ModelError(f"two classes have the same name: {', '.join(twice[:3])}")
+        if repeated := [name for name, count in Counter(class_names).items() if count > 1]:
+            raise ModelError(f"two classes have the same name: {', '.join(repeated[:3])}")
         self.model = model
         self.preprocess = preprocess
         self.class_names = tuple(class_names)
@@ -104,7 +104,7 @@ class Classifier:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is, and where batches go."""
+        """The device of the model."""
         return next(self.model.parameters()).device
 
     def to(self, device: str | torch.device) -> Classifier:
@@ -113,15 +113,21 @@ class Classifier:
         return self
 
     def resize(self, img_size: int | tuple[int, int] | str) -> Classifier:
-        """See images at another size from now on: 384, (320, 192) or "320x192", in pixels; returns the classifier.
+        """Change the input size, in pixels: 384, (320, 192) or "320x192" (height, width). Returns the classifier.
 
         Raises:
-            VitrailError: this is no size, or the model cannot take it.
+            ConfigError: not a size.
+            ModelError: the model cannot take images of this size.
         """
-        words = str(img_size).split("x") if isinstance(img_size, int | str) else [str(side) for side in img_size]
-        if len(words) not in (1, 2) or not all(word.isdecimal() and int(word) for word in words):
-            raise ConfigError(f"{img_size!r} is not an image size: use 384, or 320x192 for height and width")
-        preprocess = self.preprocess.replace(size=(int(words[0]), int(words[-1])))
+        from pydantic import TypeAdapter, ValidationError
+
+        from vitrail.utils.settings import Size
+
+        try:
+            size = TypeAdapter(Size).validate_python(img_size)
+        except ValidationError:
+            raise ConfigError(f"{img_size!r} is not an image size: use 384, or 320x192 for height and width") from None
+        preprocess = self.preprocess.replace(size=size or self.preprocess.size)
         try:
             TorchRuntime(self.model, preprocess).logits(np.zeros((1, *preprocess.size, preprocess.channels), np.uint8))
         except (RuntimeError, ValueError) as error:
@@ -132,27 +138,27 @@ class Classifier:
         return self
 
     def engine(self) -> Engine:
-        """The inference engine of the model as it is now: evaluation mode, this preprocessing and precision."""
+        """An inference engine with the current model, preprocessing and precision."""
         return Engine(TorchRuntime(self.model, self.preprocess, self.precision, self.architecture))
 
     def predict(self, inputs: Inputs, top: int = 5, batch_size: int | None = None) -> list[Prediction]:
         """The `top` most probable classes of each image, in the order of `inputs`. Safe to call from several threads.
 
         inputs: one or several paths, folders (searched recursively), glob patterns, Pillow images, or uint8 arrays
-        H W or H W C. An image that could not be read gives a Prediction with `error`. batch_size: None for that of
-        `evaluate`, with which the probabilities are the same to the last bit.
+        H W or H W C. An image that could not be read gives a Prediction with `error`. batch_size: None for the default,
+        with which the probabilities are bit-identical to those of `evaluate`.
         """
         return list(self.stream(inputs, top, batch_size))
 
     def stream(self, inputs: Inputs, top: int = 5, batch_size: int | None = None) -> Iterator[Prediction]:
-        """`predict` as an iterator. Images are decoded while the model runs, and released after their batch."""
+        """`predict` as an iterator. Images are decoded while the model runs, a few batches at a time."""
         if not self.class_names:
             raise ModelError("this model has no classes to predict; use embed() for its features")
         if top < 1:
             raise ConfigError(f"top must be at least 1, not {top}")
         for batch in self.engine().stream(inputs, batch_size):
             logits = torch.from_numpy(batch.outputs)
-            # Stable: of equal logits, which bfloat16 has, the first class comes first, as in evaluate's argmax.
+            # Stable: bfloat16 gives equal logits; the first of these classes comes first, as in evaluate's argmax.
             indices = logits.argsort(dim=1, descending=True, stable=True)[:, :top]
             scores = logits.softmax(dim=1).gather(1, indices)
             rows = zip(scores.tolist(), indices.tolist(), strict=True)
@@ -165,10 +171,10 @@ class Classifier:
                 yield Prediction(path, best[0].label, best[0].score, best)
 
     def embed(self, inputs: Inputs, batch_size: int | None = None) -> npt.NDArray[np.float32]:
-        """The features that the head reads, float32 N F, in the order of `inputs`.
+        """The input of the classification head, float32 N F, in the order of `inputs`.
 
         Raises:
-            DataError: an image could not be read; leaving it out would shift the rows.
+            DataError: an image could not be read.
         """
         rows = [np.empty((0, self.model.num_features), np.float32)]
         for batch in self.engine().stream(inputs, batch_size, features=True):
@@ -187,26 +193,25 @@ class Classifier:
         batch_size: int | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> Evaluation:
-        """How good the classifier is on a dataset's images: a folder, a name or a Dataset.
+        """Metrics on a dataset: a folder, a name or a Dataset.
 
-        split: "test", "val" or "train"; by default test where there is one, else val. The images are split as they were
-        in training (`notes["split"]`). Classes are matched by name, in any order. on_batch is told how many images
-        each batch had.
+        split: "test", "val" or "train"; by default test if there is one, else val. The images are split as in training
+        (`notes["split"]`). Classes are matched by name. on_batch is called with the number of images of each batch.
 
         Raises:
-            VitrailError: the data have a class that the model does not know, or no such split.
+            DataError: the data has a class that the model lacks, or no such split.
         """
-        from vitrail.data.catalog import open_dataset  # predicting needs none of these
+        from vitrail.data.catalog import open_dataset  # not needed by predict
         from vitrail.data.dataset import Dataset
         from vitrail.evaluation.evaluate import evaluate
 
         if isinstance(data, Dataset):
             dataset = data.relabel(self.class_names)
         else:
-            held_out = {key: value for key, value in self.notes.get("split", {}).items() if key in _HELD_OUT}
-            dataset = open_dataset(data, data_dir=data_dir, class_names=self.class_names, **held_out)
+            options = {key: value for key, value in self.notes.get("split", {}).items() if key in _SPLIT_OPTIONS}
+            dataset = open_dataset(data, data_dir=data_dir, class_names=self.class_names, **options)
         name = split or dataset.eval_split()
-        self._warn_of_growth(dataset, name)
+        self._warn_if_changed(dataset, name)
         result = evaluate(
             self.engine().runtime,
             dataset.split(name),
@@ -215,24 +220,24 @@ class Classifier:
             batch_size=batch_size,
             on_batch=on_batch,
         )
-        result.skipped[:0] = dataset.skipped  # found bad when the folder was opened
+        result.skipped[:0] = dataset.skipped  # found when the folder was opened
         return result
 
-    def _warn_of_growth(self, dataset: Dataset, name: str) -> None:
-        """A folder without splits of its own is split by shares: with other images, others are held out."""
+    def _warn_if_changed(self, dataset: Dataset, name: str) -> None:
+        """Images that are split by fractions are split differently if there are more or fewer than in training."""
         before = self.notes.get("counts")
         if before and dataset.held_out and name != "train" and dataset.name == self.notes.get("data"):
             now = dataset.counts()
             if now != before:
                 counts = (", ".join(f"{count} {split}" for split, count in each.items()) for each in (before, now))
                 warnings.warn(
-                    f"the images are not those of the training ({' then, now '.join(counts)}): "
+                    f"the images are not the same as in training ({' then, now '.join(counts)}): "
                     f"some of these {name} images may have been trained on",
                     stacklevel=3,
                 )
 
     def save(self, folder: str | Path) -> Path:
-        """Write a model folder, whole or not at all; see `vitrail.pretrained.model_folder`."""
+        """Write a model folder, atomically; see `vitrail.pretrained.model_folder`."""
         folder = Path(folder)
         mismatch = window_mismatch(self.model.config, self.preprocess.size)
         if mismatch:
@@ -256,15 +261,16 @@ def load(
     img_size: int | tuple[int, int] | str | None = None,
     precision: str = "auto",
 ) -> Classifier:
-    """The classifier that `source` names.
+    """Load a classifier.
 
-    A model folder or a run folder; a name of the catalog, with the default of its published weights; hf:org/repo,
-    timm:name, torchvision:name, an URL; or a checkpoint file or folder of another library. With `img_size` (384,
-    (320, 192) or "320x192": height, then width, in pixels) it sees images at another size than in training. `precision`
-    is that of `Classifier`.
+    source: a model folder or run folder; a catalog name, for its default published weights; hf:org/repo, timm:name,
+    torchvision:name, a URL; or a checkpoint file or folder of another library. img_size: an input size other than that
+    of training, see `Classifier.resize`. precision: see `Classifier`.
 
     Raises:
-        VitrailError: there is none, it is damaged, its weights do not fit, or it cannot see images of that size.
+        WeightsError: the source does not exist, is damaged, or its weights do not match the model.
+        ModelError: the model cannot be built, or cannot take images of this size.
+        ConfigError: not a size, or not a precision.
     """
     classifier = resolve_model(source, precision).to(device)
     if img_size is not None:
@@ -273,19 +279,19 @@ def load(
 
 
 def resolve_model(source: str | Path, precision: str = "auto") -> Classifier:
-    """What the command line calls MODEL. Every kind of source is told apart here, by looking at it."""
+    """MODEL of the command line: see `load`."""
     path = Path(source).expanduser()
     for folder, summary in ((path, None), (path / "model", path / "summary.json")):
         if is_model_folder(folder):
             return _from_folder(folder, summary and _summary(summary), precision)
-    from vitrail.pretrained.load import load_pretrained  # a model folder of our own needs none of it
+    from vitrail.pretrained.load import load_pretrained  # not needed for a model folder
 
     name = str(source) if str(source) in VARIANTS else None
     return _from_weights(load_pretrained("default" if name else source, name), precision)
 
 
 def _from_weights(found: Pretrained, precision: str) -> Classifier:
-    """Classes without known names are called by their numbers."""
+    """Classes without known names are named by their indices."""
     config = found.model.config
     names = found.class_names
     if names is None or len(names) != config.num_classes:
@@ -294,10 +300,11 @@ def _from_weights(found: Pretrained, precision: str) -> Classifier:
     if preprocess is None:
         if config.in_chans != 3:
             raise ModelError(
-                f"{found.loaded.source} does not say how images of {config.in_chans} channels are prepared"
+                f"{found.loaded.source} has no preprocessing for images of {config.in_chans} channels: "
+                "load it with vitrail.create_model, and make a Classifier with a Preprocess"
             )
-        guess = f"{found.loaded.source} does not say how images are prepared: ImageNet's mean and deviation are assumed"
-        warnings.warn(guess, stacklevel=4)
+        assumed = f"{found.loaded.source} has no preprocessing: ImageNet's mean and std are assumed"
+        warnings.warn(assumed, stacklevel=4)
         preprocess = Preprocess(size=config.img_size)
     return Classifier(
         found.model.eval(),
@@ -324,7 +331,7 @@ def _from_folder(folder: Path, report: Any, precision: str) -> Classifier:
 
 
 def _summary(path: Path) -> Any:
-    """A run's summary, which is what `train` gave as the report; None for a run that has none yet."""
+    """A run's summary; None if the run is not finished."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

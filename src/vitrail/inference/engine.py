@@ -1,7 +1,7 @@
-"""The inference engine: images are decoded ahead on threads, batched and run through a runtime; results keep the order.
+"""The inference engine: decodes images ahead on threads, batches them and runs a runtime; results keep the order.
 
-predict, embed and evaluate, linear probes and training's validation all run on it. A batch is the next `batch_size`
-readable images, so the same images give the same batches, and the same numbers, wherever they come from.
+predict, embed, evaluate, linear probes and training's validation all use it. A batch is the next `batch_size` readable
+images, so the same images give the same batches and the same outputs in all of them.
 Shapes: N images, B batch, H W height and width, C channels, K classes, F features.
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -33,13 +34,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_MAX_MEMORY = 256 << 20  # bytes up to which an array's crops are kept for the next evaluation
-_CHUNKS = 4  # tasks that each thread gets for a batch
+_MAX_MEMORY = 256 << 20  # bytes of an array's crops that are kept in memory, at most
+_CHUNKS = 4  # tasks per thread and batch
 
 
 @dataclass(frozen=True)
 class BatchResult(Generic[T]):
-    """Consecutive items and what the model gave for them.
+    """Consecutive items and the model's outputs for them.
 
     outputs: float32 B K logits or B F features, a row for each item without an error. errors: why an item could not be
     read, or None, for each item. wait_seconds: how long the model waited for data.
@@ -97,20 +98,21 @@ class Engine:
         width = self.runtime.num_features if features else self.runtime.num_classes
         with closing(_read_ahead(items, read, size, default_workers() if workers is None else workers)) as stream:
             while True:
-                begin = time.perf_counter()
+                start = time.perf_counter()
                 batch, errors, pixels = _next_batch(stream, size)
                 if not batch:
                     return
                 stacked = np.stack(pixels) if pixels else None
-                waited = time.perf_counter() - begin
+                waited = time.perf_counter() - start
                 outputs = np.empty((0, width), np.float32) if stacked is None else compute(stacked)
                 yield BatchResult(batch, errors, outputs, waited)
 
 
 class SplitReader:
-    """Crops of a split's images by row; made once for several evaluations, it keeps the crops of small arrays.
+    """Reads crops of a split's images by row: uint8 H W C, or BadImage.
 
-    read: where crops come from instead, such as a cache on the disk (see data/cache/readers.py).
+    If it is used for several evaluations, the crops of a small array are computed once. read: a function that is used
+    instead, such as a cache on the disk (see data/cache/readers.py).
     """
 
     def __init__(self, split: Split, preprocess: Preprocess, read: ReadImage | None = None) -> None:
@@ -118,36 +120,29 @@ class SplitReader:
             raise DataError("the split has no images")
         self.split = split
         self.preprocess = preprocess
-        self._read = read
-        array = split if read is None and isinstance(split, ArraySplit) else None
-        self._array = array if array is not None and _is_cropped(array, preprocess) else None
-        size = len(split) * preprocess.channels * math.prod(preprocess.size)
-        self._crops: dict[int, Pixels] | None = {} if array is not None and size <= _MAX_MEMORY else None
+        self._read = read or self._crop
+        if read is None and isinstance(split, ArraySplit):
+            if preprocess.keeps(*split.images.shape[1:3]) and split.channels in (1, preprocess.channels):
+                self._read = partial(_array_pixels, split, preprocess)
+            elif len(split) * preprocess.channels * math.prod(preprocess.size) <= _MAX_MEMORY:
+                self._read = cache(self._crop)
 
     def __call__(self, row: int) -> Pixels:
-        """Image `row`, uint8 H W C. Raises BadImage."""
-        if self._array is not None:
-            pixels: Pixels = self._array.images[row].reshape(*self.preprocess.size, -1)
-            channels = self.preprocess.channels
-            return pixels if pixels.shape[2] == channels else pixels.repeat(channels, axis=2)
-        if self._read is not None:
-            return self._read(row)
-        if self._crops is None:
-            return self.preprocess.crop(self.split.image(row))
-        if row not in self._crops:
-            self._crops[row] = self.preprocess.crop(self.split.image(row))
-        return self._crops[row]
+        return self._read(row)
+
+    def _crop(self, row: int) -> Pixels:
+        return self.preprocess.crop(self.split.image(row))
 
     def skipped(self, result: BatchResult[int]) -> list[dict[str, str]]:
-        """The unreadable images of a batch: {"path", "reason"} each."""
+        """The unreadable images of a batch, {"path", "reason"} each."""
         pairs = zip(result.items, result.errors, strict=True)
         return [{"path": self.split.name(row), "reason": error} for row, error in pairs if error is not None]
 
 
-def _is_cropped(split: ArraySplit, preprocess: Preprocess) -> bool:
-    """Whether the images are what `crop` would make of them, but for grey that becomes RGB."""
-    height, width = split.images.shape[1:3]
-    return preprocess.keeps(height, width) and split.channels in (1, preprocess.channels)
+def _array_pixels(split: ArraySplit, preprocess: Preprocess, row: int) -> Pixels:
+    """What `crop` gives for an array that already has the right size: grey becomes RGB, if needed."""
+    pixels: Pixels = split.images[row].reshape(*preprocess.size, -1)
+    return pixels if pixels.shape[2] == preprocess.channels else pixels.repeat(preprocess.channels, axis=2)
 
 
 def default_workers(split: Split | None = None) -> int:
@@ -161,7 +156,7 @@ Decoded = tuple[T, Pixels | None, str | None]
 
 
 def _next_batch(stream: Iterator[Decoded[T]], size: int) -> tuple[list[T], list[str | None], list[Pixels]]:
-    """Items up to the next `size` readable ones, the error or None of each, and the pixels of those that have some."""
+    """Items up to the next `size` readable ones, the error or None of each, and the pixels of the readable ones."""
     items: list[T] = []
     errors: list[str | None] = []
     found: list[Pixels] = []
@@ -178,7 +173,7 @@ def _next_batch(stream: Iterator[Decoded[T]], size: int) -> tuple[list[T], list[
 def _read_ahead(
     items: Iterable[T], read: Callable[[T], Pixels], batch_size: int, workers: int
 ) -> Generator[Decoded[T]]:
-    """Every item in order with its pixels or its error, of which two batches are read ahead."""
+    """Every item in order with its pixels or its error. Up to two batches are read ahead."""
 
     def decode(part: Sequence[T]) -> list[Decoded[T]]:
         found: list[Decoded[T]] = []

@@ -22,9 +22,9 @@ from vitrail.utils.fingerprint import model_fingerprint
 class TorchRuntime:
     """A torch model in evaluation mode, whatever mode the model itself is in.
 
-    precision: "off" for float32, "bf16" for bfloat16 autocast, "auto" for what the hardware is fast at (see
-    `uses_bf16`). Parameters, buffers and hooks are the model's own, so changed weights are seen; a change of the module
-    structure, such as a new head, needs a new runtime, which takes about 2 ms for a ViT-B.
+    precision: "off" for float32, "bf16" for bfloat16 autocast, "auto" for the faster one on this hardware (see
+    `uses_bf16`). Parameters, buffers and hooks are shared with the model; after a change of its modules, such as a new
+    head, a new runtime is needed, which takes about 2 ms for a ViT-B.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class TorchRuntime:
 def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager[Any]:
     """bfloat16 or float32 for a forward pass, also inside another autocast context.
 
-    Without autocast's cache of cast weights: all threads share it, and a tensor that was cast in inference mode is
-    useless to a thread that trains.
+    Without autocast's cache of cast weights: it is shared by all threads, and training cannot use a tensor that was
+    cast in inference mode.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
