@@ -58,7 +58,7 @@ class ArraySplit:
     images: Pixels
     labels: Labels
     prefix: str = "image"
-    indices: npt.NDArray[np.int64] | None = None  # for a subset: positions in the full split, which names refer to
+    indices: npt.NDArray[np.int64] | None = None  # of a subset in the full split, used in names; None: all images
 
     def __post_init__(self) -> None:
         if self.images.dtype != np.uint8 or self.images.ndim not in (3, 4):
@@ -175,14 +175,14 @@ class Sizes:
     def of(cls, sizes: npt.NDArray[np.int64]) -> Sizes:
         """From an (N, 2) array of (height, width), N > 0. Smallest and largest are by area."""
         area = sizes.prod(axis=1)
-        low, high = sizes[area.argmin()], sizes[area.argmax()]
-        middle = np.median(sizes, axis=0)
+        smallest, largest = sizes[area.argmin()], sizes[area.argmax()]
+        median = np.median(sizes, axis=0)
         aspect = np.percentile(sizes[:, 1] / sizes[:, 0], [5, 50, 95])
         return cls(
             count=len(sizes),
-            median=(round(float(middle[0])), round(float(middle[1]))),
-            smallest=(int(low[0]), int(low[1])),
-            largest=(int(high[0]), int(high[1])),
+            median=(round(float(median[0])), round(float(median[1]))),
+            smallest=(int(smallest[0]), int(smallest[1])),
+            largest=(int(largest[0]), int(largest[1])),
             aspect=(float(aspect[0]), float(aspect[1]), float(aspect[2])),
         )
 

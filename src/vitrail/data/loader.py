@@ -1,7 +1,7 @@
 """Training batches: decoded and cropped on threads, resumable, the same for any number of workers and processes.
 
-Threads, not processes: Pillow releases Python's global lock while it decodes and resizes, so threads use all cores, and
-nothing has to be forked or pickled. Arrays that need no cropping are copied from memory.
+Threads, not processes: Pillow releases the global interpreter lock while it decodes and resizes, so threads use all
+cores without forking or pickling. Arrays that need no cropping are copied from memory.
 Shapes: B images in a batch, C channels, H height, W width, N images in a split.
 """
 
@@ -76,19 +76,19 @@ class TrainLoader:
     """Shuffled batches, epoch by epoch.
 
     batch_size: images in a step, over all processes; process `rank` of `world_size` gets its slice of each batch, so
-    that a step has the same images for any number of processes. Every batch has exactly this size: the rest of an epoch
-    that does not fill one is left out. Only a split smaller than a batch is one smaller batch, in several processes
-    without the images that cannot be divided equally. The order depends on (seed, epoch) and the crop of an image on
-    (seed, epoch, key) alone. repeats: views of each image in a batch, of so many fewer images (repeated augmentation).
-    balance: every class equally often (see sampling.py).
+    that a step has the same images for any number of processes. Every batch has exactly this size: an incomplete last
+    batch is dropped. Only a split smaller than a batch gives one smaller batch, in several processes without the images
+    that cannot be divided equally. The order depends on (seed, epoch) and the crop of an image on (seed, epoch, key)
+    alone. repeats: views of each image in a batch, of fewer images per epoch (repeated augmentation). balance: every
+    class equally often (see sampling.py).
 
-    An image that cannot be read is replaced by the next readable one of the epoch's order, with that one's key: its
-    label, crop and augmentation. This depends on the order alone. Unreadable images are named in `skipped`.
+    An image that cannot be read is replaced by the next readable one of the epoch's order, with the label, crop and
+    augmentation of that one. This depends on the order alone. Unreadable images are listed in `skipped`.
 
     crop_scale, crop_ratio: range of area, as a share of the image, and of width / height for a random resized crop
-    (Szegedy et al., 2015); None for the evaluation crop. workers: threads; 0 reads in the caller's. pin: page-locked
-    memory, for CUDA. read: where decoded images come from (see data/cache): full images for random crops, else crops;
-    None decodes them anew each time.
+    (Szegedy et al., 2015); None for the evaluation crop. workers: number of threads; 0 reads in the calling thread.
+    pin: page-locked memory, for CUDA. read: where decoded images come from (see data/cache): full images for random
+    crops, else evaluation crops; None decodes them in each epoch.
     """
 
     split: Split
@@ -161,12 +161,12 @@ class TrainLoader:
     def _copied(self, memory: Pixels, order: Keys, steps: Iterator[range]) -> Iterator[Batch]:
         """Batches of images that are in memory already."""
         for positions in steps:
-            begin = time.perf_counter()
+            start = time.perf_counter()
             keys = order[positions.start : positions.stop]
             # numpy's take: torch's own indexing wakes its thread pool, which costs more than the copy.
             images = torch.from_numpy(memory.take(rows_of(keys), axis=0))
             batch = self._batch(keys, images.pin_memory() if self.pin else images)
-            self.wait_seconds += time.perf_counter() - begin
+            self.wait_seconds += time.perf_counter() - start
             yield batch
 
     def _prefetched(self, order: Keys, steps: Iterator[range], epoch: int) -> Iterator[Batch]:
@@ -175,12 +175,12 @@ class TrainLoader:
         jobs: deque[_Job] = deque()
         try:
             while True:
-                begin = time.perf_counter()
+                start = time.perf_counter()
                 jobs.extend(self._start(order, positions, epoch) for positions in islice(steps, ahead + 1 - len(jobs)))
                 if not jobs:
                     return
                 batch = self._finish(jobs.popleft())
-                self.wait_seconds += time.perf_counter() - begin
+                self.wait_seconds += time.perf_counter() - start
                 yield batch
         finally:
             for job in jobs:
@@ -256,15 +256,15 @@ class TrainLoader:
         """All images as uint8 N C H W, if they are an array that needs no cropping or is small enough to be cropped
         once. Else None.
         """
-        split, want = self.split, self.preprocess
+        split, preprocess = self.split, self.preprocess
         if self._memory is not None or not isinstance(split, ArraySplit) or self.crop_scale is not None:
             return self._memory
         height, width = split.images.shape[1:3]
-        if want.keeps(height, width) and split.channels in (1, want.channels):
+        if preprocess.keeps(height, width) and split.channels in (1, preprocess.channels):
             planes = split.images.reshape(len(split), height, width, -1).transpose(0, 3, 1, 2)
-            if split.channels != want.channels:
-                planes = planes.repeat(want.channels, axis=1)
+            if split.channels != preprocess.channels:
+                planes = planes.repeat(preprocess.channels, axis=1)
             self._memory = np.ascontiguousarray(planes)
-        elif len(split) * want.channels * math.prod(want.size) <= _IN_MEMORY:
+        elif len(split) * preprocess.channels * math.prod(preprocess.size) <= _IN_MEMORY:
             self._memory = self._finish(self._start(np.arange(len(split)), range(len(split)), 0)).images.numpy()
         return self._memory

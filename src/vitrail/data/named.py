@@ -1,4 +1,4 @@
-"""Datasets that are known by name: a row of the catalog, and the dataset that is made of it."""
+"""Datasets with a name in the catalog: a row of the catalog, and the dataset that is opened from it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vitrail.utils.download import Progress, cache_dir, fetch
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetFile:
-    """A file to download from the first of `urls` that answers, and its checksums."""
+    """A file to download from the first of `urls` that has it, and its checksums."""
 
     name: str
     urls: tuple[str, ...]
@@ -46,7 +46,7 @@ class DatasetRow:
         return len(self.class_names)
 
     def download(self, file: DatasetFile, progress: Progress | None) -> Path:
-        """Download a file to the cache unless it is there. Returns its path."""
+        """Download a file to the cache unless it exists. Returns its path."""
         path = self.cache_dir / file.name
         return fetch(file.urls, path, md5=file.md5, sha256=file.sha256, progress=progress)
 

@@ -52,7 +52,7 @@ def count_repetitions(rows: Keys) -> Keys:
 def epoch_order(seed: int, epoch: int, count: int, repeats: int, batch_size: int) -> Keys:
     """The keys of an epoch of `count` views, in order.
 
-    With repeats = 1 each of `count` images comes once. With more, ceil(count / repeats) images, drawn anew every epoch,
+    With repeats = 1 each of `count` images comes once. With more, ceil(count / repeats) images, drawn for each epoch,
     come `repeats` times each (the last one perhaps fewer), in the same batch if it is large enough. Within a batch the
     repetitions of an image are not adjacent, so that mixup and CutMix pair different images.
     """
@@ -106,15 +106,15 @@ class Imbalance:
     largest: tuple[int, int]
     smallest: tuple[int, int]
     images: int
-    kinds: int  # classes that have images
+    classes: int  # that have images
 
     @classmethod
     def of(cls, labels: Labels) -> Imbalance:
         """From the labels of at least one image."""
         images = np.bincount(labels)
         present = np.flatnonzero(images)
-        low, high = (int(present[pick(images[present])]) for pick in (np.argmin, np.argmax))
-        return cls((high, int(images[high])), (low, int(images[low])), len(labels), len(present))
+        smallest, largest = (int(present[pick(images[present])]) for pick in (np.argmin, np.argmax))
+        return cls((largest, int(images[largest])), (smallest, int(images[smallest])), len(labels), len(present))
 
     @property
     def ratio(self) -> float:
@@ -124,5 +124,5 @@ class Imbalance:
     @property
     def most_repeats(self) -> int:
         """The most repetitions of an image of the smallest class in an epoch of `balanced_rows`."""
-        samples = -(-self.images // self.kinds)
+        samples = -(-self.images // self.classes)
         return -(-samples // self.smallest[1])

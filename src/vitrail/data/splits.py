@@ -1,7 +1,7 @@
 """Seeded, stratified splits.
 
 Which images are held out depends on a hash of each image's name or index, so that adding images to a folder moves
-hardly any other image from one split to another.
+few other images from one split to another.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def stratified(
 ) -> tuple[Rows, Rows]:
     """Split rows into (kept, held out), both ascending, with the same proportion of every class.
 
-    ceil(fraction * N) rows are held out as far as the classes allow; every class keeps at least one row. stream: the
-    split's name ("val", "test"), so that two splits with one seed are independent. names: one per row, which decide
-    the choice; without them the row's index does.
+    ceil(fraction * N) rows are held out if the classes allow it; every class keeps at least one row. stream: the name
+    of the split ("val", "test"), so that two splits with the same seed are independent. names: one per row, whose hash
+    decides which rows are held out; None to use the rows' indices.
     """
     n = len(labels)
     keys = np.arange(n) if names is None else np.array([hash_text(x) >> 1 for x in names], dtype=np.int64)
@@ -118,7 +118,7 @@ def make_dataset(
     names_of: Callable[[S], list[str] | None],
     skipped: list[SkippedImage] | None = None,
 ) -> Dataset:
-    """A dataset from the splits there are; val and test are held out of train where they are missing.
+    """A dataset from the given splits; val and test are held out of train if they are missing.
 
     names_of: a name for each image that decides whether it is held out, independent of where the data are stored;
     None to use the images' indices.
@@ -139,7 +139,7 @@ def make_dataset(
 
 
 def _hold_out_missing(splits: dict[str, S], options: SplitOptions, names_of: Callable[[S], list[str] | None]) -> str:
-    """Add the missing splits in place, out of train. Returns a description of where all splits come from."""
+    """Hold out the missing splits of train, in place. Returns a description of where all splits come from."""
     given = [name for name in SPLITS if name in splits]
     notes = [f"{', '.join(given)}: the dataset's own"]
     if "train" not in splits or len(given) == len(SPLITS):

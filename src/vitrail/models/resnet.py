@@ -1,8 +1,8 @@
 """ResNet, version 1.5: He et al., "Deep Residual Learning for Image Recognition", 2015 (https://arxiv.org/abs/1512.03385).
 
 In 1.5 the stride of a bottleneck is in its 3x3 convolution, not in the first 1x1 (https://arxiv.org/abs/1706.02677).
-With a small stem it is the paper's network for CIFAR (section 4.2), but with convolutions as shortcuts where the width
-changes (the paper's option B; the paper's CIFAR network pads with zeros, option A).
+With the small stem it is the paper's network for CIFAR (section 4.2), but with convolutions as shortcuts where the
+width changes (the paper's option B; the paper's CIFAR network pads with zeros, option A).
 
 Shapes: B batch, I channels of the image, H W height and width of the image or of a feature map, C channels, K classes.
 """
@@ -34,7 +34,7 @@ class BasicBlock(nn.Module):
         self.downsample = shortcut(dim, width, stride)
         self.act = nn.ReLU(inplace=True)
         self.drop_path = DropPath(drop_path)
-        nn.init.zeros_(self.bn2.weight)  # each block begins as the identity (https://arxiv.org/abs/1706.02677)
+        nn.init.zeros_(self.bn2.weight)  # each block starts as the identity (https://arxiv.org/abs/1706.02677)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.act(self.bn1(self.conv1(x)))
@@ -60,7 +60,7 @@ class Bottleneck(nn.Module):
         self.downsample = shortcut(dim, self.expansion * width, stride)
         self.act = nn.ReLU(inplace=True)
         self.drop_path = DropPath(drop_path)
-        nn.init.zeros_(self.bn3.weight)  # each block begins as the identity (https://arxiv.org/abs/1706.02677)
+        nn.init.zeros_(self.bn3.weight)  # each block starts as the identity (https://arxiv.org/abs/1706.02677)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.act(self.bn1(self.conv1(x)))

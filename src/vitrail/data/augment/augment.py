@@ -40,8 +40,8 @@ def augment(
     """Augment and normalise a batch, on the images' device.
 
     images: uint8 B C H W. labels: int64 B. keys: int64 B, on the CPU.
-    Returns float32 B C H W, normalised, and the targets: `labels` as they are, or float32 B K that add up to 1 where
-    the config mixes. Label smoothing is the loss's: cross_entropy(..., label_smoothing=) takes soft targets too.
+    Returns float32 B C H W, normalised, and the targets: `labels` unchanged, or float32 B K that sum to 1 if the config
+    mixes images. Label smoothing is applied by the loss: cross_entropy(..., label_smoothing=) takes soft targets too.
     """
 
     def draw(stream: str, n: int) -> Floats:
@@ -82,37 +82,37 @@ def _signed(u: Floats) -> Floats:
 
 
 def _move(images: torch.Tensor, config: Augment, u: Floats) -> torch.Tensor:
-    """Mirror and shift by whole pixels: exact. u: (B, 4)."""
+    """Flip, and shift by whole pixels, without interpolation. u: (B, 4)."""
     pad = config.pad_shift
     steps = np.floor(u[:, :2] * (2 * pad + 1)).astype(np.int64)
-    mirror = np.stack([u[:, 2] < config.vflip, u[:, 3] < config.flip], axis=1)
+    flips = np.stack([u[:, 2] < config.vflip, u[:, 3] < config.flip], axis=1)
     if images.device.type == "cpu":
-        return _move_each(images, steps, mirror, pad, config.edge)
-    return _move_windows(images, steps, mirror, pad, config.edge)
+        return _move_each(images, steps, flips, pad, config.edge)
+    return _move_windows(images, steps, flips, pad, config.edge)
 
 
 def _move_each(
-    images: torch.Tensor, steps: npt.NDArray[np.int64], mirror: npt.NDArray[np.bool_], pad: int, edge: str
+    images: torch.Tensor, steps: npt.NDArray[np.int64], flips: npt.NDArray[np.bool_], pad: int, edge: str
 ) -> torch.Tensor:
-    """On the CPU: slices of the padded images, which is several times faster than one large gather."""
+    """`_move` on the CPU: slices of the padded images, several times faster than one large gather."""
     height, width = images.shape[2:]
     mode: Any = "constant" if edge == "black" else edge
     source = images.numpy()
     if pad:
         source = np.pad(source, ((0, 0), (0, 0), (pad, pad), (pad, pad)), mode)
     moved = np.empty(images.shape, dtype=np.uint8)
-    for b, ((y, x), (flip_y, flip_x)) in enumerate(zip(steps.tolist(), mirror.tolist(), strict=True)):
+    for b, ((y, x), (flip_y, flip_x)) in enumerate(zip(steps.tolist(), flips.tolist(), strict=True)):
         part = source[b, :, y : y + height, x : x + width]
-        if flip_x or flip_y:  # by torch, which mirrors bytes in vectors
+        if flip_x or flip_y:  # by torch, whose flip of bytes is vectorised
             part = torch.from_numpy(part).flip([axis for axis, flip in ((1, flip_y), (2, flip_x)) if flip]).numpy()
         moved[b] = part
     return torch.from_numpy(moved)
 
 
 def _move_windows(
-    images: torch.Tensor, steps: npt.NDArray[np.int64], mirror: npt.NDArray[np.bool_], pad: int, edge: str
+    images: torch.Tensor, steps: npt.NDArray[np.int64], flips: npt.NDArray[np.bool_], pad: int, edge: str
 ) -> torch.Tensor:
-    """The same in a fixed number of kernels, for accelerators."""
+    """`_move` in a fixed number of kernels, for accelerators."""
     height, width = images.shape[2:]
     x = images.to(torch.float32)
     if pad:
@@ -121,31 +121,31 @@ def _move_windows(
         windows = x.unfold(2, height, 1).unfold(3, width, 1)  # B C 2pad+1 2pad+1 H W, a view
         x = windows[torch.arange(len(x), device=x.device), :, y_, x_]
     for axis in (0, 1):
-        if mirror[:, axis].any():
-            x = torch.where(_tensor(mirror[:, axis], x)[:, None, None, None], x.flip(2 + axis), x)
+        if flips[:, axis].any():
+            x = torch.where(_tensor(flips[:, axis], x)[:, None, None, None], x.flip(2 + axis), x)
     return x
 
 
 def _affine(x: torch.Tensor, config: Augment, u: Floats) -> torch.Tensor:
-    """Rotate, zoom, shear, shift and mirror in one interpolation. u: (B, 10)."""
+    """Rotate, zoom, shear, shift and flip in one interpolation. u: (B, 10)."""
     height, width = x.shape[2:]
     angle = np.radians(_signed(u[:, 0]) * config.rotate)
     low, high = np.log(config.zoom[0]), np.log(config.zoom[1])
     size = np.exp(low + u[:, 1] * (high - low))
     shear_x, shear_y = (np.tan(np.radians(_signed(u[:, i]) * config.shear)) for i in (2, 3))
-    mirror_x = np.where(u[:, 4] < config.flip, -1.0, 1.0)
-    mirror_y = np.where(u[:, 5] < config.vflip, -1.0, 1.0)
+    sign_x = np.where(u[:, 4] < config.flip, -1.0, 1.0)
+    sign_y = np.where(u[:, 5] < config.vflip, -1.0, 1.0)
     cos, sin = np.cos(angle) / size, np.sin(angle) / size
-    # Output to input, in pixels from the centre: mirror, then shear, then turn and zoom.
+    # Output to input, in pixels from the centre: flip, then shear, then rotate and zoom.
     a = np.stack([cos - sin * shear_y, cos * shear_x - sin, sin + cos * shear_y, sin * shear_x + cos], axis=1)
-    a[:, [0, 2]] *= mirror_x[:, None]
-    a[:, [1, 3]] *= mirror_y[:, None]
+    a[:, [0, 2]] *= sign_x[:, None]
+    a[:, [1, 3]] *= sign_y[:, None]
     steps = _signed(u[:, 6:8]) * config.shift
     if config.pad_shift:
         pixels = np.floor(u[:, 8:10] * (2 * config.pad_shift + 1)) - config.pad_shift
         steps = steps + pixels / np.array([width, height])
     theta = np.zeros((len(u), 2, 3))
-    # grid_sample counts each side as 2, so a turn of a non-square image needs the ratio of the sides.
+    # For grid_sample each side has length 2, so the rotation of a non-square image needs the ratio of the sides.
     theta[:, 0, 0], theta[:, 0, 1] = a[:, 0], a[:, 1] * height / width
     theta[:, 1, 0], theta[:, 1, 1] = a[:, 2] * width / height, a[:, 3]
     theta[:, :, 2] = 2.0 * steps
@@ -165,15 +165,11 @@ def _colour(x: torch.Tensor, config: Augment, u: Floats) -> torch.Tensor:
         if k == 0:
             x = x * factor
         else:
-            grey = x if x.shape[1] == 1 else _luma(x)
+            # B 1 H W, ITU-R 601
+            grey = x if x.shape[1] == 1 else 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
             x = torch.lerp(grey.mean(dim=(2, 3), keepdim=True) if k == 1 else grey, x, factor)
         x = x.clamp_(0, 255)
     return x
-
-
-def _luma(x: torch.Tensor) -> torch.Tensor:
-    """B 3 H W -> B 1 H W, ITU-R 601."""
-    return 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
 
 
 def _inside(boxes: Floats, height: int, width: int, like: torch.Tensor) -> torch.Tensor:
@@ -193,7 +189,7 @@ def _erase(x: torch.Tensor, config: Augment, u: Floats, noise_seed: int) -> torc
     w = np.rint(np.sqrt(area / ratio)).clip(1, width)
     top, left = np.floor(u[:, 3] * (height - h + 1)), np.floor(u[:, 4] * (width - w + 1))
     boxes = np.stack([top, top + h, left, left + w, u[:, 5] * height, u[:, 6] * width], axis=1).astype(np.int64)
-    # numpy's slices cost a tenth of torch's; on the CPU both are the same memory.
+    # Slicing in numpy takes a tenth of the time of torch's; on the CPU both are the same memory.
     target = x.numpy() if x.device.type == "cpu" else x
     noise = _noise(noise_seed, x.shape[1], height, width, x.device) if config.erase_fill == "noise" else None
     for b in np.flatnonzero(u[:, 0] < config.erase).tolist():
@@ -206,7 +202,7 @@ def _erase(x: torch.Tensor, config: Augment, u: Floats, noise_seed: int) -> torc
 
 @lru_cache(maxsize=2)
 def _noise(seed: int, channels: int, height: int, width: int, device: torch.device) -> torch.Tensor:
-    """C 2H 2W of normal deviates, drawn on the CPU so that every device gets the same."""
+    """C 2H 2W of standard normal noise, drawn on the CPU so that it is the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(channels, 2 * height, 2 * width, generator=generator).to(device)
 
@@ -240,12 +236,12 @@ def _mix(
         weight = torch.where(_inside(boxes, height, width, x), 0.0, weight)
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
         keep = np.where(cut, 1.0 - area / (height * width), keep)
-    hard = (labels[:, None] == torch.arange(num_classes, device=labels.device)).to(torch.float32)
-    return _with_partner(x, weight), _with_partner(hard, _tensor(keep, x)[:, None])
+    one_hot = (labels[:, None] == torch.arange(num_classes, device=labels.device)).to(torch.float32)
+    return _with_partner(x, weight), _with_partner(one_hot, _tensor(keep, x)[:, None])
 
 
 def _with_partner(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """weight x + (1 - weight) partner, where 0 and 1, 2 and 3, ... are partners."""
+    """weight x + (1 - weight) partner, where images 0 and 1, 2 and 3, ... are partners."""
     mixed = x.clone()
     even, odd = x[: len(x) & ~1 : 2], x[1::2]
     weight = weight.expand(-1, *x.shape[1:])
@@ -255,7 +251,7 @@ def _with_partner(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _cut_boxes(keep: Floats, u: Floats, height: int, width: int) -> Floats:
-    """CutMix's boxes: a share 1 - keep of the area, centred anywhere, cut off at the border. Returns (B, 4)."""
+    """CutMix's boxes: a share 1 - keep of the area, centred anywhere, clipped at the border. Returns (B, 4)."""
     ratio = np.sqrt(1.0 - keep)
     h, w = np.floor(height * ratio), np.floor(width * ratio)
     y, x = np.floor(u[:, 0] * height), np.floor(u[:, 1] * width)

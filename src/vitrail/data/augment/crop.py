@@ -33,7 +33,7 @@ def crop_box(
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return int(draw[-2] * (height - h + 1)), int(draw[-1] * (width - w + 1)), h, w
-    # No rectangle fitted: the largest centred one with an allowed ratio.
+    # No rectangle fits in the image: the largest centred one with an allowed ratio.
     w, h = width, height
     if width / height < ratio[0]:
         h = max(1, round(width / ratio[0]))
@@ -55,18 +55,18 @@ def random_crop(
 
     from vitrail.images.convert import to_channels
 
-    goal_h, goal_w = preprocess.size
+    target_h, target_w = preprocess.size
     full: list[tuple[int, int]] = []
 
     def needed(height: int, width: int) -> tuple[int, int]:
         full.append((height, width))
         _, _, h, w = crop_box(height, width, scale, ratio, draw)
-        return math.ceil(height * min(1.0, goal_h / h)), math.ceil(width * min(1.0, goal_w / w))
+        return math.ceil(height * min(1.0, target_h / h)), math.ceil(width * min(1.0, target_w / w))
 
     image = to_channels(split.image(row, needed), preprocess.channels)
     height, width = full[0] if full else (image.height, image.width)
     top, left, h, w = crop_box(height, width, scale, ratio, draw)
-    x, y = image.width / width, image.height / height  # below 1 where the JPEG was decoded small
+    x, y = image.width / width, image.height / height  # below 1 if a JPEG was decoded at a reduced size
     box = (left * x, top * y, min((left + w) * x, image.width), min((top + h) * y, image.height))
-    image = image.resize((goal_w, goal_h), Image.Resampling[preprocess.interpolation.upper()], box=box)
-    return np.asarray(image).reshape(goal_h, goal_w, preprocess.channels)
+    image = image.resize((target_w, target_h), Image.Resampling[preprocess.interpolation.upper()], box=box)
+    return np.asarray(image).reshape(target_h, target_w, preprocess.channels)

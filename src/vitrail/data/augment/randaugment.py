@@ -2,11 +2,11 @@
 
 Cubuk et al., "RandAugment: Practical automated data augmentation with a reduced search space", 2019
 (https://arxiv.org/abs/1909.13719), in the variant that DeiT and most recipes after it use, timm's
-`rand-m9-mstd0.5-inc1`: fifteen operations that all grow with the magnitude, each drawn one applied with probability
-one half, its magnitude drawn anew from a normal distribution.
+`rand-m9-mstd0.5-inc1`: fifteen operations that all grow with the magnitude. Each one that is drawn is applied with
+probability 0.5, with a magnitude from a normal distribution.
 
-The operations are Pillow's, to the last bit wherever an image is not interpolated (the automatic contrast, which
-Pillow computes in floating point, within one 255th). Eight of the fifteen are tables of 256 values for each channel.
+The operations are Pillow's, bit for bit wherever an image is not interpolated (except automatic contrast, which Pillow
+computes in floating point: within 1 of 255). Eight of the fifteen are tables of 256 values for each channel.
 Interpolation is bilinear; pixels from outside the image have the colour `fill`.
 Shapes: B images, G images that get one operation, C channels (1 or 3), H height, W width.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +28,8 @@ OPS = (
     "brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y",
 )  # fmt: skip
 DRAWS = 4  # random numbers per operation
-MOST = 10.0  # the largest magnitude
-_APPLY = 0.5
+MAX_MAGNITUDE = 10.0
+_APPLY = 0.5  # probability
 _CHUNK = 1 << 18  # pixels that go through an operation at once on a CPU, to fit its cache
 
 
@@ -46,51 +45,51 @@ def rand_augment(
 
     x = images.clone()
     for which, applied, normal, side in np.moveaxis(u.reshape(len(u), -1, DRAWS), 0, -1):
-        levels = np.clip(magnitude + std * ndtri(np.clip(normal, 1e-12, None)), 0.0, MOST)
+        levels = np.clip(magnitude + std * ndtri(np.clip(normal, 1e-12, None)), 0.0, MAX_MAGNITUDE)
         signs = np.where(side < 0.5, -1.0, 1.0)
         ops = np.where(applied < _APPLY, np.floor(which * len(OPS)).astype(np.int64), -1)
         for op in np.unique(ops[ops >= 0]).tolist():
             rows = np.flatnonzero(ops == op)
-            chunks = x.device.type == "cpu" and OPS[op] not in _TABLES
-            step = max(1, _CHUNK // x[0].numel()) if chunks else len(rows)
-            for some in (rows[i : i + step] for i in range(0, len(rows), step)):
-                there = torch.from_numpy(some).to(x.device)
-                # Several times faster than x[there], which goes byte by byte.
-                done = apply(OPS[op], x.index_select(0, there), levels[some], signs[some], fill)
-                x.index_copy_(0, there, done)
+            in_chunks = x.device.type == "cpu" and OPS[op] not in _TABLES
+            step = max(1, _CHUNK // x[0].numel()) if in_chunks else len(rows)
+            for chunk in (rows[i : i + step] for i in range(0, len(rows), step)):
+                index = torch.from_numpy(chunk).to(x.device)
+                # index_select is several times faster than x[index], which copies byte by byte.
+                result = apply(OPS[op], x.index_select(0, index), levels[chunk], signs[chunk], fill)
+                x.index_copy_(0, index, result)
     return x
 
 
 def apply(name: str, x: torch.Tensor, levels: Floats, signs: Floats, fill: tuple[int, ...]) -> torch.Tensor:
-    """One operation of OPS on uint8 G C H W. levels: (G,) in 0..10. signs: (G,) of -1 and 1, which way it goes."""
-    share = levels / MOST
+    """One operation of OPS on uint8 G C H W. levels: (G,) in 0..10. signs: (G,) of -1 and 1, its direction."""
+    strength = levels / MAX_MAGNITUDE
     if name in _TABLES:
-        return _look_up(x, _TABLES[name](x, share, signs).to(torch.uint8))
+        return _look_up(x, _TABLES[name](x, strength, signs).to(torch.uint8))
     if name in _MATRICES:
-        return _transform(x, _MATRICES[name](share * signs, *x.shape[2:]), fill)
-    return (_colour if name == "colour" else _sharpness)(x, _factors(share, signs))
+        return _transform(x, _MATRICES[name](strength * signs, *x.shape[2:]), fill)
+    return (_colour if name == "colour" else _sharpness)(x, _factors(strength, signs))
 
 
 # Tables. Each gives int G (1 or C) 256: what the values 0..255 of a channel become.
 
 
-def _numbers(values: npt.NDArray[np.generic], x: torch.Tensor) -> torch.Tensor:
+def _per_image(values: npt.NDArray[np.generic], x: torch.Tensor) -> torch.Tensor:
     """(G,) -> G 1 1 on the device of x; floats as float32, which Pillow's own blending uses."""
-    kind = np.float32 if values.dtype == np.float64 else np.int32
-    return torch.from_numpy(values.astype(kind)).to(x.device)[:, None, None]
+    dtype = np.float32 if values.dtype == np.float64 else np.int32
+    return torch.from_numpy(values.astype(dtype)).to(x.device)[:, None, None]
 
 
 def _ramp(x: torch.Tensor) -> torch.Tensor:
     return torch.arange(256, dtype=torch.int32, device=x.device).expand(len(x), 1, 256)
 
 
-def _auto_contrast(x: torch.Tensor, share: Floats, signs: Floats) -> torch.Tensor:
+def _auto_contrast(x: torch.Tensor, strength: Floats, signs: Floats) -> torch.Tensor:
     low, high = (value.to(torch.int32)[:, :, None] for value in (x.amin(dim=(2, 3)), x.amax(dim=(2, 3))))
     ramp = _ramp(x)
     return torch.where(high > low, (ramp - low) * 255 // (high - low).clamp(min=1), ramp).clamp(0, 255)
 
 
-def _equalize(x: torch.Tensor, share: Floats, signs: Floats) -> torch.Tensor:
+def _equalize(x: torch.Tensor, strength: Floats, signs: Floats) -> torch.Tensor:
     counts = _histograms(x)
     below = counts.cumsum(2) - counts
     # Pillow excludes the highest value that occurs from its step.
@@ -107,36 +106,32 @@ def _histograms(x: torch.Tensor) -> torch.Tensor:
     return counts.scatter_add_(2, flat.long(), torch.ones((), dtype=torch.int64, device=x.device).expand(flat.shape))
 
 
-def _invert(x: torch.Tensor, share: Floats, signs: Floats) -> torch.Tensor:
-    return 255 - _ramp(x)
+def _posterize(x: torch.Tensor, strength: Floats, signs: Floats) -> torch.Tensor:
+    """Keep the 4 to 1 highest bits. (timm keeps 0 at the largest magnitude, an error in current Pillow.)"""
+    dropped = 4 + (strength * 4).astype(np.int64).clip(max=3)
+    return _ramp(x) & _per_image(256 - 2**dropped, x)
 
 
-def _posterize(x: torch.Tensor, share: Floats, signs: Floats) -> torch.Tensor:
-    """Keep the 4 to 1 highest bits. (timm's 0 bits, at the largest magnitude, is an error in current Pillow.)"""
-    dropped = 4 + (share * 4).astype(np.int64).clip(max=3)
-    return _ramp(x) & _numbers(256 - 2**dropped, x)
-
-
-def _solarize(x: torch.Tensor, share: Floats, signs: Floats) -> torch.Tensor:
+def _solarize(x: torch.Tensor, strength: Floats, signs: Floats) -> torch.Tensor:
     """Invert from a threshold on, which falls from 256 to 0."""
     ramp = _ramp(x)
-    return torch.where(ramp < _numbers(256 - (share * 256).astype(np.int64), x), ramp, 255 - ramp)
+    return torch.where(ramp < _per_image(256 - (strength * 256).astype(np.int64), x), ramp, 255 - ramp)
 
 
-def _solarize_add(x: torch.Tensor, share: Floats, signs: Floats) -> torch.Tensor:
-    """Make the darker half lighter, by up to 110."""
+def _solarize_add(x: torch.Tensor, strength: Floats, signs: Floats) -> torch.Tensor:
+    """Add up to 110 to the values below 128."""
     ramp = _ramp(x)
-    return torch.where(ramp < 128, ramp + _numbers((share * 110).astype(np.int64), x), ramp)
+    return torch.where(ramp < 128, ramp + _per_image((strength * 110).astype(np.int64), x), ramp)
 
 
-def _brightness(x: torch.Tensor, share: Floats, signs: Floats) -> torch.Tensor:
-    return _blend(torch.zeros_like(_ramp(x)), _ramp(x), _numbers(_factors(share, signs), x))
+def _brightness(x: torch.Tensor, strength: Floats, signs: Floats) -> torch.Tensor:
+    return _blend(torch.zeros_like(_ramp(x)), _ramp(x), _per_image(_factors(strength, signs), x))
 
 
-def _contrast(x: torch.Tensor, share: Floats, signs: Floats) -> torch.Tensor:
+def _contrast(x: torch.Tensor, strength: Floats, signs: Floats) -> torch.Tensor:
     total = _grey(x).flatten(1).sum(1)[:, None, None]
     pixels = x.shape[2] * x.shape[3]
-    return _blend((2 * total + pixels) // (2 * pixels), _ramp(x), _numbers(_factors(share, signs), x))
+    return _blend((2 * total + pixels) // (2 * pixels), _ramp(x), _per_image(_factors(strength, signs), x))
 
 
 def _look_up(x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
@@ -144,30 +139,30 @@ def _look_up(x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
     planes = x.flatten(2) if tables.shape[1] > 1 else x.flatten(1)[:, None]  # a table for each plane
     if x.device.type != "cpu":
         return tables.gather(2, planes.long()).view_as(x)
-    # bytes.translate takes a byte in less than a nanosecond; torch's and numpy's gathers take eight bytes an index.
-    found = np.empty(tuple(planes.shape), dtype=np.uint8)
-    for image, own, done in zip(planes.numpy(), tables.numpy(), found, strict=True):
-        for channel, (plane, table) in enumerate(zip(image, own, strict=True)):
-            done[channel] = np.frombuffer(plane.tobytes().translate(table.tobytes()), dtype=np.uint8)
-    return torch.from_numpy(found).view_as(x)
+    # bytes.translate takes less than a nanosecond per byte; gather needs an index of eight bytes per value.
+    result = np.empty(tuple(planes.shape), dtype=np.uint8)
+    for image, image_tables, out in zip(planes.numpy(), tables.numpy(), result, strict=True):
+        for channel, (plane, table) in enumerate(zip(image, image_tables, strict=True)):
+            out[channel] = np.frombuffer(plane.tobytes().translate(table.tobytes()), dtype=np.uint8)
+    return torch.from_numpy(result).view_as(x)
 
 
 # Blends with another image.
 
 
-def _factors(share: Floats, signs: Floats) -> Floats:
-    """1 leaves an image as it is; from there down to 0.1, or up to 1.9."""
-    return np.maximum(0.1, 1.0 + 0.9 * share * signs)
+def _factors(strength: Floats, signs: Floats) -> Floats:
+    """The factor of a blend, 0.1 to 1.9; 1 leaves an image unchanged."""
+    return np.maximum(0.1, 1.0 + 0.9 * strength * signs)
 
 
 def _blend(other: torch.Tensor, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """other + factor (x - other), cut off at 0 and 255 and rounded down as Pillow does it. Returns uint8."""
+    """other + factor (x - other), clamped to 0..255 and rounded down, as in Pillow. Returns uint8."""
     other = other.to(torch.float32)
     return _bytes((x.to(torch.float32).sub_(other).mul_(factor).add_(other)).clamp_(0, 255))
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:
-    """0..255 rounded down to uint8; by way of int32, for which CPUs have an instruction."""
+    """0..255 rounded down to uint8; through int32, for which CPUs have an instruction."""
     return x.to(torch.int32).to(torch.uint8)
 
 
@@ -181,7 +176,7 @@ def _grey(x: torch.Tensor) -> torch.Tensor:
 
 
 def _colour(x: torch.Tensor, factors: Floats) -> torch.Tensor:
-    return x if x.shape[1] == 1 else _blend(_grey(x), x, _numbers(factors, x)[..., None])
+    return x if x.shape[1] == 1 else _blend(_grey(x), x, _per_image(factors, x)[..., None])
 
 
 def _sharpness(x: torch.Tensor, factors: Floats) -> torch.Tensor:
@@ -193,12 +188,12 @@ def _sharpness(x: torch.Tensor, factors: Floats) -> torch.Tensor:
     columns = wide[:, :, :-2] + wide[:, :, 1:-1] + wide[:, :, 2:]
     total = columns[..., :-2] + columns[..., 1:-1] + columns[..., 2:] + 4 * inside
     smooth = total.to(torch.float32).div_(13).add_(0.5).floor_()
-    done = x.clone()
-    done[:, :, 1:-1, 1:-1] = _blend(smooth, inside, _numbers(factors, x)[..., None])
-    return done
+    out = x.clone()
+    out[:, :, 1:-1, 1:-1] = _blend(smooth, inside, _per_image(factors, x)[..., None])
+    return out
 
 
-# Geometry. Each gives (G, 6): x_in = a x + b y + c and y_in = d x + e y + f, in pixels from the corner.
+# Geometry. Each gives (G, 6): x_in = a x + b y + c and y_in = d x + e y + f, in pixels from the upper left corner.
 
 
 def _matrix(amount: Floats, **entries: Floats) -> Floats:
@@ -214,47 +209,38 @@ def _rotate(amount: Floats, height: int, width: int) -> Floats:
     return _matrix(amount, a=cos, b=sin, c=x - cos * x - sin * y, d=-sin, e=cos, f=y + sin * x - cos * y)
 
 
-def _shear(amount: Floats, height: int, width: int, *, entry: str) -> Floats:
-    """By up to 0.3, from the upper left corner."""
-    return _matrix(amount, **{entry: 0.3 * amount})
-
-
-def _translate(amount: Floats, height: int, width: int, *, entry: str) -> Floats:
-    """By up to 0.45 of the side."""
-    return _matrix(amount, **{entry: 0.45 * amount * (width if entry == "c" else height)})
-
-
 def _transform(x: torch.Tensor, matrix: Floats, fill: tuple[int, ...]) -> torch.Tensor:
     """Bilinear, with the nearest pixels for the half pixel at the border, as Pillow."""
     height, width = x.shape[2:]
     across = torch.arange(width, dtype=torch.float32, device=x.device) + 0.5
     down = (torch.arange(height, dtype=torch.float32, device=x.device) + 0.5)[:, None]
-    # grid_sample counts from -1 to 1. Not affine_grid: its product is rounded otherwise for other numbers of images.
+    # grid_sample takes -1 to 1. Not affine_grid: the rounding of its product depends on the number of images.
     unit = matrix * np.repeat([2 / width, 2 / height], 3)
-    a, b, c, d, e, f = (_numbers(column, x) for column in (unit - [0, 0, 1, 0, 0, 1]).T)
+    a, b, c, d, e, f = (_per_image(column, x) for column in (unit - [0, 0, 1, 0, 0, 1]).T)
     x_in, y_in = a * across + (b * down + c), d * across + (e * down + f)  # G H W
-    grid = torch.view_as_real(torch.complex(x_in, y_in))  # a third of the time of torch.stack
+    grid = torch.view_as_real(torch.complex(x_in, y_in))  # three times as fast as torch.stack
     moved = F.grid_sample(x.to(torch.float32), grid, mode="bilinear", padding_mode="border", align_corners=False)
     inside = (torch.maximum(x_in.abs_(), y_in.abs_()) <= 1)[:, None]
     colour = torch.tensor(fill, dtype=torch.uint8, device=x.device)[:, None, None]
-    # Pillow rounds down; the small constant keeps integers that float32 has rounded to slightly less.
+    # Pillow rounds down; the small constant keeps integers to which float32 gives a slightly smaller value.
     return _bytes(moved.add_(2**-9)).mul_(inside).add_(colour * ~inside)
 
 
 _TABLES: dict[str, Callable[[torch.Tensor, Floats, Floats], torch.Tensor]] = {
     "auto_contrast": _auto_contrast,
     "equalize": _equalize,
-    "invert": _invert,
+    "invert": lambda x, strength, signs: 255 - _ramp(x),
     "posterize": _posterize,
     "solarize": _solarize,
     "solarize_add": _solarize_add,
     "brightness": _brightness,
     "contrast": _contrast,
 }
+# Shear by up to 0.3, translation by up to 0.45 of the side.
 _MATRICES: dict[str, Callable[[Floats, int, int], Floats]] = {
     "rotate": _rotate,
-    "shear_x": partial(_shear, entry="b"),
-    "shear_y": partial(_shear, entry="d"),
-    "translate_x": partial(_translate, entry="c"),
-    "translate_y": partial(_translate, entry="f"),
+    "shear_x": lambda amount, height, width: _matrix(amount, b=0.3 * amount),
+    "shear_y": lambda amount, height, width: _matrix(amount, d=0.3 * amount),
+    "translate_x": lambda amount, height, width: _matrix(amount, c=0.45 * amount * width),
+    "translate_y": lambda amount, height, width: _matrix(amount, f=0.45 * amount * height),
 }

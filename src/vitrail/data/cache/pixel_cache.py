@@ -2,8 +2,8 @@
 
 A cache is a folder with two files. `pixels` has every image at an offset that follows from the sizes of all images;
 `checksums` has the CRC-32 of each image, 0 for one that is not stored. An image is written before its checksum, which a
-process verifies when it first reads the image: one that was half written before a power cut is decoded again. Processes
-that store the same image write the same bytes, so they need no lock. Pixels are written by `pwrite` and read through a
+process verifies when it first reads the image: one partly written before a power cut is decoded again. Processes that
+store the same image write the same bytes, so they need no lock. Pixels are written by `pwrite` and read through a
 memory map: a full disk is an error of the write, not a signal that kills the process.
 
 The folder is named by a hash of the images' paths, sizes and times, and of how they were processed.
@@ -69,15 +69,15 @@ class PixelCache:
     def get(self, i: int) -> Pixels | None:
         """Image i, read-only; None if it is not stored."""
         shape, end = self._shape(i), int(self._ends[i])
-        begin = end - shape[0] * shape[1] * shape[2]
+        start = end - shape[0] * shape[1] * shape[2]
         if not self._verified[i]:
             if end > self._limit:
                 return None
             checksum = int.from_bytes(self._checksum_map[4 * i : 4 * i + 4], "little")
-            if checksum == 0 or checksum != _checksum(memoryview(self._pixel_map)[begin:end]):
+            if checksum == 0 or checksum != _checksum(memoryview(self._pixel_map)[start:end]):
                 return None
             self._verified[i] = 1
-        return np.frombuffer(self._pixel_map, np.uint8, end - begin, begin).reshape(shape)
+        return np.frombuffer(self._pixel_map, np.uint8, end - start, start).reshape(shape)
 
     def put(self, i: int, pixels: Pixels) -> None:
         """Store image i, unless it is beyond the limit or has another shape than expected."""
@@ -102,9 +102,9 @@ class PixelCache:
 
     def _stop_writing(self, reason: str) -> None:
         with self._lock:
-            first, self._writable = self._writable, False
-        if first:
-            self._log(f"cache   no more images are stored ({reason}); training continues without")
+            was_writable, self._writable = self._writable, False
+        if was_writable:
+            self._log(f"cache   no more images are stored ({reason}); training continues without caching them")
 
 
 def open_cache(
@@ -181,7 +181,7 @@ def _close(files: list[int]) -> None:
 
 
 def _lock_shared(folder: Path) -> int:
-    """Lock a folder against removal, until the returned lock file is closed or the process ends."""
+    """Lock a folder against removal, until the returned file descriptor is closed or the process ends."""
     import fcntl
 
     while True:
@@ -189,7 +189,7 @@ def _lock_shared(folder: Path) -> int:
         file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_SH)
-            # If the folder was removed meanwhile, this is the lock file of the removed one.
+            # Another process may have removed the folder since, and with it this lock file.
             if os.path.samestat(os.fstat(file), os.stat(folder / "lock")):
                 return file
         except FileNotFoundError:

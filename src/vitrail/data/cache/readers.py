@@ -1,8 +1,8 @@
 """Decoded images for a loader, through the disk cache.
 
-For random crops, the cache has full images, those larger than needed shrunk to a certain shorter side. A crop is taken
-from these pixels whether they were cached or just decoded, so it does not depend on what the cache has. For everything
-else, the cache has evaluation crops, exactly those of `Preprocess.crop`.
+For random crops, the cache stores full images, large ones reduced to a maximum shorter side. A crop is taken from these
+pixels whether they were cached or just decoded, so it does not depend on the content of the cache. For everything else,
+the cache stores evaluation crops, exactly those of `Preprocess.crop`.
 Shapes: N images, H height, W width, C channels.
 """
 

@@ -25,7 +25,7 @@ _FILE_LIMIT = 1 << 30
 
 
 def open_cifar(row: DatasetRow, data_dir: Path | None, progress: Progress | None) -> dict[str, ArraySplit]:
-    """The splits of a row whose one file is an archive, which may also be extracted."""
+    """The splits of a row whose only file is an archive, or a folder with its content."""
     (file,) = row.files
     if data_dir is None:
         source = row.download(file, progress)
@@ -70,7 +70,7 @@ def _from_folder(folder: Path, wanted: Sequence[str]) -> dict[str, bytes]:
 
 
 def _from_archive(archive: Path, wanted: Sequence[str]) -> dict[str, bytes]:
-    """Members are found by their last name alone and read into memory, so a path with ".." is harmless."""
+    """Members are found by their file name alone and read into memory, so a path with ".." is harmless."""
     content: dict[str, bytes] = {}
     with tarfile.open(archive, "r:gz") as tar:
         for member in tar:
@@ -79,7 +79,7 @@ def _from_archive(archive: Path, wanted: Sequence[str]) -> dict[str, bytes]:
                 continue
             file = tar.extractfile(member)
             if file is None or member.size > _FILE_LIMIT:
-                raise DataError(f"{archive} is damaged: {name} claims {member.size:,} bytes")
+                raise DataError(f"{archive} is damaged: the size of {name} is given as {member.size:,} bytes")
             content[name] = file.read()
     return content
 

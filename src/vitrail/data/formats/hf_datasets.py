@@ -1,7 +1,7 @@
 """`hf-dataset:` a dataset on the Hugging Face hub, a folder written by `save_to_disk`, or parquet files.
 
-All are read by the library `datasets` from memory-mapped Arrow files. Parquet files, which have no random access, are
-converted to Arrow once, in the cache.
+All are read by the library `datasets` from memory-mapped Arrow files. Parquet files, which do not allow random access,
+are converted to Arrow once, in the cache.
 """
 
 from __future__ import annotations
@@ -175,15 +175,15 @@ def _errors_of(name: str) -> Iterator[None]:
 
 
 def _columns(name: str, table: Any) -> tuple[str, str, list[str] | None]:
-    """(image column, label column, class names) by the features' types, else by the columns' names."""
+    """(image column, label column, class names): found by feature type, else by column name."""
     kinds: dict[str, str] = {column: type(feature).__name__ for column, feature in table.features.items()}
 
-    def find(what: str, kind: str, usual: tuple[str, ...]) -> str:
+    def find(content: str, kind: str, usual_names: tuple[str, ...]) -> str:
         typed = [column for column, found in kinds.items() if found == kind]
-        for column in (*usual, *typed):
+        for column in (*usual_names, *typed):
             if column in (typed or kinds):
                 return column
-        raise DataError(f"{name} has no column of {what}; its columns are {', '.join(kinds)}")
+        raise DataError(f"{name} has no column of {content}; its columns are {', '.join(kinds)}")
 
     image, label = find("images", "Image", _IMAGE_COLUMNS), find("labels", "ClassLabel", _LABEL_COLUMNS)
     return image, label, getattr(table.features[label], "names", None)

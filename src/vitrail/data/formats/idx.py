@@ -22,7 +22,7 @@ _DEBIAN = Path("/usr/share/datasets")  # of packages such as dataset-fashion-mni
 
 
 def open_idx(row: DatasetRow, data_dir: Path | None, progress: Progress | None) -> dict[str, ArraySplit]:
-    """The splits of a row whose `splits` name an image file and a label file each."""
+    """The splits of a row in which each split has an image file and a label file."""
     folders = [data_dir, data_dir / row.name] if data_dir else [_DEBIAN / row.name, row.cache_dir]
     names = [file.name for file in row.files]
     paths = _find(names, folders)
@@ -81,7 +81,7 @@ def _read(file: IO[bytes] | gzip.GzipFile, path: Path) -> npt.NDArray[np.uint8]:
     shape = tuple(int(x) for x in np.frombuffer(header, dtype=">u4"))
     count = math.prod(shape)
     if count > _BYTES_LIMIT:
-        raise DataError(f"{path} is damaged: its header claims {count:,} bytes")
+        raise DataError(f"{path} is damaged: its header gives a size of {count:,} bytes")
     content = file.read(count)
     if len(content) != count or file.read(1):
         raise DataError(f"{path} is damaged: its length does not match its header, {shape}")

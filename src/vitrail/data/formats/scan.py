@@ -1,4 +1,4 @@
-"""What a scan of a shard or table finds, cached as JSON, and the dataset that is made of it."""
+"""The scan of a shard or table, cached as JSON, and the dataset that is made from scans."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tar shards: their scan, and images that are read from them by offset."""
+"""Tar shards: how they are scanned, and how images are read from them by offset."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ def scan_shard(path: str) -> Scan:
                     sample = _Sample(key, path)
                 sample.add(file, extension, offset, length)
     except OSError as error:
-        scan.skip(path, f"cannot be read: {error.strerror or error}")
+        scan.skip(path, f"could not be read: {error.strerror or error}")
     sample.finish(scan)
     return scan
 
 
 def _members(file: IO[bytes], path: str, scan: Scan) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and length of every complete file in an archive. Faults of the archive go to `scan.skipped`."""
+    """Name, offset and length of every complete file in an archive. Errors in the archive go to `scan.skipped`."""
     size = os.fstat(file.fileno()).st_size
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
@@ -150,7 +150,7 @@ class _Sample:
     def finish(self, scan: Scan) -> None:
         """Add the sample to the scan, or skip it with the reason."""
         name = os.path.basename(self.key)
-        if not self.key or name.startswith((".", "__")):  # files of the operating system, metadata of the shard
+        if not self.key or name.startswith((".", "__")):  # files of macOS, metadata of the shard
             return
         extension = self.image[0] if self.image else ""
         where = f"{self.path}/{self.key}" + (f".{extension}" if extension else "")
