@@ -14,7 +14,7 @@ from sklearn.datasets import load_sample_image
 import vitrail
 from vitrail.classifier import Classifier, Prediction, load
 from vitrail.data.catalog import open_dataset
-from vitrail.errors import ConfigError, DataError, ModelError, VitrailError
+from vitrail.errors import ConfigError, DataError, ModelError, WeightsError
 from vitrail.images.preprocess import Preprocess
 from vitrail.models.build import build_model
 from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig
@@ -67,7 +67,7 @@ def test_predictions_are_the_models_in_the_order_of_the_inputs(photos: Path) -> 
     assert len({p.score for p in found[:3]}) == 3
 
 
-def test_one_path_and_a_folder_are_taken_as_they_are(photos: Path) -> None:
+def test_inputs_may_be_one_path_or_a_folder(photos: Path) -> None:
     clf = classifier(PHOTO)
     one = clf.predict(photos / "china.jpg")
     assert len(one) == 1
@@ -81,7 +81,7 @@ def test_one_path_and_a_folder_are_taken_as_they_are(photos: Path) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_broken_images_are_named_in_their_place_and_never_stop_the_others(photos: Path, batch_size: int) -> None:
+def test_unreadable_images_give_errors_in_their_place(photos: Path, batch_size: int) -> None:
     (photos / "broken.jpg").write_bytes((photos / "china.jpg").read_bytes()[:5000])
     (photos / "empty.png").write_bytes(b"")
     (photos / "text.jpg").write_text("hello")
@@ -96,7 +96,7 @@ def test_broken_images_are_named_in_their_place_and_never_stop_the_others(photos
             assert (prediction.label, prediction.score, prediction.top) == (None, None, ())
 
 
-def test_nothing_but_broken_images_still_gives_predictions(tmp_path: Path) -> None:
+def test_only_unreadable_images(tmp_path: Path) -> None:
     found = classifier(PHOTO).predict([tmp_path / "a.jpg", tmp_path / "b.jpg"])
     assert [p.error for p in found] == ["does not exist"] * 2
     assert classifier(PHOTO).predict([]) == []
@@ -141,7 +141,7 @@ def test_predicting_leaves_mode_gradients_and_threads_as_they_were(photos: Path)
 
 
 def test_images_are_read_while_the_model_runs(photos: Path) -> None:
-    """While a batch is in the model, the crops of the next ones are at work already."""
+    """While the model computes a batch, the images of the next ones are decoded."""
     clf = classifier(PHOTO)
     seen: list[int] = []
     crop = Preprocess.crop
@@ -189,7 +189,7 @@ def test_embeddings_are_what_the_head_reads(config: ModelConfig, photos: Path) -
     assert np.abs(features - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-def test_a_broken_image_is_no_row_of_features(photos: Path) -> None:
+def test_embed_raises_for_an_unreadable_image(photos: Path) -> None:
     clf = classifier(PHOTO)
     with pytest.raises(DataError, match=r"gone\.jpg"):
         clf.embed([photos / "china.jpg", photos / "gone.jpg"])
@@ -226,7 +226,7 @@ def test_an_evaluation_is_that_of_the_model_on_the_test_images() -> None:
 def test_a_split_can_be_named() -> None:
     clf = classifier()
     assert clf.evaluate("digits", "val").images == len(open_dataset("digits").split("val"))
-    with pytest.raises(VitrailError, match="no 'tset' split"):
+    with pytest.raises(DataError, match="'tset'"):
         clf.evaluate("digits", "tset")
 
 
@@ -299,17 +299,13 @@ def test_a_run_folder_is_loaded_with_its_summary(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("gone", r"gone does not exist"),
-        ("empty", r"empty.*model\.safetensors"),
-        ("file", r"file is empty: download or copy it again"),
-    ],
+    ("name", "facts"),
+    [("gone", r"gone "), ("empty", r"empty .*model\.safetensors"), ("file", r"file .*empty")],
 )
-def test_what_is_no_model_is_refused_in_a_line(name: str, message: str, tmp_path: Path) -> None:
+def test_a_source_that_is_not_a_model_is_an_error(name: str, facts: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
-    with pytest.raises(VitrailError, match=message):
+    with pytest.raises(WeightsError, match=facts):
         load(tmp_path / name)
 
 

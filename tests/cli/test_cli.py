@@ -1,10 +1,11 @@
-"""The command line: outputs that other tools read, and errors in a line."""
+"""The command line: outputs that other tools read, and errors of one line."""
 
 import csv
 import errno
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -74,11 +75,11 @@ def photos(tmp_path: Path) -> Path:
     for name in ("a.png", "b.jpg", "ü c.png"):
         Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).save(folder / name)
     (folder / "empty.png").write_bytes(b"")
-    (folder / "letter.jpg").write_text("dear aunt")
+    (folder / "text.jpg").write_text("not an image")
     return folder
 
 
-# --- the whole
+# --- help and errors
 
 
 def test_help_has_every_command_and_an_example_for_each(run: Run) -> None:
@@ -107,30 +108,30 @@ def test_the_version(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "facts"),
     [
-        (["trian"], r"No such command 'trian'. Did you mean 'train'? (see `vitrail --help`)"),
-        (["predict"], "Missing argument 'MODEL' (see `vitrail predict --help`)"),
-        (["predict", "m"], "Missing argument 'PATH...' (see `vitrail predict --help`)"),
-        (["predict", "m", "x", "--topp", "3"], "No such option: --topp"),
+        (["trian"], "'trian'.*'train'.*`vitrail --help`"),
+        (["predict"], "'MODEL'.*`vitrail predict --help`"),
+        (["predict", "m"], r"'PATH\.\.\.'.*`vitrail predict --help`"),
+        (["predict", "m", "x", "--topp", "3"], "--topp"),
         (["predict", "m", "x", "--top", "three"], "--top"),
         (["predict", "m", "x", "--top", "0"], "--top"),
-        (["predict", "no/such/model", "x.jpg"], "no/such/model does not exist"),
-        (["evaluate", "no/such/model", "digits"], "no/such/model does not exist"),
-        (["models", "swni_tiny"], "no model matches 'swni_tiny' (did you mean 'swin_tiny'"),
+        (["predict", "no/such/model", "x.jpg"], "no/such/model"),
+        (["evaluate", "no/such/model", "digits"], "no/such/model"),
+        (["models", "swni_tiny"], "'swni_tiny'.*'swin_tiny'"),
         (["train"], "--resume"),
-        (["train", "no/such/data"], "no/such/data is neither a folder nor a known dataset"),
-        (["train", "digit"], "did you mean 'digits'?"),
-        (["train", "digits", "--model", "vit_tinny_patch16_224"], "did you mean 'vit_tiny_patch16_224'"),
-        (["train", "digits", "epoch=3"], "'epoch' (did you mean 'epochs'"),
-        (["train", "digits", "lr"], "'lr' is not key=value"),
-        (["train", "digits", "lr=fast"], "training option lr cannot be 'fast'"),
-        (["train", "digits", "--epochs", "3", "epochs=4"], "epochs is given twice: as --epochs and as epochs="),
+        (["train", "no/such/data"], "no/such/data"),
+        (["train", "digit"], "'digits'"),
+        (["train", "digits", "--model", "vit_tinny_patch16_224"], "'vit_tiny_patch16_224'"),
+        (["train", "digits", "epoch=3"], "'epoch'.*'epochs'"),
+        (["train", "digits", "lr"], "'lr'.*key=value"),
+        (["train", "digits", "lr=fast"], "lr .*'fast'"),
+        (["train", "digits", "--epochs", "3", "epochs=4"], "--epochs.* epochs="),
         (["train", "digits", "--device", "abacus"], "'abacus'"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(
-    arguments: list[str], message: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], facts: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     done = run(*arguments)
@@ -138,7 +139,7 @@ def test_a_mistake_is_one_line_and_status_2(
     assert done.out == ""
     (line,) = done.err.splitlines()
     assert line.startswith("error: ")
-    assert message in line
+    assert re.search(facts, line)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -147,7 +148,7 @@ def test_debug_shows_where_an_error_comes_from(run: Run) -> None:
         done = run(*arguments)
         assert done.status == 2
         assert "Traceback" in done.err
-        assert done.err.splitlines()[-1].startswith("error: no model matches 'nope'")
+        assert re.fullmatch("error: .*'nope'.*", done.err.splitlines()[-1])
 
 
 @pytest.mark.parametrize(
@@ -157,10 +158,10 @@ def test_debug_shows_where_an_error_comes_from(run: Run) -> None:
         (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 2, "error: runs/x: no space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "error: x: permission denied"),
         (KeyboardInterrupt(), 130, ""),
-        (ZeroDivisionError("oh"), 1, "error: ZeroDivisionError: oh; this is a bug in vitrail, please report it"),
+        (ZeroDivisionError("oh"), 1, "error: ZeroDivisionError: oh"),
     ],
 )
-def test_what_becomes_of_an_exception(
+def test_exit_status_and_last_line_of_an_exception(
     error: BaseException, status: int, last: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(pattern: str) -> list[str]:
@@ -173,8 +174,8 @@ def test_what_becomes_of_an_exception(
     assert ("Traceback" in done.err) == (status == 1)
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
-    """Whether it leaves before the output or amid it."""
+def test_a_closed_pipe_is_not_an_error() -> None:
+    """Closed before the output or during it."""
     for code in ("print('x' * 10**6)", "raise BrokenPipeError"):
         script = (
             "import vitrail.models.catalog as c\n"
@@ -229,7 +230,7 @@ def test_predict_as_json_is_an_object_a_line(run: Run, model: Path, photos: Path
     done = run("predict", model, photos, "--json")
     assert done.status == 0
     rows = [json.loads(line) for line in done.out.splitlines()]
-    assert [Path(row["path"]).name for row in rows] == ["a.png", "b.jpg", "empty.png", "letter.jpg", "ü c.png"]
+    assert [Path(row["path"]).name for row in rows] == ["a.png", "b.jpg", "empty.png", "text.jpg", "ü c.png"]
     assert rows == [p.to_dict() for p in load(model).predict(photos)]
     assert [sorted(row) for row in rows[1:3]] == [["label", "path", "score", "top"], ["error", "path"]]
     assert [len(row["top"]) for row in rows if "top" in row] == [5, 5, 5]
@@ -249,7 +250,7 @@ def test_predict_as_csv(run: Run, model: Path, photos: Path) -> None:
     assert rows[0]["label_3"] == expected[0].top[2].label
 
 
-def test_predict_for_people(run: Run, model: Path, photos: Path) -> None:
+def test_predict_as_a_table(run: Run, model: Path, photos: Path) -> None:
     done = run("predict", model, photos, "--top", 2)
     lines = done.out.splitlines()
     assert lines[0].split() == ["image", "label", "score", "or"]
@@ -259,10 +260,10 @@ def test_predict_for_people(run: Run, model: Path, photos: Path) -> None:
         best[1].label, f"{100 * best[1].score:.1f}", "%",
     ]  # fmt: skip
     assert len(lines) == 4
-    assert done.err.splitlines() == [
-        f"error: {photos / 'empty.png'} is empty (0 bytes)",
-        f"error: {photos / 'letter.jpg'} is not an image that Pillow can read",
-    ]
+    lines = done.err.splitlines()
+    assert len(lines) == 2
+    for line, name in zip(lines, ("empty.png", "text.jpg"), strict=True):
+        assert line.startswith(f"error: {photos / name} ")
     assert done.status == 0
 
 
@@ -270,16 +271,18 @@ def test_predict_for_people(run: Run, model: Path, photos: Path) -> None:
 def test_predict_fails_when_no_image_could_be_read(run: Run, model: Path, photos: Path, form: list[str]) -> None:
     done = run("predict", model, photos / "empty.png", photos / "*.tiff", "gone.jpg", *form)
     assert done.status == 2
-    assert done.err.splitlines()[-1] == "error: none of the 3 images could be read"
+    assert re.fullmatch("error: .*3 images.*", done.err.splitlines()[-1])
     assert len(done.out.splitlines()) == {"": 0, "--json": 3, "--csv": 4}["".join(form)]
 
 
-def test_predict_refuses_two_forms(run: Run, model: Path) -> None:
-    assert run("predict", model, "x.jpg", "--json", "--csv").err == "error: --json and --csv exclude each other\n"
+def test_predict_prints_json_or_csv(run: Run, model: Path) -> None:
+    done = run("predict", model, "x.jpg", "--json", "--csv")
+    assert done.status == 2
+    assert re.fullmatch("error: .*--json.*--csv.*\n", done.err)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="file names are text there")
-def test_a_file_name_that_is_no_text_is_printed_all_the_same(model: Path, photos: Path) -> None:
+def test_a_file_name_that_is_not_utf8_is_printed(model: Path, photos: Path) -> None:
     os.rename(os.fsencode(photos / "a.png"), os.fsencode(photos) + b"/caf\xe9.png")
     command = [sys.executable, "-m", "vitrail", "predict", str(model), str(photos), "--json"]
     done = subprocess.run(command, capture_output=True, check=True, env={**os.environ, "PYTHONUTF8": "1"})
@@ -300,7 +303,7 @@ def test_evaluate_as_json(run: Run, model: Path) -> None:
     assert json.loads(run("evaluate", model, "digits", "--json", "--split", "val").out)["split"] == "val"
 
 
-def test_evaluate_for_people(run: Run, model: Path) -> None:
+def test_evaluate_as_text(run: Run, model: Path) -> None:
     result = load(model).evaluate("digits")
     lines = run("evaluate", model, "digits").out.splitlines()
     assert lines[0] == "360 test images of digits"
@@ -349,7 +352,8 @@ def test_evaluate_names_what_it_skipped(run: Run, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", classes=2)
     done = run("evaluate", model, folder, "--split", "train")
     assert done.status == 0
-    assert done.err.splitlines() == [f"skipped: {folder / '0' / 'x.png'} is empty (0 bytes)"]
+    (line,) = done.err.splitlines()
+    assert line.startswith(f"skipped: {folder / '0' / 'x.png'} ")
 
 
 # --- train
@@ -368,7 +372,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
     return calls
 
 
-def test_train_passes_on_what_was_said_and_nothing_else(run: Run, called: list[tuple[Any, dict[str, Any]]]) -> None:
+def test_train_passes_on_the_given_options_only(run: Run, called: list[tuple[Any, dict[str, Any]]]) -> None:
     assert run("train", "photos/") == (0, "", "")
     run("train", "photos/", "lr=1e-3", "--epochs", 2.5, "img_size=32x48", "--pretrained", "--budget", "10m", "flip=0.5")
     run("train", "digits", "--model", "resnet18", "--out", "r", "--seed", 3, "--device", "cpu", "--data-dir", "d")
@@ -397,7 +401,7 @@ def test_train_prints_its_summary_as_json(run: Run, called: list[tuple[Any, dict
 
 
 def test_from_training_to_prediction(run: Run, tmp_path: Path) -> None:
-    """The commands hand on to each other what they write."""
+    """Each command reads the output of the one before."""
     data = tmp_path / "data"
     rng = np.random.default_rng(0)
     for name, low, high in (("dark", 0, 90), ("light", 160, 255)):
@@ -420,7 +424,7 @@ def test_from_training_to_prediction(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="no such signals there")
-def test_ctrl_c_saves_the_run_and_leaves_with_130(tmp_path: Path) -> None:
+def test_ctrl_c_saves_the_run_and_exits_with_130(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "vitrail", "train", "digits", "--model", "vit_nano_patch2_8"]
     command += ["--out", str(tmp_path / "run"), "--epochs", "1000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:

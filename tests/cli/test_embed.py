@@ -1,6 +1,7 @@
 """`vitrail embed`."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -50,13 +51,13 @@ def test_features_of_a_folder(
     status, out, err = run(capsys, "embed", model, photos, "--device", "cpu")
     assert status == 0
     assert out == "3 images, 16 features each, in features.npy\n"
-    assert err == f"skipped: {photos / 'c.png'} is empty (0 bytes)\n"
+    assert re.fullmatch(f"skipped: {photos / 'c.png'} .*\n", err)
     paths = json.loads((tmp_path / "features.npy.json").read_text())["paths"]
     assert paths == [str(photos / name) for name in ("a.png", "b.png", "d.png")]
     assert np.array_equal(np.load(tmp_path / "features.npy"), load(model).embed(paths))
 
 
-def test_it_goes_on_where_it_was_stopped(
+def test_a_stopped_command_continues(
     model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vitrail.inference import feature_file as features
@@ -70,15 +71,15 @@ def test_it_goes_on_where_it_was_stopped(
         left[0] -= 1
         write(path, data)
 
-    words = ("embed", model, photos, "--out", tmp_path / "f.parquet", "--batch-size", 1, "--device", "cpu")
+    arguments = ("embed", model, photos, "--out", tmp_path / "f.parquet", "--batch-size", 1, "--device", "cpu")
     with monkeypatch.context() as patch:
         patch.setattr(features, "atomic_write_bytes", stop)
-        assert run(capsys, *words) == (130, "", "stopped; run the same command again to continue\n")
-    status, out, err = run(capsys, *words)
+        assert run(capsys, *arguments)[:2] == (130, "")
+    status, out, err = run(capsys, *arguments)
     assert status == 0
     assert out.startswith("3 images, 16 features each")
     assert "2 of 4" in err
-    status, _, err = run(capsys, *words)
+    status, _, err = run(capsys, *arguments)
     assert status == 2
     assert err.startswith(f"error: {tmp_path / 'f.parquet'} ")
 
@@ -86,7 +87,6 @@ def test_it_goes_on_where_it_was_stopped(
 def test_no_image_at_all(model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capsys, "embed", model, photos / "c.png", "--out", tmp_path / "f.npy")
     assert (status, out) == (2, "")
-    assert "none of 1 images could be read" in err
-    assert "is empty (0 bytes)" in err
+    assert re.search(f" 1 images .*{photos / 'c.png'}", err)
     status, out, err = run(capsys, "embed", "--help")
     assert "Example: vitrail embed " in out

@@ -1,4 +1,4 @@
-"""One engine: predict and evaluate give the same bits, threads change nothing, and no module's mode is switched."""
+"""One engine: predict and evaluate give the same bits, from any thread, without a change of a module's mode."""
 
 import copy
 import threading
@@ -38,7 +38,7 @@ def classifier(precision: str = "auto", config: ViTConfig = WIDE) -> Classifier:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """500 files: handwritten digits and crops of photographs, among them seven that cannot be read."""
+    """500 files: handwritten digits and crops of photographs; eight of them cannot be read."""
     folder, paths = tmp_path_factory.mktemp("photos"), []
     digits, photographs = load_digits().images, [load_sample_image(name) for name in ("china.jpg", "flower.jpg")]
     for number in range(500):
@@ -88,7 +88,7 @@ def test_the_precisions_differ(photos: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_eight_threads_predict_what_one_does() -> None:
+def test_eight_threads_give_the_same_predictions() -> None:
     config = ViTConfig(img_size=(8, 8), patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=10)
     clf, images = classifier(config=config), (load_digits().images[:200] * 15).astype(np.uint8)
     serial = [clf.predict(image) for image in images]
@@ -101,7 +101,7 @@ def test_eight_threads_predict_what_one_does() -> None:
     with ThreadPoolExecutor(8) as pool:
         running = [pool.submit(predict_all, number) for number in range(8)]
         barrier.wait()
-        while not all(future.done() for future in running):  # somebody else switches the mode all the while
+        while not all(future.done() for future in running):  # meanwhile another thread changes the mode
             threading.Event().wait(0.01)
             clf.model.train(not clf.model.training)
             modes.append(clf.model.training)
@@ -176,7 +176,7 @@ class Sums:
 
 def read(item: int) -> np.ndarray:
     if item % 5 == 3:
-        raise BadImage("is torn")
+        raise BadImage("is damaged")
     return np.full((2, 2, 3), item, np.uint8)
 
 
@@ -191,7 +191,7 @@ def test_batches_are_the_next_readable_images_in_order(workers: int) -> None:
         assert result.outputs[:, 0].tolist() == [12.0 * item for item in result.readable]
 
 
-def test_items_are_taken_little_by_little_and_threads_end() -> None:
+def test_items_are_read_ahead_by_two_batches_and_threads_end() -> None:
     taken: list[int] = []
     stream = Engine(Sums()).run((taken.append(i) or i for i in range(1000)), read, workers=2)
     next(stream)
@@ -203,7 +203,7 @@ def test_items_are_taken_little_by_little_and_threads_end() -> None:
 def test_nothing_to_run() -> None:
     assert list(Engine(Sums()).run([], read)) == []
     (result,) = Engine(Sums()).run([3, 8], read)
-    assert (result.outputs.shape, result.errors) == ((0, 1), ["is torn", "is torn"])
+    assert (result.outputs.shape, result.errors) == ((0, 1), ["is damaged", "is damaged"])
     with pytest.raises(ConfigError, match=r"batch_size .*0"):
         next(Engine(Sums()).run([1], read, 0))
 
@@ -229,12 +229,12 @@ def test_a_split_is_read_as_preprocess_crops_it(photos: list[str]) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [3, 7])
-def test_shares_of_several_processes_are_the_whole(batch_size: int, photos: list[str]) -> None:
+def test_several_processes_evaluate_each_image_once(batch_size: int, photos: list[str]) -> None:
     """Every process calls a sharded model equally often, however many of its images are unreadable."""
     from vitrail.utils.distributed import DistributedContext
 
-    class Alone(DistributedContext):
-        """One of several processes, which hears nothing from the others."""
+    class NoCommunication(DistributedContext):
+        """One of several processes, without communication."""
 
         def all_gather_object(self, value):  # type: ignore[no-untyped-def]
             return [value]
@@ -248,7 +248,9 @@ def test_shares_of_several_processes_are_the_whole(batch_size: int, photos: list
         runtime = TorchRuntime(classifier().model, classifier().preprocess)
         counted: list[int] = []
         runtime.model.register_forward_pre_hook(lambda module, args, seen=counted: seen.append(1))
-        result = evaluate(runtime, split, "0123456789", batch_size=batch_size, distributed=Alone(rank, 3), sharded=True)
+        result = evaluate(
+            runtime, split, "0123456789", batch_size=batch_size, distributed=NoCommunication(rank, 3), sharded=True
+        )
         rows += result.records.indices.tolist()
         calls.append(len(counted))
     assert rows == [row for row in range(41) if row % 70 != 9]

@@ -38,14 +38,14 @@ def classifier(seed: int = 1) -> Classifier:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Thirty images and two files, among them, that are none."""
+    """Thirty images, and two files that are not images."""
     folder = tmp_path / "photos"
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(30):
         Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{number:02d}.png")
     (folder / "05 empty.png").write_bytes(b"")
-    (folder / "17 text.jpg").write_text("dear aunt")
+    (folder / "17 text.jpg").write_text("not an image")
     return folder
 
 
@@ -59,7 +59,7 @@ def fingerprint(clf: Classifier) -> str:
 
 
 class Killed(BaseException):
-    """As abrupt as a test can be without ending itself."""
+    """Stands for a kill: nothing catches it."""
 
 
 def stop_after(count: int) -> features.Progress:
@@ -95,10 +95,8 @@ def test_an_npy_file_has_the_rows_of_embed_and_names_them(photos: Path, tmp_path
     about = json.loads(out.with_name("f.npy.json").read_text())
     assert about["paths"] == [str(path) for path in good]
     assert about["skipped"] == result.skipped
-    assert [(Path(item["path"]).name, item["reason"]) for item in result.skipped] == [
-        ("05 empty.png", "is empty (0 bytes)"),
-        ("17 text.jpg", "is not an image that Pillow can read"),
-    ]
+    assert [Path(item["path"]).name for item in result.skipped] == ["05 empty.png", "17 text.jpg"]
+    assert all(item["reason"] for item in result.skipped)
     assert about["fingerprint"] == fingerprint(clf)
 
 
@@ -114,14 +112,12 @@ def test_a_parquet_file_has_the_same_rows(photos: Path, tmp_path: Path, monkeypa
     assert pyarrow.parquet.ParquetFile(tmp_path / "f.parquet").num_row_groups == 3
 
 
-# --- going on
+# --- continuing
 
 
 @pytest.mark.parametrize("kind", ["npy", "parquet"])
 @pytest.mark.parametrize("stops", [[1], [8], [21, 3, 9], [32]])
-def test_work_that_was_stopped_ends_in_the_same_bytes(
-    kind: str, stops: list[int], photos: Path, tmp_path: Path
-) -> None:
+def test_stopped_work_ends_in_the_same_bytes(kind: str, stops: list[int], photos: Path, tmp_path: Path) -> None:
     clf, out = classifier(), tmp_path / "b" / f"f.{kind}"
     (tmp_path / "a").mkdir()
     embed_to_file(clf.engine(), photos, tmp_path / "a" / f"f.{kind}", batch_size=BATCH)
@@ -168,7 +164,7 @@ features.embed_to_file(load({str(saved)!r}).engine(), {str(photos)!r}, {str(tmp_
     assert outcome(tmp_path / "f.npy") == outcome(tmp_path / "whole" / "f.npy")
 
 
-def test_a_kill_after_the_last_move_costs_nothing(
+def test_a_kill_after_the_last_rename_loses_nothing(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clf, out = classifier(), tmp_path / "f.npy"
@@ -197,8 +193,8 @@ def test_a_damaged_shard_is_computed_again(photos: Path, tmp_path: Path) -> None
     assert outcome(out)[0] == (tmp_path / "whole.npy").read_bytes()
 
 
-@pytest.mark.parametrize("change", ["model", "precision", "content", "list", "note", "no note"])
-def test_work_of_another_kind_is_refused(change: str, photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["model", "precision", "content", "list", "state", "no state"])
+def test_unfinished_work_of_something_else_is_an_error(change: str, photos: Path, tmp_path: Path) -> None:
     clf, out, inputs = classifier(), tmp_path / "f.npy", [photos]
     with pytest.raises(Killed):
         embed_to_file(clf.engine(), inputs, out, batch_size=BATCH, progress=stop_after(20))
@@ -212,7 +208,7 @@ def test_work_of_another_kind_is_refused(change: str, photos: Path, tmp_path: Pa
         Image.new("RGB", (9, 9)).save(photos / "29.png")
     elif change == "list":
         inputs = [photos, photos / "00.png"]
-    elif change == "note":
+    elif change == "state":
         state.write_text("{")
         reason = "unknown origin"
     else:
@@ -222,7 +218,7 @@ def test_work_of_another_kind_is_refused(change: str, photos: Path, tmp_path: Pa
         embed_to_file(clf.engine(), inputs, out, batch_size=BATCH)
 
 
-def test_fingerprints_change_with_all_that_counts(photos: Path) -> None:
+def test_fingerprints_change_with_weights_preprocessing_and_files(photos: Path) -> None:
     clf = classifier()
     first = fingerprint(clf)
     assert first == fingerprint(classifier())
@@ -246,7 +242,7 @@ def name_of(clf: Classifier, wanted: torch.nn.Parameter) -> str:
 # --- streaming
 
 
-def test_images_are_read_little_by_little(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_read_in_small_batches(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import vitrail.images.reader
 
     decode, read, ahead = vitrail.images.reader.decode, [], []
@@ -268,10 +264,10 @@ def test_images_are_read_little_by_little(photos: Path, tmp_path: Path, monkeypa
     assert max(ahead) <= 2 * 2 + 2  # two batches are decoded ahead
 
 
-# --- refusals
+# --- errors
 
 
-def test_what_cannot_be_done_is_said_in_a_line(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_name_what_is_wrong(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clf, taken = classifier(), tmp_path / "taken.npy"
     taken.write_bytes(b"mine")
     for inputs, out, kind, fact in (
@@ -279,8 +275,8 @@ def test_what_cannot_be_done_is_said_in_a_line(photos: Path, tmp_path: Path, mon
         (photos, tmp_path / "f.csv", ConfigError, r"f\.csv"),
         ([], tmp_path / "f.npy", DataError, "no images"),
         (Image.new("RGB", (9, 9)), tmp_path / "f.npy", DataError, "Image"),
-        (photos / "17 text.jpg", tmp_path / "f.npy", DataError, "none of 1 images"),
-        (tmp_path / "*.xyz", tmp_path / "f.npy", DataError, "none of 1 images"),
+        (photos / "17 text.jpg", tmp_path / "f.npy", DataError, r"17 text\.jpg"),
+        (tmp_path / "*.xyz", tmp_path / "f.npy", DataError, r"\*\.xyz"),
     ):
         with pytest.raises(kind, match=fact):
             embed_to_file(clf.engine(), inputs, out)
@@ -294,7 +290,7 @@ def test_what_cannot_be_done_is_said_in_a_line(photos: Path, tmp_path: Path, mon
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are text elsewhere")
-def test_names_that_are_no_text(photos: Path, tmp_path: Path) -> None:
+def test_file_names_that_are_not_utf8(photos: Path, tmp_path: Path) -> None:
     odd = os.fsdecode(os.fsencode(str(photos)) + b"/\xff.png")
     (photos / "00.png").rename(odd)
     for kind in ("npy", "parquet"):

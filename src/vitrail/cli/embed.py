@@ -33,7 +33,7 @@ def embed(
 
     Example: `vitrail embed runs/photos holiday/ --out holiday.npy`
     """
-    from vitrail.cli.tables import stderr, stdout
+    from vitrail.cli.tables import print_skipped, stderr, stdout
     from vitrail.inference.feature_file import embed_to_file
 
     classifier = open_model(model, device, img_size, precision)
@@ -43,8 +43,7 @@ def embed(
         stderr().print("stopped; run the same command again to continue")
         raise
     stdout().print(f"{result.images:,} images, {result.features:,} features each, in {result.path}")
-    for skipped in result.skipped:
-        stderr().print(f"skipped: {skipped['path']} {skipped['reason']}", style="yellow")
+    print_skipped(result.skipped)
 
 
 def _progress(done: int, total: int) -> AbstractContextManager[Callable[[int], None]]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vitrail.evaluation.metrics import Evaluation
 
 _WORST = 10  # classes in the table
-_LABEL = 28  # columns of a class's name
+_LABEL_WIDTH = 28
 
 
 def evaluate(
@@ -43,20 +43,19 @@ def evaluate(
     Example: `vitrail evaluate runs/photos photos/ --split test`
     """
     from vitrail.cli.progress import progress
+    from vitrail.cli.tables import print_json
 
     classifier = open_model(model, device, img_size, precision)
     with progress("images") as advance:
         result = classifier.evaluate(data, split, data_dir=data_dir, batch_size=batch_size, on_batch=advance)
     if json:
-        from json import dumps
-
-        print(dumps(result.to_dict(), indent=2, ensure_ascii=False))
+        print_json(result.to_dict())
     else:
         _print(result, data)
 
 
 def _print(result: "Evaluation", data: str) -> None:
-    from vitrail.cli.tables import percent, stderr, stdout
+    from vitrail.cli.tables import percent, print_skipped, stdout
     from vitrail.evaluation.metrics import is_imbalanced
 
     console = stdout()
@@ -68,8 +67,7 @@ def _print(result: "Evaluation", data: str) -> None:
     console.print()
     worst = _worst(result, console.width)
     console.print(worst if worst is not None else "  all predictions are correct")
-    for skipped in result.skipped:
-        stderr().print(f"skipped: {skipped['path']} {skipped['reason']}", style="yellow")
+    print_skipped(result.skipped)
 
 
 def _worst(result: "Evaluation", width: int) -> "Table | None":
@@ -82,6 +80,6 @@ def _worst(result: "Evaluation", width: int) -> "Table | None":
         row, wrong = result.per_class[k], result.confusion[k].copy()
         wrong[k] = 0
         others = [f"{result.class_names[j]} ({wrong[j]})" for j in (-wrong).argsort(kind="stable")[:3] if wrong[j]]
-        rows.append([f"  {cut(row['label'], _LABEL)}", f"{row['images']:,}", percent(top1), ", ".join(others)])
+        rows.append([f"  {cut(row['label'], _LABEL_WIDTH)}", f"{row['images']:,}", percent(top1), ", ".join(others)])
     headers = [("  worst classes", "<"), ("images", ">"), ("top-1", ">"), ("predicted as", "<")]
     return table(headers, rows, width) if rows else None

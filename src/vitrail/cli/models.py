@@ -19,6 +19,7 @@ def models(
 
     Example: `vitrail models 'swin*'`
     """
+    from vitrail.cli.tables import print_json, stdout, table
     from vitrail.errors import ModelError, did_you_mean
     from vitrail.models.catalog import VARIANTS, list_models
 
@@ -28,11 +29,8 @@ def models(
             f"no model matches {pattern!r}{did_you_mean(pattern, _prefixes(VARIANTS))}; `vitrail models` lists all"
         )
     if json:
-        from json import dumps
-
-        print(dumps([_to_dict(variant) for variant in variants], indent=2))
+        print_json([_to_dict(variant) for variant in variants])
         return
-    from vitrail.cli.tables import stdout, table
 
     headers = [("model", "<"), ("params", ">"), ("GMACs", ">"), ("input", ">"), ("top-1", ">"), ("licence", "<")]
     stdout().print(table(headers, [_row(variant) for variant in variants]))

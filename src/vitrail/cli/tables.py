@@ -1,7 +1,9 @@
-"""Tables and text for the terminal; not truncated if stdout is not a terminal."""
+"""Output of the commands: JSON, tables and text; nothing is truncated if stdout is not a terminal."""
 
+import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
@@ -20,6 +22,17 @@ def stdout() -> Console:
 def stderr() -> Console:
     """The console for messages; long lines are not wrapped."""
     return Console(file=sys.stderr, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Print indented JSON to stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_skipped(skipped: Iterable[Mapping[str, str]]) -> None:
+    """List the images that could not be read, {"path", "reason"} each, on stderr."""
+    for each in skipped:
+        stderr().print(f"skipped: {each['path']} {each['reason']}", style="yellow")
 
 
 def table(headers: Sequence[tuple[str, str]], rows: Iterable[Sequence[str | Text]], width: int | None = None) -> Table:

@@ -56,7 +56,7 @@ def _format(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value).lower()
 
 
-_NOT_PASSED_ON = {"data", "settings", "json", "help", "verify_resume"}  # parameters that are handled here
+_NOT_PASSED_ON = {"data", "settings", "json", "help", "verify_resume"}  # parameters that the library does not have
 
 _Data = Annotated[
     str | None,
@@ -92,7 +92,7 @@ _ShowBatch = Annotated[
 _VerifyResume = Annotated[
     bool, typer.Option("--verify-resume", help="Check that a killed run resumes bit for bit; takes a minute.")
 ]
-_Help = Annotated[  # typer's own would end before the settings
+_Help = Annotated[  # typer's own --help has no settings
     bool, typer.Option("--help", "-h", callback=_print_help, is_eager=True, help="Show this message and exit.")
 ]
 
@@ -141,12 +141,12 @@ def train(
 
     try:
         classifier = run(data, **given)
-    except Stopped as stopped:  # typer would take it for Ctrl-C, whatever the signal was
+    except Stopped as stopped:  # typer would exit with 130, the status of Ctrl-C, for every signal
         return 128 + stopped.signal
     if json and show_batch is None:
-        from json import dumps
+        from vitrail.cli.tables import print_json
 
-        print(dumps(classifier.report, indent=2, ensure_ascii=False))
+        print_json(classifier.report)
     return 0
 
 
