@@ -46,7 +46,7 @@ def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
         return validate(self, *arguments)
 
     monkeypatch.setattr(session_module, "time", clock)
-    monkeypatch.setattr(run_module, "_say_cost", lambda session, reporter: None)
+    monkeypatch.setattr(run_module, "_log_cost", lambda session, reporter: None)
     monkeypatch.setattr(Trainer, "step", timed_step)
     monkeypatch.setattr(Session, "_validate", timed_validation)
 
@@ -104,7 +104,7 @@ def test_a_validation_longer_than_the_budget_leaves_time_to_learn(
     def expect(session: Session, reporter: Any) -> None:
         session.trainer.state.validation_seconds = session.trainer.schedule.reserve(100.0)
 
-    monkeypatch.setattr(run_module, "_say_cost", expect)
+    monkeypatch.setattr(run_module, "_log_cost", expect)
     report = train(tiny.dataset(), out=tmp_path / "run", progress=False, eval_every=50, **TIMED).report
     assert (report["steps"], report["seconds"]) == (44, BUDGET)
     assert [line["steps"] for line in lines(tmp_path / "run") if "val_top1" in line] == [42, 44]

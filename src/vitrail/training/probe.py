@@ -24,6 +24,7 @@ from vitrail.training.config.schema import Use, keys_for
 from vitrail.training.engine.interrupt import Interrupt, Stopped
 from vitrail.training.monitoring.plan import data_lines
 from vitrail.training.monitoring.progress import Reporter
+from vitrail.training.monitoring.summary import run_summary
 from vitrail.training.setup import Setup
 from vitrail.utils.device import describe_precision, precision, uses_bf16
 from vitrail.utils.eval_view import eval_view
@@ -84,11 +85,9 @@ def check_probe_keys(given: Mapping[str, Any]) -> None:
 
 
 def run_probe(
-    setup: Setup, folder: RunFolder, reporter: Reporter, device: torch.device, *, own_model: bool = False
+    setup: Setup, folder: RunFolder, reporter: Reporter, device: torch.device
 ) -> tuple[dict[str, Any], Evaluation]:
     """Compute features, fit the head and set it in `setup.model`. Returns the run's summary and its evaluation.
-
-    own_model: the model is the caller's, and the origin of its weights is unknown.
 
     Raises:
         Stopped: by Ctrl-C or SIGTERM.
@@ -96,9 +95,9 @@ def run_probe(
         ModelError: the model has no linear head.
     """
     started = time.perf_counter()
-    for line in _plan_lines(setup, folder, device, own_model):
-        reporter.say(line)
-    skipped = {item["path"]: item["reason"] for item in setup.dataset.skipped}
+    for line in _plan_lines(setup, folder, device):
+        reporter.log(line)
+    skipped: dict[str, str] = {}
     throughput = _Throughput()
     with Interrupt() as interrupt:
 
@@ -117,38 +116,30 @@ def run_probe(
     if name not in features:
         raise DataError(f"none of the {name} images could be read")
     result = evaluator.evaluate(chosen.head, name)
-    summary = {
-        **_metrics(result, chosen, features, skipped),
-        **_knn(features, name, setup.dataset.num_classes),
-        "params": sum(p.numel() for p in setup.model.parameters()),
-        "model": setup.config.model.model,
-        "data": setup.dataset.name,
-        "how_split": setup.dataset.how_split,
-        "fits": len(history),
-        "seconds": round(time.perf_counter() - started, 3),
-        "images_per_second": round(throughput.rate, 1),
-        "waiting_for_data": round(throughput.waiting, 4),
-        "seed": setup.config.seed,
-        "device": str(device),
+    train = features["train"]
+    probe = {
+        "l2": chosen.l2,
+        "val_top1": chosen.val_top1,
+        "features": train.values.shape[1],
+        "images": sum(len(part.labels) for part in features.values()),
+        "knn_neighbours": min(NEIGHBOURS, len(train.labels)),
+        "knn_temperature": TEMPERATURE,
     }
-    return summary, result
-
-
-def result_lines(summary: Mapping[str, Any]) -> list[str]:
-    """The result of a probe as lines of text."""
-    split, probe = summary["split"], summary["probe"]
-    chosen = (
-        "the default, without validation images"
-        if probe["val_top1"] is None
-        else f"chosen on val, {probe['val_top1']:.2f} %"
+    summary = run_summary(
+        setup,
+        result,
+        skipped,
+        device,
+        val_top1=chosen.val_top1,
+        train_images=len(train.labels),
+        probe=probe,
+        knn_top1=_knn_top1(features, name, setup.dataset.num_classes),
+        fits=len(history),
+        seconds=round(time.perf_counter() - started, 3),
+        images_per_second=round(throughput.rate, 1),
+        waiting_for_data=round(throughput.waiting, 4),
     )
-    return [
-        *(f"skipped {item['path']}: {item['reason']}" for item in summary["skipped"]),
-        f"{split} top-1 {summary['top1']:.2f} % of {summary['images']:,} images by a linear head on frozen features "
-        f"(l2 {probe['l2']:g}, {chosen}), {summary['knn_top1']:.2f} % by {probe['knn_neighbours']} nearest neighbours",
-        f"{probe['images']:,} images through the model at {summary['images_per_second']:,.0f} images/s; "
-        f"total time {format_duration(summary['seconds'])}",
-    ]
+    return summary, result
 
 
 def _all_features(
@@ -299,7 +290,7 @@ def _choose(
         record["seconds"] = round(time.perf_counter() - begin, 3)
         history.append(record)
         folder.add_metrics(record)
-        reporter.say(line)
+        reporter.log(line)
         if best is None or score > best[0]:
             best = score, index, head
         elif index - best[1] >= _PATIENCE:
@@ -309,38 +300,18 @@ def _choose(
     return _Chosen(head, history[index]["l2"], score[0] if "val" in features else None), history
 
 
-def _metrics(
-    result: Evaluation, chosen: _Chosen, features: Mapping[str, Features], skipped: Mapping[str, str]
-) -> dict[str, Any]:
-    """The summary's usual metrics, and under "probe" those of a probe alone."""
-    return {
-        **result.to_dict(),
-        "val_top1": chosen.val_top1,
-        "train_images": len(features["train"].labels),
-        "skipped": [{"path": path, "reason": reason} for path, reason in skipped.items()],
-        "probe": {
-            "l2": chosen.l2,
-            "val_top1": chosen.val_top1,
-            "features": features["train"].values.shape[1],
-            "images": sum(len(part.labels) for part in features.values()),
-            "knn_neighbours": min(NEIGHBOURS, len(features["train"].labels)),
-            "knn_temperature": TEMPERATURE,
-        },
-    }
-
-
-def _knn(features: Mapping[str, Features], name: str, num_classes: int) -> dict[str, float]:
-    """knn_top1, percent, of the split `name` by its nearest training images. Its settings are fixed, not tuned."""
+def _knn_top1(features: Mapping[str, Features], name: str, num_classes: int) -> float:
+    """Top-1 of the split `name` by its nearest training images, percent. Its settings are fixed, not tuned."""
     train, queries = features["train"], features[name]
     predicted = nearest_neighbours(queries.values, train.values, train.labels, num_classes)
-    return {"knn_top1": 100 * float((predicted == queries.labels).double().mean())}
+    return 100 * float((predicted == queries.labels).double().mean())
 
 
-def _plan_lines(setup: Setup, folder: RunFolder, device: torch.device, own_model: bool) -> list[str]:
+def _plan_lines(setup: Setup, folder: RunFolder, device: torch.device) -> list[str]:
     config, dataset = setup.config, setup.dataset
     height, width = setup.preprocess.size
     published = "published weights" if config.model.pretrained else None
-    start = config.model.weights or published or ("the given model's" if own_model else None)
+    start = config.model.weights or published or ("the given model's" if setup.external else None)
     random = "random weights, so the features are random too: use --weights or --pretrained"
     return [
         *(reason for reason in setup.reasons if reason.startswith("model")),

@@ -1,9 +1,9 @@
 """`train`: from a folder of images to a classifier and a run folder."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -14,7 +14,7 @@ from vitrail.data.dataset import Dataset
 from vitrail.errors import ConfigError, DeviceError, DistributedError, RunError
 from vitrail.evaluation.metrics import Evaluation
 from vitrail.models.base import ImageModel
-from vitrail.training.checkpoints.provenance import environment, python_call, session_record
+from vitrail.training.checkpoints.provenance import python_call, session_record
 from vitrail.training.checkpoints.run_folder import RunFolder, check_empty, create_run_folder, unfinished_run
 from vitrail.training.config.recipes import find_recipe
 from vitrail.training.config.schema import KEYS, TrainConfig, Use, keys_for, make_config, read_config, to_toml
@@ -24,10 +24,10 @@ from vitrail.training.monitoring.plan import plan_lines
 from vitrail.training.monitoring.progress import Reporter
 from vitrail.training.monitoring.report import write_report
 from vitrail.training.monitoring.report_data import report_details
-from vitrail.training.monitoring.summary import say_result, summarise
+from vitrail.training.monitoring.summary import result_lines, training_summary
 from vitrail.training.monitoring.trackers import check_trackers
 from vitrail.training.objectives.teacher import Source, config_name
-from vitrail.training.probe import check_probe_keys, result_lines, run_probe
+from vitrail.training.probe import check_probe_keys, run_probe
 from vitrail.training.resources.batch_size import fit_batch_size, memory_advice
 from vitrail.training.resources.forecast import estimate_cost
 from vitrail.training.session import Session
@@ -37,6 +37,8 @@ from vitrail.utils.distributed import DistributedContext, distributed_context
 from vitrail.utils.files import atomic_folder
 from vitrail.utils.memory import is_out_of_memory
 from vitrail.utils.text import one_line
+
+T = TypeVar("T")
 
 
 def train(
@@ -90,7 +92,7 @@ def train(
         with distributed.main_process_first():
             setup = _new_setup(data, given, recipe) if resumed is None else _resumed_setup(data, given, resumed)
         if verbose and setup.pretrained:
-            reporter.say(setup.pretrained.report.table())
+            reporter.log(setup.pretrained.report.table())
         return _run(setup, reporter, distributed, out=out, resume=resume, show_batch=show_batch, command=command)
 
 
@@ -229,118 +231,105 @@ def _make_session(setup: Setup, reporter: Reporter, device: torch.device, distri
 
 
 def _train(session: Session, folder: RunFolder, reporter: Reporter, resumed: bool) -> Classifier:
-    setup, out_of_memory = session.setup, False
+    setup = session.setup
     for line in plan_lines(setup, session.trainer, session.loader.steps_per_epoch, str(folder.path)):
-        reporter.say(line)
+        reporter.log(line)
     if resumed:
-        reporter.say(f"resumed at epoch {session.trainer.state.epoch + 1}, step {session.trainer.state.steps}")
-    try:
+        reporter.log(f"resumed at epoch {session.trainer.state.epoch + 1}, step {session.trainer.state.steps}")
+
+    def work() -> tuple[dict[str, Any], Evaluation]:
         if not resumed and session.distributed.world_size == 1:
-            _say_cost(session, reporter)
+            _log_cost(session, reporter)
         with session.trackers, compiling():
             session.run()
-            model = session.final_model()
-            result = session.final_evaluation(model)
-            summary = summarise(session, result)
+            result = session.final_evaluation(session.final_model())
+            summary = training_summary(session, result)
             session.trackers.finish(summary)
-    except Stopped as stopped:
-        reporter.say(str(stopped))
-        raise
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        out_of_memory = True
-    if out_of_memory:  # outside of `except`, where the error no longer references the tensors of the step
-        raise DeviceError(memory_advice(session.trainer, setup.preprocess))
-    classifier = _finish(setup, session.model, summary, folder)
-    say_result(reporter, summary, folder)
-    if folder.writes:
-        _report(setup, result, folder, reporter, session.trainer.groups)
+        return summary, result
+
+    summary, result = _run_to_end(work, reporter, lambda: memory_advice(session.trainer, setup.preprocess))
+    classifier = _finish(setup, session.model, summary, result, folder, reporter, session.trainer.groups)
     session.distributed.barrier()  # other processes wait until everything is written
     return classifier
 
 
-def _say_cost(session: Session, reporter: Reporter) -> None:
+def _log_cost(session: Session, reporter: Reporter) -> None:
     """Print the estimated cost, and reserve time for the last validation."""
     dataset, trainer = session.setup.dataset, session.trainer
     with compiling():
         cost, lines = estimate_cost(trainer, session.loader, dataset.counts(), dataset.eval_split())
     for line in lines:
-        reporter.say(line)
+        reporter.log(line)
     if cost:
         trainer.state.validation_seconds = trainer.schedule.reserve(cost.validation_seconds)
 
 
 def _probe(setup: Setup, folder: RunFolder, reporter: Reporter, device: torch.device) -> Classifier:
+    advice = "a batch of images does not fit into memory: use a smaller eval_batch_size"
+    summary, result = _run_to_end(lambda: run_probe(setup, folder, reporter, device), reporter, lambda: advice)
+    return _finish(setup, setup.model, summary, result, folder, reporter)
+
+
+def _run_to_end(work: Callable[[], T], reporter: Reporter, memory_advice: Callable[[], str]) -> T:
+    """The result of `work`. Raises DeviceError with an advice if memory is exhausted."""
     try:
-        summary, result = run_probe(setup, folder, reporter, device, own_model=setup.external)
+        return work()
     except Stopped as stopped:
-        reporter.say(str(stopped))
+        reporter.log(str(stopped))
         raise
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise DeviceError("a batch of images does not fit into memory: use a smaller eval_batch_size") from error
-    summary["environment"] = environment(device)
-    classifier = _finish(setup, setup.model, summary, folder)
-    for line in [*result_lines(summary), f"model   {folder.model}"]:
-        reporter.say(line)
-    _report(setup, result, folder, reporter)
-    return classifier
+    # Outside of `except`, where the error no longer references the tensors of the step.
+    raise DeviceError(memory_advice())
 
 
-def _report(
+def _finish(
     setup: Setup,
+    model: nn.Module,
+    summary: dict[str, Any],
     result: Evaluation,
     folder: RunFolder,
     reporter: Reporter,
     groups: Sequence[Mapping[str, Any]] = (),
-) -> None:
-    """Write the report. The run is finished and saved: an error here is only a warning."""
-    try:
-        folder.write_details(report_details(result, setup.dataset.splits.get(result.split), groups))
-        write_report(folder)
-    except Exception as error:
-        reporter.say(f"warning: the run is saved, but could not write its report: {one_line(error)}")
-        return
-    reporter.say(f"report  {folder.report}")
+) -> Classifier:
+    """Write the model, the summary, which marks the run as finished, and the report, and print the result.
+
+    groups: the optimizer's parameter groups, for the report.
+    """
+    loaded = setup.pretrained.loaded if setup.pretrained else None
+    notes = {
+        "data": setup.dataset.name,
+        "split": split_settings(setup.config),
+        "counts": setup.dataset.counts(),
+        "figures": {key: summary[key] for key in ("split", "images", "top1", "top5", "loss")},
+        **({"source": loaded.source, "licence": loaded.licence} if loaded else {}),  # the model inherits the licence
+    }
+    classifier = _classifier(setup, model, report=summary, notes=notes)
+    if folder.writes:
+        _save_model(classifier, folder)
+        folder.write_summary(summary)
+    for line in [*result_lines(summary), f"model   {folder.model}"]:
+        reporter.log(line)
+    if folder.writes:
+        try:
+            folder.write_details(report_details(result, setup.dataset.splits.get(result.split), groups))
+            reporter.log(f"report  {write_report(folder)}")
+        except Exception as error:  # the run is finished and saved
+            reporter.log(f"warning: the run is saved, but could not write its report: {one_line(error)}")
+    return classifier
 
 
 def _show_batch(session: Session | None, path: str | Path, reporter: Reporter) -> Classifier:
     if session is None:
         raise ConfigError("a probe has no training batches: leave out --show-batch")
-    reporter.say(draw_first_batch(session, path))
+    reporter.log(draw_first_batch(session, path))
     return _classifier(session.setup, session.setup.model)
 
 
 def _classifier(setup: Setup, model: nn.Module, **about: Any) -> Classifier:
     names, architecture = setup.dataset.class_names, setup.config.model.model
     return Classifier(model, setup.preprocess, names, architecture=architecture, **about)  # type: ignore[arg-type]
-
-
-def _finish(setup: Setup, model: nn.Module, summary: dict[str, Any], folder: RunFolder) -> Classifier:
-    """Write the model and then the summary, which marks the run as finished."""
-    notes = {
-        "data": setup.dataset.name,
-        "split": split_settings(setup.config),
-        "counts": setup.dataset.counts(),
-        "figures": {key: summary[key] for key in ("split", "images", "top1", "top5", "loss")},
-        **_origin(setup),
-    }
-    classifier = _classifier(setup, model, report=summary, notes=notes)
-    if setup.pretrained:
-        summary["weights"] = str(setup.pretrained.report)
-    if folder.writes:
-        _save_model(classifier, folder)
-        folder.write_summary(summary)
-    return classifier
-
-
-def _origin(setup: Setup) -> dict[str, Any]:
-    """The source of the pretrained weights, and their licence, which the model inherits."""
-    if setup.pretrained is None:
-        return {}
-    return {"source": setup.pretrained.loaded.source, "licence": setup.pretrained.loaded.licence}
 
 
 def _save_model(classifier: Classifier, folder: RunFolder) -> None:

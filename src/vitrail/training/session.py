@@ -34,7 +34,6 @@ from vitrail.training.engine.sync import ProcessSync
 from vitrail.training.monitoring.plan import epoch_line
 from vitrail.training.monitoring.progress import Reporter
 from vitrail.training.monitoring.trackers import Trackers
-from vitrail.training.objectives.distillation import begin, identity_of
 from vitrail.training.resources.image_cache import cached_readers
 from vitrail.training.setup import Setup
 from vitrail.utils.distributed import SINGLE_PROCESS, DistributedContext
@@ -57,7 +56,7 @@ class Session:
         self.setup = setup
         self.config = config
         self.reporter = reporter
-        readers = cached_readers(config, dataset, setup.preprocess, reporter.say)
+        readers = cached_readers(config, dataset, setup.preprocess, reporter.log)
         self.loader = make_train_loader(setup, device, distributed, readers.get("train"))
         self.validation: SplitReader | None = None
         if "val" in dataset.splits:
@@ -68,7 +67,7 @@ class Session:
         self.model = copy.deepcopy(setup.model) if converted else setup.model
         self.trainer = make_trainer(setup, self.loader.steps_per_epoch, device, distributed)
         self.images = dataset_fingerprint(dataset)
-        self.teacher = identity_of(self.trainer.task)
+        self.teacher = self.trainer.task.teacher_fingerprint
         self.best = BestWeights()
         self.history: list[dict[str, Any]] = []
         self.skipped: dict[str, str] = {}
@@ -84,7 +83,7 @@ class Session:
         """
         self.folder = folder
         track = self.config.io.track if self.distributed.is_main else "none"
-        self.trackers = Trackers(track, folder, self.config.flat, self.reporter.say)
+        self.trackers = Trackers(track, folder, self.config.flat, self.reporter.log)
         return self._restore(load_checkpoint(folder.checkpoint) if self.distributed.is_main else None)
 
     def run(self) -> None:
@@ -96,7 +95,7 @@ class Session:
         """
         state, schedule = self.trainer.state, self.trainer.schedule
         self.folder.write_metrics(self.history)
-        begin(self.trainer.task)
+        self.trainer.task.start_training()
         if not state.steps and not state.rollbacks:
             self._initial = self._initial_checkpoint()
         self._started = time.perf_counter() - state.seconds
@@ -306,7 +305,7 @@ class Session:
         first, last = trainer.guard.record_rollback()
         self.folder.write_metrics(self.history)
         self.save()
-        self.reporter.say(
+        self.reporter.log(
             f"steps {first} to {last} were not finite and changed nothing; "
             f"back at step {state.steps}, with {state.lr_scale:g} of the learning rate"
         )

@@ -76,7 +76,7 @@ def verify_resume(
         VitrailError: this cannot be verified: several processes, a budget, a probe, a model that cannot be pickled.
     """
     objects = _check(arguments)
-    say, begin = Reporter(progress).say, time.perf_counter()
+    log, begin = Reporter(progress).log, time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="vitrail-verify-") as name:
         whole, killed = Path(name) / "whole", Path(name) / "killed"
         writing = {"checkpoint_every": 0, "checkpoint_minutes": 0.0, "track": "none"}
@@ -85,13 +85,13 @@ def verify_resume(
         _run(Job(data, {**arguments, **writing, "out": whole}, AtCall(_AFTER_STEP, _Enough(seconds)), signal.SIGTERM))
         state = _state(whole)
         save_at, kill_at = kill_plan(state.steps, _steps_per_epoch(state) or state.steps + 1)
-        say(f"{state.steps} steps without interruption; now again, killed after step {kill_at}")
+        log(f"{state.steps} steps without interruption; now again, killed after step {kill_at}")
         killed.mkdir()
         config = read_config(whole / "config.toml").updated({"checkpoint_every": save_at})
         (killed / "config.toml").write_text(to_toml(config), encoding="utf-8")
         again = {**objects, "resume": killed}
         _run(Job(data, again, AtCall(_AFTER_STEP, _AtStep(kill_at))), killed=True)
-        say(f"killed; resuming from the checkpoint of step {_state(killed).steps}")
+        log(f"killed; resuming from the checkpoint of step {_state(killed).steps}")
         again["checkpoint_every"] = 0
         _run(Job(data, again, AtCall(_AFTER_STEP, _AtStep(state.steps)), signal.SIGTERM))
         first, second = read_checkpoint(whole), read_checkpoint(killed)

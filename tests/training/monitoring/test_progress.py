@@ -47,7 +47,7 @@ def test_of_many_short_epochs_some_are_told(capsys: pytest.CaptureFixture[str]) 
 
 def test_silence(capsys: pytest.CaptureFixture[str]) -> None:
     with Reporter(enabled=False) as reporter:
-        reporter.say("something")
+        reporter.log("something")
         reporter.epoch("more", last=True)
     assert capsys.readouterr() == ("", "")
 

@@ -162,7 +162,7 @@ def test_no_trial_for_a_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(Killed):
             run(tmp_path / "run")
     asked: list[Session] = []
-    monkeypatch.setattr(run_module, "_say_cost", lambda session, reporter: asked.append(session))
+    monkeypatch.setattr(run_module, "_log_cost", lambda session, reporter: asked.append(session))
     train(tiny.dataset(), resume=tmp_path / "run", progress=False)
     assert asked == []
     run(tmp_path / "other", epochs=1)

@@ -7,25 +7,16 @@ mean that the weights themselves have diverged: the run goes back to its last ch
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from vitrail.training.engine.state import TrainState
 
 MAX_CONSECUTIVE_BAD_STEPS = 3
 MAX_ROLLBACKS = 3
 ROLLBACK_LR_SCALE = 0.5
 _FLUSH_EVERY = 16  # steps; reading waits for the device
-
-
-class Counters(Protocol):
-    """The fields of TrainState that the guard updates."""
-
-    steps: int
-    images: int
-    epoch_images: int
-    skipped: int
-    consecutive_bad_steps: int
 
 
 @dataclass(frozen=True)
@@ -39,7 +30,7 @@ class BadStep:
 
 @dataclass(frozen=True)
 class _PendingStep:
-    state: Counters
+    state: TrainState
     step: int
     lr: float
     images: int
@@ -59,7 +50,7 @@ class NonFiniteGuard:
         self.rolled_back: list[list[BadStep]] = []
         self._pending: list[_PendingStep] = []
 
-    def record(self, state: Counters, lr: float, finite: Tensor, loss: Tensor, images: int) -> None:
+    def record(self, state: TrainState, lr: float, finite: Tensor, loss: Tensor, images: int) -> None:
         """Record a step: whether it is finite, its mean loss, and its images, which are subtracted again if it turns
         out not to be."""
         self._pending.append(_PendingStep(state, state.steps + 1, lr, images, finite, loss))

@@ -36,7 +36,7 @@ def plan_lines(setup: Setup, trainer: Trainer, steps_per_epoch: int, out: str) -
         f"train   {' or '.join(length)}, batch size {config.schedule.batch_size}, seed {config.seed}, "
         f"recipe {config.recipe}",
         f"augment {', '.join(config.augment.active) or 'none'}",
-        *getattr(trainer.task, "lines", ()),
+        *trainer.task.lines,
         f"device  {trainer.device}{threads}, {describe_precision(trainer.device, trainer.bf16)}{_processes(trainer)}",
         *[f"group   {line}" for line in describe_groups(trainer.groups)],
         f"output  {out}",

@@ -32,7 +32,7 @@ class Reporter:
         self._last_epoch = float("-inf")
         self._enabled = enabled
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a line above the bar."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=not self.console.is_terminal)
 
@@ -73,14 +73,14 @@ class Reporter:
         if self._bar:
             self._bar.update(self._bar.task_ids[0], description=title, completed=done, status=status(), refresh=True)
         else:
-            self.say(f"{title}  {status()}")
+            self.log(f"{title}  {status()}")
 
     def epoch(self, line: str, last: bool) -> None:
         """Print the line of a finished epoch; without a terminal, at most one every two seconds, and the last one."""
         now = time.perf_counter()
         if self._bar or last or now - self._last_epoch >= _EPOCH_SECONDS:
             self._last = self._last_epoch = now
-            self.say(line)
+            self.log(line)
 
 
 def describe(trainer: Trainer) -> str:

@@ -131,13 +131,13 @@ def check_trackers(track: str) -> None:
 
 
 class Trackers:
-    """The trackers of a run, as a context manager. `say` prints a warning for each that fails."""
+    """The trackers of a run, as a context manager. `log` prints a warning for each that fails."""
 
-    def __init__(self, track: str, folder: RunFolder, config: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    def __init__(self, track: str, folder: RunFolder, config: Mapping[str, Any], log: Callable[[str], None]) -> None:
         self._names = tracker_names(track)
         self._folder = folder
         self._config = config
-        self._say = say
+        self._log_text = log
         self._open: dict[str, Tracker] = {}
         self._state: dict[str, dict[str, Any]] = {}
 
@@ -187,7 +187,7 @@ class Trackers:
             call()
         except Exception as error:  # no failure of a tracker may end the run
             self._open.pop(name, None)
-            self._say(f"warning: {name} failed, training continues without it: {one_line(error)}")
+            self._log_text(f"warning: {name} failed, training continues without it: {one_line(error)}")
             return False
         return True
 

@@ -1,10 +1,11 @@
-"""The training objective: a task that returns the loss, and cross-entropy with labels.
+"""The training objective: a task, which returns the loss, and cross-entropy with labels.
 
 Shapes: B batch, K classes.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,14 +14,22 @@ from vitrail.errors import ConfigError
 from vitrail.training.engine.batch_augmenter import View
 
 
-class Task(Protocol):
-    """The mean loss of a batch: a scalar with gradients."""
+class Task(ABC):
+    """The loss of a run. lines: a description for the plan. teacher_fingerprint: of a teacher's weights, if any."""
 
-    def __call__(self, model: nn.Module, view: View) -> Tensor: ...
+    lines: tuple[str, ...] = ()
+    teacher_fingerprint: str = ""
+
+    @abstractmethod
+    def __call__(self, model: nn.Module, view: View) -> Tensor:
+        """The mean loss of a batch: a scalar with gradients."""
+
+    def start_training(self) -> None:  # noqa: B027
+        """Called once, after any trial steps and before the first step."""
 
 
 @dataclass(frozen=True)
-class Classify:
+class Classify(Task):
     """Cross-entropy with label smoothing, 0 <= smoothing < 1, on class indices or soft targets.
 
     With kind "bce", binary cross-entropy, averaged over classes (Wightman et al., "ResNet strikes back", 2021,
@@ -46,8 +55,8 @@ class Classify:
     def loss(self, logits: Tensor, view: View) -> Tensor:
         """The loss of one head's logits, B K, on the view's targets.
 
-        With class weights w and shares t it is the sum of w t * -log p over that of w t, as torch has it for class
-        numbers; what smoothing spreads is weighed, but does not count below.
+        With class weights w and target probabilities t it is sum(w t * -log p) / sum(w t), as in torch for class
+        indices. Label smoothing changes the t of the numerator only.
         """
         if self.kind == "bce":
             return self._binary(logits, view)

@@ -47,11 +47,10 @@ class Soft:
 
 
 @dataclass(frozen=True)
-class Distill:
+class Distill(Task):
     """(1 - weight) * loss on the labels + weight * loss on the teacher's logits for the same view.
 
-    labels: the task without a teacher. teacher: a view to logits B K of the student's classes. lines: a description for
-    the plan. identity: a fingerprint of the teacher's weights.
+    labels: the task without a teacher. teacher: a view to logits B K of the student's classes.
     """
 
     labels: Classify
@@ -59,7 +58,11 @@ class Distill:
     scheme: Hard | Soft
     weight: float = 0.5
     lines: tuple[str, ...] = ()
-    identity: str = ""
+    teacher_fingerprint: str = ""
+
+    def start_training(self) -> None:
+        if isinstance(self.teacher, StoredLogits):
+            self.teacher.start_writing()
 
     def __call__(self, model: nn.Module, view: View) -> Tensor:
         teacher_logits = self.teacher(view)  # first, before the student's activations take memory
@@ -94,18 +97,7 @@ def make_task(setup: Setup, device: torch.device) -> Task:
         source = stored = StoredLogits(config.distill.teacher_outputs, logits, cache_key(setup, logits))
         lines.append(stored.line)
     scheme = Hard() if hard else Soft(config.distill.temperature)
-    return Distill(labels, source, scheme, config.distill.distill_weight, tuple(lines), teacher.identity)
-
-
-def begin(task: Task) -> None:
-    """Call when training begins, after any trial steps: from now on, teacher outputs are stored."""
-    if isinstance(task, Distill) and isinstance(task.teacher, StoredLogits):
-        task.teacher.begin()
-
-
-def identity_of(task: Task) -> str:
-    """A fingerprint of the teacher's weights; empty without a teacher."""
-    return task.identity if isinstance(task, Distill) else ""
+    return Distill(labels, source, scheme, config.distill.distill_weight, tuple(lines), teacher.fingerprint)
 
 
 def _check(config: TrainConfig) -> None:

@@ -40,14 +40,14 @@ class Teacher:
     """A classifier that returns logits.
 
     model: normalised float B C H W to B K. preprocess: None if unknown: the student's is used. class_names: None if
-    unknown. identity: a fingerprint of the weights. notes: assumptions that were made.
+    unknown. fingerprint: of the weights. notes: assumptions that were made.
     """
 
     name: str
     model: nn.Module
     preprocess: Preprocess | None
     class_names: tuple[str, ...] | None
-    identity: str
+    fingerprint: str
     size: str  # such as "25,557,032 parameters"
     notes: tuple[str, ...] = ()
 

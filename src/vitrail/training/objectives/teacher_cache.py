@@ -55,7 +55,7 @@ def cache_key(setup: Setup, logits: TeacherLogits) -> dict[str, Any]:
         "classes": list(logits.class_names),
         "preprocess": setup.preprocess.to_dict(),
         "teacher": {
-            "weights": teacher.identity,
+            "weights": teacher.fingerprint,
             "preprocess": teacher.preprocess and teacher.preprocess.to_dict(),
             "class_names": teacher.class_names and list(teacher.class_names),
             "bf16": logits.bf16,
@@ -83,7 +83,7 @@ def _images(split: Split) -> str:
 
 
 class StoredLogits:
-    """Teacher logits from the store; missing ones are computed, and stored after `begin`.
+    """Teacher logits from the store; missing ones are computed, and stored after `start_writing`.
 
     asked, replayed: views that were computed, and read.
 
@@ -114,7 +114,7 @@ class StoredLogits:
         count = sum(path.stat().st_size // size for path in self.folder.glob("epoch-*.bin"))
         return f"outputs {self.folder}: {count:,} stored"
 
-    def begin(self) -> None:
+    def start_writing(self) -> None:
         """Store what is computed from now on; not in trial steps, whose images may not be those of the run.
 
         Raises:

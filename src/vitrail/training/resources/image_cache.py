@@ -36,15 +36,15 @@ def settle_cache(config: TrainConfig, dataset: Dataset, preprocess: Preprocess) 
     return config, [f"cache   {size} of decoded images{reduced} kept on the disk for later epochs and runs"]
 
 
-def cached_readers(config: TrainConfig, dataset: Dataset, preprocess: Preprocess, say: Log) -> dict[str, ReadImage]:
+def cached_readers(config: TrainConfig, dataset: Dataset, preprocess: Preprocess, log: Log) -> dict[str, ReadImage]:
     """Functions that read "train" and "val" through the cache; none if there is no cache."""
     if config.io.cache == "off":
         return {}
     readers, left = {}, byte_count(config.io.cache)
-    say_once = functools.cache(say)  # the splits may have the same problem, such as a full disk
+    log_once = functools.cache(log)  # the splits may have the same problem, such as a full disk
     for name, count in _bytes(config, dataset, preprocess).items():
         random_crop = name == "train" and config.augment.crop_scale is not None
-        readers[name] = cached_reader(dataset.split(name), preprocess, left, say_once, random_crop=random_crop)
+        readers[name] = cached_reader(dataset.split(name), preprocess, left, log_once, random_crop=random_crop)
         left = max(0, left - count)
     return readers
 
