@@ -1,4 +1,4 @@
-"""What an evaluation reads from a split: every crop in order, and what could not be read."""
+"""The evaluation crops of a split, in order, and the images that could not be read."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A folder of images with every kind of file that people have: twelve good kinds, and on wish eight broken ones."""
+"""A folder of images with twelve kinds of readable files, and eight kinds of unreadable ones if asked for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 @dataclass
 class Made:
-    """What was written: `good` and `broken` map a path to its kind."""
+    """The files written: `good` and `broken` map a path to its kind."""
 
     root: Path
     class_names: tuple[str, ...]
@@ -23,7 +23,7 @@ class Made:
 
 
 def picture(c: int, number: int, size: tuple[int, int] = (48, 64)) -> Image.Image:
-    """An RGB image of class `c`: stripes of a direction and a colour of its own, with noise."""
+    """An RGB image of class `c`: stripes with the direction and colour of the class, and noise."""
     rng = np.random.default_rng([c, number])
     y, x = np.mgrid[: size[0], : size[1]]
     angle = np.pi * c / 5 + rng.normal(0, 0.05)
@@ -77,7 +77,7 @@ GOOD: dict[str, Callable[[Image.Image, Path], None]] = {
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A small PNG that claims a size."""
+    """A small PNG whose header gives another size."""
     content = b"\x89PNG\r\n\x1a\n"
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     for name, body in ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b"")):
@@ -95,7 +95,7 @@ def _floats(image: Image.Image, path: Path) -> None:
     Image.fromarray(np.linspace(-4000, 4000, 48 * 64, dtype=np.float32).reshape(48, 64)).save(path)
 
 
-# Each with a word that its reason must hold.
+# Each with a word that the reason must contain.
 BROKEN: dict[str, tuple[str, Callable[[Image.Image, Path], object]]] = {
     "empty.jpg": ("empty", lambda image, path: path.write_bytes(b"")),
     "cut.jpg": ("truncated", _cut),

@@ -26,7 +26,7 @@ def write_tar(path: Path, files: list[tuple[str, bytes]]) -> Path:
 
 
 def write_shard(path: Path, numbers: range, classes: int = 3, *, words: bool = False) -> Path:
-    """Samples `numbers`, of the classes in turn; words: labels are names and not numbers."""
+    """Samples `numbers`, of the classes in turn; words: labels are names instead of numbers."""
     files: list[tuple[str, bytes]] = []
     for number in numbers:
         label = f"kind{number % classes}" if words else str(number % classes)

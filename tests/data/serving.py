@@ -1,4 +1,4 @@
-"""A server of a test's own, on a thread."""
+"""An HTTP server for tests, on a thread."""
 
 import threading
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from http.server import ThreadingHTTPServer
 
 @contextmanager
 def serving(server: ThreadingHTTPServer) -> Iterator[ThreadingHTTPServer]:
-    """It answers inside, and is gone after."""
+    """Run the server inside the `with` block."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:

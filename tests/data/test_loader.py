@@ -39,7 +39,7 @@ def same(a, b):
         assert torch.equal(x.labels, y.labels)
 
 
-def test_digits_are_gathered(monkeypatch):
+def test_arrays_are_copied_without_cropping(monkeypatch):
     split = open_dataset("digits").splits["train"]
     monkeypatch.setattr(Preprocess, "crop", lambda *args: pytest.fail("no image may be cropped one by one"))
     loader = TrainLoader(split, GREY8, batch_size=64, seed=3)
@@ -66,7 +66,7 @@ def test_workers_and_resuming_change_nothing(photos, crop_scale):
     same(four.epoch(0), expected)
     same(four.epoch(0, start_step=2), expected[2:])
     list(four.epoch(1))
-    iterator = four.epoch(0)  # left in the middle
+    iterator = four.epoch(0)  # closed before its end
     next(iterator)
     iterator.close()
     same(four.epoch(0), expected)
@@ -173,7 +173,7 @@ def test_arrays_that_need_cropping():
 
 
 def test_crop_boxes_are_torchvisions():
-    """The same distribution: area, ratio and place, by their means and spreads over many draws."""
+    """The same distribution of positions and sizes, compared by percentiles over many draws."""
     height, width, scale, ratio = 300, 400, (0.08, 1.0), (3 / 4, 4 / 3)
     draws = uniform(0, 0, np.arange(20_000), "crop", CROP_DRAWS)
     ours = np.array([crop_box(height, width, scale, ratio, draw) for draw in draws])
@@ -190,7 +190,7 @@ def test_crop_boxes_are_torchvisions():
     assert crop_box(1000, 10, (0.9, 1.0), ratio, draws[0]) == (493, 0, 13, 10)
 
 
-def test_random_crop_is_that_part_of_the_image(photos):
+def test_random_crop_equals_that_part_of_the_image(photos):
     p = Preprocess(size=(32, 40), interpolation="bilinear")
     for row in range(20):
         draw = uniform(0, 0, [row], "crop", CROP_DRAWS)[0]
@@ -208,7 +208,7 @@ def test_bad_arguments(photos):
         TrainLoader(FileSplit([], np.zeros(0, dtype=np.int64)), GREY8, batch_size=1)
 
 
-def test_errors_of_ours_are_not_swallowed(photos, monkeypatch):
+def test_other_exceptions_are_raised(photos, monkeypatch):
     monkeypatch.setattr(Preprocess, "crop", lambda *args: 1 / 0)
     for workers in (0, 2):
         loader = TrainLoader(photos, GREY8, batch_size=4, workers=workers)

@@ -36,7 +36,7 @@ def test_repetitions_are_counted() -> None:
 
 
 @pytest.mark.parametrize(("count", "repeats"), [(768, 3), (512, 2), (1000, 3), (7, 3)])
-def test_counts_are_timms(count: int, repeats: int) -> None:
+def test_counts_equal_timms(count: int, repeats: int) -> None:
     """As many views of as many images as timm's (and DeiT's) sampler gives one process, but that it drops what does
     not fill 256.
     """
@@ -54,8 +54,8 @@ def test_counts_are_timms(count: int, repeats: int) -> None:
     assert (np.bincount(repetitions_of(order)) == [-(-(count - r) // repeats) for r in range(repeats)]).all()
 
 
-def test_images_are_drawn_anew_each_epoch() -> None:
-    """In `repeats` epochs timm's sampler leaves (2/3)^3 of the images out, and so do we."""
+def test_images_are_drawn_again_in_each_epoch() -> None:
+    """In `repeats` epochs, (2/3)^3 of the images do not occur, as with timm's sampler."""
     seen = [set(rows_of(epoch_order(1, epoch, 3000, 3, 100)).tolist()) for epoch in range(3)]
     assert seen[0] != seen[1]
     share = len(set.union(*seen)) / 3000
@@ -100,7 +100,7 @@ def test_views_of_an_image_are_cropped_differently() -> None:
 
 
 @pytest.mark.parametrize("crop_scale", [None, (0.2, 0.6)])
-def test_neither_workers_nor_processes_nor_resuming_matter(crop_scale: tuple[float, float] | None) -> None:
+def test_batches_do_not_depend_on_workers_processes_or_resuming(crop_scale: tuple[float, float] | None) -> None:
     options = {"batch_size": 12, "crop_scale": crop_scale, "repeats": 3, "seed": 5}
     expected = list(TrainLoader(split(50), SMALL, **options).epoch(1))
     assert len(expected) == 4

@@ -16,7 +16,7 @@ def test_quotas(fraction, counts):
     assert (np.diff(held) > 0).all()
     for c, count in enumerate(counts):
         out = int((labels[held] == c).sum())
-        assert out < count  # one is always kept
+        assert out < count  # one image is always kept in train
         if fraction == 0:
             assert out == 0
         elif count >= 3:
@@ -41,7 +41,7 @@ def test_seeds_streams_and_names():
         stratified(labels, 1.0, 0, "val")
 
 
-def test_no_place_is_favoured():
+def test_every_row_is_held_out_equally_often():
     labels = np.zeros(1000, dtype=np.int64)
     times = np.zeros(1000)
     for seed in range(200):

@@ -37,7 +37,7 @@ def test_attention_equals_pytorchs_module() -> None:
 
 @pytest.mark.parametrize("queries", [None, 1])
 def test_gradients_in_bfloat16_are_pytorchs_own(queries: int | None) -> None:
-    """On the CPU they are computed in float32: they lie no further from the exact ones than PyTorch's in bfloat16."""
+    """On the CPU they are computed in float32: their error is no larger than that of PyTorch's in bfloat16."""
     q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64) for n in (queries or 17, 17, 17))
     up = torch.randn_like(q)
 

@@ -16,7 +16,7 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
     x = torch.rand(20_000, 2, 3) + 1
     out = layer(x)
     kept = (out != 0).flatten(1)
-    assert (kept.all(1) | ~kept.any(1)).all()  # a sample as a whole
+    assert (kept.all(1) | ~kept.any(1)).all()  # all of a sample or nothing
     assert kept[:, 0].float().mean() == pytest.approx(0.7, abs=0.015)
     torch.testing.assert_close(out[kept[:, 0]], x[kept[:, 0]] / 0.7)
     torch.testing.assert_close(out.mean(0), x.mean(0), rtol=0.03, atol=0)
@@ -79,5 +79,5 @@ def test_linear_layers_are_initialised_truncated_normal() -> None:
     layer = nn.Linear(200, 300)
     init_linear(layer)
     assert layer.weight.abs().max() <= 0.04
-    assert layer.weight.std().item() == pytest.approx(0.02 * 0.8796, rel=0.02)  # truncation at two takes 12 %
+    assert layer.weight.std().item() == pytest.approx(0.02 * 0.8796, rel=0.02)  # truncation at 2 std reduces it by 12 %
     assert (layer.bias == 0).all()

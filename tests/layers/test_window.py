@@ -63,7 +63,7 @@ def allowed_pairs(plan: Windows) -> set[tuple[int, int]]:
 def test_no_token_attends_across_an_edge_or_to_padding(
     size: tuple[int, int], window: tuple[int, int], shifted: bool
 ) -> None:
-    """Checked by the definition: windows on an endless grid, moved by the shift, and cut off at the image's edges."""
+    """Against the definition: windows on an infinite grid, moved by the shift, and cut off at the image edges."""
     shift = [w // 2 if shifted and s > w else 0 for s, w in zip(size, window, strict=True)]
     window_of = {
         (row, column): ((row - shift[0]) // window[0], (column - shift[1]) // window[1])

@@ -1,4 +1,4 @@
-"""The catalog's figures, computed again; and names, options and their errors."""
+"""The parameter counts and costs in the catalog; names, options and their errors."""
 
 import subprocess
 import sys

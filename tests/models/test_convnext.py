@@ -1,4 +1,4 @@
-"""ConvNeXt's own: sizes and first weights."""
+"""ConvNeXt alone: image sizes, downsampling and initial weights."""
 
 import pytest
 import torch
@@ -14,6 +14,11 @@ def small() -> ConvNeXt:
 
 def test_any_image_size_from_32() -> None:
     assert small().forward_features(torch.randn(1, 3, 70, 33)).shape == (1, 32, 2, 1)
+
+
+def test_every_later_stage_downsamples_whatever_its_width() -> None:
+    model = ConvNeXt(ConvNeXtConfig(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_classes=5))
+    assert model.forward_features(torch.randn(1, 3, 64, 32)).shape == (1, 16, 2, 1)
 
 
 def test_too_small_image_raises() -> None:

@@ -1,4 +1,4 @@
-"""What every family does alike: head, dropout, stochastic depth, checkpointing, layer numbers, training in fact."""
+"""The interface of every family: head, dropout, stochastic depth, checkpointing, layer numbers, and training."""
 
 from dataclasses import replace
 
@@ -68,7 +68,7 @@ def test_forward_is_features_then_head(config: ModelConfig) -> None:
 
 
 @every_family
-def test_a_reset_head_stays_on_dtype(config: ModelConfig) -> None:
+def test_a_reset_head_keeps_the_dtype(config: ModelConfig) -> None:
     model = build_model(config).to(torch.bfloat16)
     model.reset_classifier(3)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -93,7 +93,7 @@ def test_drop_path_grows_over_all_blocks(config: ModelConfig) -> None:
     assert rates == sorted(rates)
     assert rates[0] == 0
     assert rates[-1] == pytest.approx(0.4)
-    assert len(set(rates)) == max(model.layer_ids().values()) - 1  # one rate a block
+    assert len(set(rates)) == max(model.layer_ids().values()) - 1  # one rate per block
 
 
 @every_family
@@ -169,7 +169,7 @@ def test_no_weight_decay_names_parameters(config: ModelConfig) -> None:
     ],
 )
 def test_layer_numbers_are_timms(name: str) -> None:
-    """But for the last norm of ViT and Swin: timm counts it to the last block, and here it goes with the head."""
+    """Except the last norm of ViT and Swin: in timm it belongs to the last block, here to the head."""
     with torch.device("meta"):
         ours, theirs = create_model(name), timm.create_model(name)
     expected = group_parameters(theirs, theirs.group_matcher(coarse=False), reverse=True)

@@ -132,7 +132,7 @@ def test_weights_of_swin_are_timms(config: SwinConfig) -> None:
 @pytest.mark.parametrize("size", [(32, 32), (36, 20), (18, 50)], ids=str)
 @torch.no_grad()
 def test_weights_of_a_padded_swin(size: tuple[int, int]) -> None:
-    """timm pads otherwise. Here the weights applied to the values give the block's fused output, and 0 to padding."""
+    """timm pads differently. The weights applied to the values give the fused output of the block; padding gets 0."""
     model = build_model(SWINS["swin"]).eval()
     randomize(model)
     x, inputs = torch.randn(2, 3, *size), []

@@ -74,7 +74,7 @@ def timm_twin(config: ModelConfig) -> nn.Module:
 
 
 def randomize(model: nn.Module) -> None:
-    """Weights and statistics far from their first values, so that each one matters."""
+    """Weights and statistics far from their initial values, so that each one has an effect."""
     for name, value in model.state_dict().items():
         if not value.is_floating_point():
             continue
@@ -212,7 +212,7 @@ def test_catalog_rows_at_full_size(name: str) -> None:
     ours = create_model(name)
     theirs = timm.create_model(name, num_classes=ours.num_classes)
     for parameter in theirs.parameters():
-        if parameter.abs().max() < 1e-4 and parameter.dim() == 1:  # branches that begin at (or near) zero would hide
+        if parameter.abs().max() < 1e-4 and parameter.dim() == 1:  # branches that start at (or near) zero would hide
             parameter.data.uniform_(0.1, 0.3)
     ours.load_state_dict(theirs.state_dict())
     ours.eval(), theirs.eval()

@@ -1,4 +1,4 @@
-"""ResNet's own: where the strides are, and the first weights."""
+"""ResNet alone: strides, and initial weights."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_the_stride_of_a_bottleneck_is_in_its_3x3_convolution() -> None:
 
 
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
-def test_residual_branches_begin_at_zero(block: str) -> None:
+def test_residual_branches_start_at_zero(block: str) -> None:
     model = ResNet(ResNetConfig(block=block, layers=(2, 1, 1, 1)))
     x = torch.rand(2, model.layer1[1].conv1.in_channels, 8, 8)
     assert torch.equal(model.layer1[1](x), x)

@@ -1,4 +1,4 @@
-"""Swin's own: any size, edges and padding seen from outside, the explicit twin, patch merging."""
+"""Swin alone: any image size, edges and padding, the explicit attention, patch merging."""
 
 from typing import Any
 
@@ -60,7 +60,7 @@ def test_block_equals_forward_with_weights(size: tuple[int, int], shifted: bool)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (5, 64), (1, 1), (7, 30)], ids=str)
-def test_any_size_goes_through_and_trains(size: tuple[int, int]) -> None:
+def test_any_image_size_can_be_trained(size: tuple[int, int]) -> None:
     model = SwinTransformer(SwinConfig(img_size=(32, 32), **SMALL))
     x = torch.randn(2, 3, *size)
     features = model.forward_features(x)

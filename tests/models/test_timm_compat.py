@@ -1,4 +1,4 @@
-"""Where a Swin's logits are timm's and where not: what `window_mismatch` says, against timm itself."""
+"""At which image sizes the logits of a Swin equal timm's: `window_mismatch` against timm."""
 
 import re
 from dataclasses import replace
@@ -31,7 +31,7 @@ def relative_difference(config: SwinConfig, size: tuple[int, int]) -> float:
 @pytest.mark.parametrize(
     "size", [(2, 2), (6, 8), (8, 10), (8, 16), (12, 16), (16, 32), (24, 24), (32, 32), (32, 48), (40, 64)], ids=str
 )
-def test_a_mismatch_is_named_exactly_where_logits_differ(size: tuple[int, int]) -> None:
+def test_a_mismatch_is_reported_exactly_where_logits_differ(size: tuple[int, int]) -> None:
     config = replace(CONFIG, img_size=size)
     differs = relative_difference(config, size) > 1e-5
     assert (window_mismatch(config) is not None) == differs

@@ -1,4 +1,4 @@
-"""ViT's own: the pruned last block, sizes, tokens, first weights."""
+"""ViT alone: the pruned last block, image sizes, tokens, initial weights."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_pruned_last_block_is_exact_in_value_and_gradient(checkpointing: bool) -> None:
-    """Against the head on all tokens, which takes the long way; float64 leaves no room for luck."""
+    """Against the head on all tokens, in float64."""
     model = VisionTransformer(ViTConfig(init_values=0.2, reg_tokens=2, **SMALL)).double().train()
     model.set_grad_checkpointing(checkpointing)
     x = torch.randn(3, 3, 32, 32, dtype=torch.double, requires_grad=True)
@@ -71,7 +71,7 @@ def test_first_weights_are_the_papers() -> None:
     assert model.no_weight_decay() == {"pos_embed", "cls_token", "reg_token"}
 
 
-def test_position_and_pixel_matter() -> None:
+def test_logits_depend_on_positions_and_pixels() -> None:
     model = VisionTransformer(ViTConfig(**SMALL)).eval()
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():

@@ -50,7 +50,7 @@ def run(images, labels, indices, config, p=P3, seed=0, epoch=0):
     return augment(images, labels, 5, indices, config=config, preprocess=p, seed=seed, epoch=epoch)
 
 
-def test_off_is_normalising():
+def test_without_augmentation_images_are_normalised():
     images, labels, indices = batch()
     x, y = run(images, labels, indices, Augment())
     assert torch.equal(x, P3.normalize(images))
@@ -67,7 +67,7 @@ def test_off_is_normalising():
         Augment(flip=0.5, rand_augment=9.0, mixup=0.8, cutmix=1.0),
     ],
 )
-def test_a_view_hangs_on_seed_epoch_and_index_alone(config):
+def test_a_view_depends_on_seed_epoch_and_index_alone(config):
     images, labels, indices = batch()
     before = images.clone()
     x, y = run(images, labels, indices, config, epoch=3)
@@ -75,7 +75,7 @@ def test_a_view_hangs_on_seed_epoch_and_index_alone(config):
     assert torch.equal(run(images, labels, indices, config, epoch=3)[0], x)
     assert not torch.equal(run(images, labels, indices, config, epoch=4)[0], x)
     assert not torch.equal(run(images, labels, indices, config, seed=1, epoch=3)[0], x)
-    # Two processes with half the batch each: whole pairs stay together.
+    # Two processes with half the batch each: pairs are not separated.
     for half in (slice(0, 8), slice(8, 16)):
         x_half, y_half = run(images[half], labels[half], indices[half], config, epoch=3)
         torch.testing.assert_close(x_half, x[half], rtol=0, atol=1e-5)
@@ -94,7 +94,7 @@ def test_without_mixing_any_order_gives_the_same_views(extra):
 
 @pytest.mark.parametrize("edge", ["black", "edge", "reflect"])
 @pytest.mark.parametrize("pad", [0, 3])
-def test_moves_are_pads_crops_and_flips(edge, pad):
+def test_moves_equal_pad_crop_and_flip(edge, pad):
     images, _, _ = batch(200)
     rng = np.random.default_rng(0)
     steps = rng.integers(0, 2 * pad + 1, (200, 2))
@@ -111,7 +111,7 @@ def test_moves_are_pads_crops_and_flips(edge, pad):
     assert torch.equal(_move_windows(images, steps, mirror, pad, edge).to(torch.uint8), got)
 
 
-def test_moves_are_drawn_evenly():
+def test_moves_are_uniformly_distributed():
     spot = torch.zeros(4000, 1, 7, 7, dtype=torch.uint8)
     spot[:, :, 3, 3] = 255
     x, _ = augment(
@@ -124,15 +124,15 @@ def test_moves_are_drawn_evenly():
 
 
 def u_affine(**given):
-    """Draws that leave an image as it is, but for those given."""
+    """Random numbers that leave an image unchanged, except for those given."""
     u = np.full((1, 10), 0.5)
-    u[:, 4:6] = 1.0  # no mirrors
+    u[:, 4:6] = 1.0  # no flips
     for name, value in given.items():
         u[:, {"angle": 0, "zoom": 1, "shear_x": 2, "shear_y": 3, "flip": 4, "vflip": 5, "dx": 6, "dy": 7}[name]] = value
     return u
 
 
-def test_affine_does_what_it_is_named_after():
+def test_affine_transformations():
     x = torch.rand(1, 3, 12, 12) * 255
     config = Augment(rotate=90, zoom=(0.5, 2), shift=0.25, flip=0.5, vflip=0.5)
     close = {"rtol": 0, "atol": 1e-3}
@@ -153,8 +153,8 @@ def test_affine_does_what_it_is_named_after():
     ).abs().max() < 1e-2
 
 
-def test_affine_keeps_angles_on_oblong_images():
-    # A square in the middle of an oblong image stays a square when it is turned by 90 degrees.
+def test_affine_keeps_angles_on_rectangular_images():
+    # A square in the middle of a rectangular image stays a square when rotated by 90 degrees.
     x = torch.zeros(1, 1, 12, 24)
     x[:, :, 4:8, 10:14] = 1
     turned = _affine(x, Augment(rotate=90), u_affine(angle=1.0))
@@ -188,7 +188,7 @@ def test_erasing():
     assert inside.min() > 0.01
     assert inside.max() < 0.40
     assert abs(inside.mean() - (0.02 + 1 / 3) / 2) < 0.02
-    for one in hole[share > 0][:50]:  # a whole rectangle
+    for one in hole[share > 0][:50]:  # a filled rectangle
         rows, cols = one.any(1).nonzero(), one.any(0).nonzero()
         assert one.sum() == len(rows) * len(cols) == (rows.max() - rows.min() + 1) * (cols.max() - cols.min() + 1)
     noisy, _ = run(images, labels, indices, Augment(erase=0.25), p)
@@ -205,14 +205,14 @@ def test_beta(alpha):
 
 
 def flat(count, channels=1):
-    """Image b has the value b everywhere, and its own class: what comes out tells the mixture."""
+    """Image b has the value b everywhere and class b, so the output shows how images were mixed."""
     images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, channels, 12, 10).contiguous()
     return images, torch.arange(count), torch.arange(count)
 
 
 def shares(config, count=64):
     images, labels, indices = flat(count)
-    p = P1.replace(mean=(0.0,), std=(1 / 255,))  # values as they are
+    p = P1.replace(mean=(0.0,), std=(1 / 255,))  # values unchanged
     x, y = augment(images, labels, count, indices, config=config, preprocess=p, seed=0, epoch=0)
     torch.testing.assert_close(y.sum(1), torch.ones(count))
     partner = torch.arange(count) ^ 1
@@ -227,7 +227,7 @@ def shares(config, count=64):
 
 def test_mixup():
     x, keep = shares(Augment(mixup=1.0), 512 // 2)
-    assert (x.amax(dim=(1, 2, 3)) - x.amin(dim=(1, 2, 3))).max() < 1e-4  # the same everywhere
+    assert (x.amax(dim=(1, 2, 3)) - x.amin(dim=(1, 2, 3))).max() < 1e-4  # one value per image
     assert scipy.stats.kstest(keep, "uniform").pvalue > 1e-3
     _, keep = shares(Augment(mixup=0.2), 256)
     assert scipy.stats.kstest(keep, scipy.stats.beta(0.2, 0.2).cdf).pvalue > 1e-3
@@ -237,13 +237,13 @@ def test_cutmix():
     x, keep = shares(Augment(cutmix=1.0), 256)
     for b in range(256):
         values = set(x[b].flatten().round().int().tolist())
-        assert values <= {b, b ^ 1}  # every pixel is of one image
+        assert values <= {b, b ^ 1}  # every pixel is from one of the two images
         box = x[b, 0].round() == (b ^ 1)
         assert abs((1 - keep[b]) - box.float().mean()) < 1e-6
         if box.any():
             rows, cols = box.any(1).nonzero(), box.any(0).nonzero()
             assert box.sum() == (rows.max() - rows.min() + 1) * (cols.max() - cols.min() + 1)
-    assert 0.5 < keep.mean() < 0.75  # boxes are cut off at the border: more than half is kept
+    assert 0.5 < keep.mean() < 0.75  # boxes are clipped at the border, so more than half is kept
 
 
 def test_cut_boxes_are_the_papers():
@@ -253,7 +253,7 @@ def test_cut_boxes_are_the_papers():
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
-def test_a_pair_is_mixed_as_timm_mixes_it(kind, monkeypatch):
+def test_a_pair_is_mixed_as_in_timm(kind, monkeypatch):
     """timm's Mixup, which pairs the first of a batch with the last, given the same numbers; label smoothing too.
 
     For boxes of even height and width: of others the paper's code, and ours, cuts one pixel less than timm does now.
@@ -293,7 +293,7 @@ def test_the_order_is_geometry_randaugment_colour():
     torch.testing.assert_close(x, P3.normalize(expected))
 
 
-def test_repetitions_are_other_views():
+def test_repetitions_are_different_views():
     images, labels, _ = batch(1)
     config = Augment(flip=0.5, rotate=15, rand_augment=9.0, erase=0.5)
     again = images.expand(6, -1, -1, -1)
@@ -310,7 +310,7 @@ def test_switch_and_mix_prob():
     assert abs((spread > 0.5).float().mean() - 0.5 * 0.25) < 0.08
 
 
-def test_the_last_of_an_odd_batch_is_alone():
+def test_the_last_image_of_an_odd_batch_is_not_mixed():
     images, labels, indices = batch(9)
     x, y = run(images, labels, indices, Augment(mixup=1.0))
     torch.testing.assert_close(x[8], P3.normalize(images)[8])
@@ -319,7 +319,7 @@ def test_the_last_of_an_odd_batch_is_alone():
     torch.testing.assert_close(x, P3.normalize(images[:1]))
 
 
-def test_label_smoothing_of_soft_targets_is_the_losses():
+def test_label_smoothing_of_soft_targets():
     """cross_entropy smooths soft targets as timm's mixup_target does."""
     from timm.data.mixup import mixup_target
 
@@ -345,12 +345,12 @@ def test_label_smoothing_of_soft_targets_is_the_losses():
         {"rand_augment_std": -0.1},
     ],
 )
-def test_nonsense_is_refused(wrong):
+def test_values_out_of_range_are_refused(wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         Augment(**wrong)
 
 
-def test_every_field_does_something():
+def test_every_field_has_an_effect():
     images, labels, indices = batch(32)
     changed = {
         "flip": 0.5, "vflip": 0.5, "pad_shift": 1, "rotate": 9.0, "shear": 9.0, "zoom": (0.8, 1.2), "shift": 0.1,

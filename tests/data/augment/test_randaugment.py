@@ -21,7 +21,7 @@ FILL = (124, 116, 104)
 
 
 def photos(channels: int, height: int = 61, width: int = 84) -> np.ndarray:
-    """Six crops of two photographs, two of them faint, and one image of a single value: N H W C."""
+    """Six crops of two photographs, two of them with low contrast, and one image of a single value: N H W C."""
     crops = []
     for number in range(6):
         pixels = load_sample_image(("china.jpg", "flower.jpg")[number % 2])[30 * number :, 50 * number :]
@@ -40,7 +40,7 @@ def picture(image: np.ndarray) -> Image.Image:
 
 
 def timms(name: str, image: np.ndarray, level: float, sign: float, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """timm's operation, with the sign that it would draw."""
+    """timm's operation, with the given sign instead of a random one."""
     monkeypatch.setattr("timm.data.auto_augment.random.random", lambda: 1.0 if sign < 0 else 0.0)
     to_argument = LEVEL_TO_ARG[name]
     arguments = to_argument(level, {}) if to_argument else ()
@@ -52,12 +52,12 @@ def timms(name: str, image: np.ndarray, level: float, sign: float, monkeypatch: 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("name", "theirs"), list(zip(OPS, TIMM, strict=True)))
 def test_an_operation_is_timms(name: str, theirs: str, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bytes; with interpolation within one 255th but for a pixel in a thousand, and 0.05 on average."""
+    """Equal bytes; with interpolation within 1 of 255 except for 0.1 % of the pixels, and within 0.05 on average."""
     images = photos(channels)
     for sign in (-1.0, 1.0):
         levels = np.array([9.0, 0.0, 10.0, 4.37, 8.61, 9.53, 2.5])
         got = apply(name, tensor(images), levels, np.full(7, sign), FILL[:channels]).numpy().transpose(0, 2, 3, 1)
-        if name == "posterize":  # at 10 timm asks for 0 bits, which Pillow refuses; ours keeps 1, as a little below
+        if name == "posterize":  # at 10 timm keeps 0 bits, which Pillow refuses; ours keeps 1
             levels = levels.clip(max=9.99)
         for image, level, one in zip(images, levels, got, strict=True):
             expected = timms(theirs, image, float(level), sign, monkeypatch)
@@ -70,8 +70,8 @@ def test_an_operation_is_timms(name: str, theirs: str, channels: int, monkeypatc
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_whole_is_timms(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Given the same numbers: which operations, whether each is done, how strongly and which way."""
+def test_rand_augment_equals_timms(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same random numbers: the operations, whether each is applied, its magnitude and its sign."""
     count = 40
     images = np.concatenate([photos(channels)[:4]] * (count // 4))
     fill = FILL if channels == 3 else FILL[:1]
@@ -91,10 +91,12 @@ def test_the_whole_is_timms(channels: int, monkeypatch: pytest.MonkeyPatch) -> N
         expected = np.asarray(done).reshape(image.shape)
         different += not np.array_equal(expected, image)
         assert np.abs(one.astype(int) - expected.astype(int)).mean() < 0.2
-    assert 0.6 * count < different < 0.9 * count  # of two operations with one half each, a quarter does neither
+    assert (
+        0.6 * count < different < 0.9 * count
+    )  # with two operations of probability 0.5, a quarter of the images gets none
 
 
-def test_images_are_not_touched_and_batches_do_not_matter() -> None:
+def test_input_is_unchanged_and_results_do_not_depend_on_the_batch() -> None:
     images = tensor(np.concatenate([photos(3)] * 6))
     before, rows = images.clone(), np.arange(len(images))
     u = uniform(3, 1, rows, "rand_augment", 2 * DRAWS)
@@ -119,8 +121,8 @@ def test_the_smallest_images(size: tuple[int, int]) -> None:
         assert apply(name, images, np.full(15, 9.0), np.ones(15), (3,)).shape == images.shape
 
 
-def test_tables_without_a_cpu_are_the_same() -> None:
-    """What runs on accelerators, here on the CPU: histograms and look-ups by scattering and gathering."""
+def test_histograms_equal_those_computed_on_accelerators() -> None:
+    """The code for accelerators, run on the CPU: histograms by scatter."""
     images = tensor(photos(3))
     counts = _histograms(images)
     flat = images.flatten(2).long()

@@ -1,4 +1,4 @@
-"""The cache of decoded images as files: what is kept, checked, shared, bounded and removed."""
+"""The disk cache of decoded images: what is stored, verified, shared, limited and removed."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "decoded"
 
 
-def test_what_is_put_comes_back() -> None:
+def test_stored_images_are_returned() -> None:
     cache = opened()
     assert [cache.get(i) for i in range(4)] == [None] * 4
     for i in (2, 0, 3):
@@ -47,10 +47,10 @@ def test_what_is_put_comes_back() -> None:
             assert not found.flags.writeable
         assert reader.get(1) is None
     cache.close()
-    np.testing.assert_array_equal(found, pixels(3))  # what was given out stays
+    np.testing.assert_array_equal(found, pixels(3))  # returned arrays stay valid
 
 
-def test_a_cache_that_is_open_sees_what_another_writes() -> None:
+def test_an_open_cache_returns_images_stored_by_another() -> None:
     early, other = opened(), opened()
     other.put(1, pixels(1))
     np.testing.assert_array_equal(early.get(1), pixels(1))
@@ -61,21 +61,21 @@ def test_other_images_have_another_folder(root: Path) -> None:
     opened(stamp="b")
     opened(what="other")
     assert len(list(root.iterdir())) == 3
-    opened(limit=10)  # a bound changes nothing in what the places hold
+    opened(limit=10)  # the folder does not depend on the limit
     assert len(list(root.iterdir())) == 3
 
 
-def test_only_what_fits_is_kept(root: Path) -> None:
+def test_images_beyond_the_limit_are_not_stored(root: Path) -> None:
     cache = opened(limit=3 * (15 + 16 + 7))
     for i in range(4):
         cache.put(i, pixels(i))
     assert [cache.get(i) is not None for i in range(4)] == [True, True, True, False]
     assert open_cache("none", ["x"], SHAPES[:1], 3, 0, print) is None
-    np.testing.assert_array_equal(opened().get(1), pixels(1))  # a larger bound finds the same places
+    np.testing.assert_array_equal(opened().get(1), pixels(1))  # a larger limit uses the same offsets
     assert opened(limit=3 * 15).get(1) is None
 
 
-def test_an_image_of_another_shape_is_not_kept() -> None:
+def test_an_image_of_another_shape_is_not_stored() -> None:
     cache = opened()
     cache.put(1, pixels(0))
     assert cache.get(1) is None
@@ -83,7 +83,7 @@ def test_an_image_of_another_shape_is_not_kept() -> None:
 
 @pytest.mark.parametrize("damage", [b"\0", b"\xff\xff\xff"])
 def test_pixels_with_a_wrong_checksum_are_not_returned(damage: bytes) -> None:
-    """As after a power cut that came between the two writes."""
+    """As after a power cut between the two writes."""
     cache = opened()
     cache.put(3, pixels(3) | 1)
     with (cache.folder / "pixels").open("r+b") as file:
@@ -121,17 +121,17 @@ print(made)
 """
 
 
-def test_runs_at_the_same_time_share_it() -> None:
-    """Three processes and the pixels that each finds are right at any moment."""
+def test_concurrent_processes_share_a_cache() -> None:
+    """Three processes store and read the same images; every image that they read is correct."""
     runs = [subprocess.Popen([sys.executable, "-c", RUN, str(k)], stdout=subprocess.PIPE, text=True) for k in range(3)]
     made = [int(run.communicate(timeout=60)[0]) for run in runs]
     assert [run.returncode for run in runs] == [0, 0, 0]
     assert 40 <= sum(made) <= 120
     after = subprocess.run([sys.executable, "-c", RUN, "9"], capture_output=True, text=True, check=True)
-    assert after.stdout.split() == ["0"]  # everything was kept
+    assert after.stdout.split() == ["0"]  # everything was stored
 
 
-def test_threads_share_it() -> None:
+def test_threads_share_a_cache() -> None:
     cache, wrong = opened(), []
 
     def work() -> None:
@@ -150,14 +150,14 @@ def test_threads_share_it() -> None:
     assert wrong == []
 
 
-def test_a_full_disk_switches_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_stops_writing(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     cache = opened(said=said)
     cache.put(0, pixels(0))
     real, room = os.pwrite, [20]
 
     def pwrite(handle: int, content: memoryview, place: int) -> int:
-        """A disk with 20 bytes left: it takes these, and then no more."""
+        """A disk with 20 free bytes, then none."""
         if not room[0]:
             raise OSError(errno.ENOSPC, "No space left on device")
         count = min(room[0], len(content))
@@ -170,13 +170,13 @@ def test_a_full_disk_switches_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(said) == 1
     assert "no more images are stored (No space left on device)" in said[0]
     assert cache.get(3) is None
-    assert cache.get(0) is not None  # what is there stays of use
+    assert cache.get(0) is not None  # stored images can still be read
     monkeypatch.undo()
     cache.put(1, pixels(1))
     assert cache.get(1) is None
 
 
-def test_some_of_the_disk_is_left_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reserve_of_the_disk_is_left_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RESERVE", 1 << 60)
     said: list[str] = []
     cache = opened(said=said)
@@ -207,7 +207,7 @@ def test_the_least_recently_used_caches_are_removed(root: Path, monkeypatch: pyt
     assert used >= 3 * 60 * 80
     monkeypatch.setattr(module, "max_total_size", lambda: 2 * used + taken)
     opened(stamp="d", said=[]).close()
-    # a is the oldest and in use: b goes in its place.
+    # a is the oldest but open, so b is removed.
     assert [folder.exists() for folder in folders] == [True, False, True]
     assert sorted(path.name for path in folders[0].iterdir()) == ["checksums", "lock", "pixels"]
 

@@ -70,7 +70,7 @@ def read(split: FileSplit, limit: int = 1 << 30, *, random_crop: bool = True):
     return cached_reader(split, P, limit, pytest.fail, random_crop=random_crop)
 
 
-def test_views_do_not_depend_on_what_is_kept(split: FileSplit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_views_do_not_depend_on_what_is_stored(split: FileSplit, monkeypatch: pytest.MonkeyPatch) -> None:
     cold = views(split, read(split))
     assert_same(views(split, read(split)), cold)  # filled
     assert_same(views(split, read(split), workers=3), cold)
@@ -79,12 +79,12 @@ def test_views_do_not_depend_on_what_is_kept(split: FileSplit, monkeypatch: pyte
     said: list[str] = []
     assert_same(
         views(split, cached_reader(split, P, total, said.append, random_crop=True)), cold
-    )  # no disk to keep anything on
+    )  # a disk that cannot be written
     assert "cache   off" in said[0]
     assert_same(views(split, read(split, 0)), cold)
 
 
-def test_a_bounded_cache_keeps_a_part(split: FileSplit) -> None:
+def test_a_limited_cache_stores_a_part(split: FileSplit) -> None:
     half = cache_size(split, P, random_crop=True) // 2
     cold = views(split, read(split, half), workers=2)
     assert_same(views(split, read(split, half)), cold)
@@ -113,7 +113,7 @@ def test_evaluation_is_exact(split: FileSplit, fit: str) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_every_kind_of_image_has_the_shape_that_was_foreseen(split: FileSplit, channels: int) -> None:
+def test_every_kind_of_image_has_the_predicted_shape(split: FileSplit, channels: int) -> None:
     p = P if channels == 3 else P.replace(channels=1, mean=(0.5,), std=(0.5,))
     shapes = cached_shapes(split, p, random_crop=True)
     side = max_short_side(p)
@@ -122,7 +122,7 @@ def test_every_kind_of_image_has_the_shape_that_was_foreseen(split: FileSplit, c
         pixels = decode_shrunk(split, row, channels, side)
         assert pixels.shape == (height, width, channels), split.name(row)
         full = split.image(row)
-        if min(full.size) <= side:  # kept as it is
+        if min(full.size) <= side:  # stored unchanged
             assert (full.height, full.width) == (height, width)
             want = np.asarray(full if channels == 3 else full.convert("L")).reshape(pixels.shape)
             np.testing.assert_array_equal(pixels, want)
@@ -135,13 +135,13 @@ def test_every_kind_of_image_has_the_shape_that_was_foreseen(split: FileSplit, c
     assert cache_size(split, p, random_crop=False) == channels * 32 * 32 * len(split)
 
 
-def test_what_has_nothing_to_decode() -> None:
+def test_splits_that_are_not_cached() -> None:
     arrays = ArraySplit(np.zeros((3, 8, 8), np.uint8), np.arange(3))
     assert cache_size(arrays, P, random_crop=True) == 0
     assert cache_size(FileSplit(["a.jpg"], np.zeros(1, dtype=np.int64)), P, random_crop=True) == 0
 
 
-def test_shrunk() -> None:
+def test_shrunk_size() -> None:
     assert shrunk_size(375, 500, 448) == (375, 500)
     assert shrunk_size(3000, 4000, 448) == (448, 597)
     assert shrunk_size(4000, 3000, 448) == (597, 448)
@@ -167,7 +167,7 @@ def test_an_image_that_is_damaged_later_is_replaced_each_time(folder: Path, tmp_
 
 @pytest.mark.parametrize(("interpolation", "rare"), [("bilinear", 0.0), ("bicubic", 2e-4), ("lanczos", 0.0)])
 def test_resizing_is_pillows(interpolation: str, rare: float) -> None:
-    """At most 1 of 255 apart, but for bicubic's rarest values."""
+    """The difference is at most 1 of 255, except for few values with bicubic interpolation."""
     photo = load_sample_image("china.jpg")
     for row in range(12):
         draw = uniform(0, 0, [row], "crop", CROP_DRAWS)[0]
@@ -183,7 +183,7 @@ def test_resizing_is_pillows(interpolation: str, rare: float) -> None:
 
 
 def test_resizing_is_torchvisions() -> None:
-    """Bit for bit what its own transforms make of uint8 tensors."""
+    """Bit-identical to its transforms of uint8 tensors."""
     from torchvision.transforms.v2.functional import resized_crop
 
     photo = load_sample_image("flower.jpg")

@@ -22,7 +22,7 @@ def paths(dataset, name):
     return split.paths
 
 
-def test_twelve_good_and_eight_broken_kinds(tmp_path):
+def test_readable_and_unreadable_kinds_of_files(tmp_path):
     made = make_folder(tmp_path / "photos", classes=2, per_class=24)
     assert len(GOOD) == 12
     assert len(made.broken) == len(BROKEN) == 8
@@ -49,7 +49,7 @@ def test_twelve_good_and_eight_broken_kinds(tmp_path):
     assert "split seed 0" in dataset.how_split
 
 
-def test_what_goes_bad_later_is_replaced_and_named(tmp_path):
+def test_an_image_deleted_later_is_replaced_and_listed(tmp_path):
     made = make_folder(tmp_path / "photos", per_class=12, broken=False)
     dataset = open_dataset(tmp_path / "photos", val_fraction=0, test_fraction=0)
     gone = sorted(made.good)[5]
@@ -63,7 +63,7 @@ def test_what_goes_bad_later_is_replaced_and_named(tmp_path):
         loader.close()
 
 
-def test_a_batch_with_nothing_left_is_replaced(tmp_path):
+def test_batches_without_any_readable_image_are_replaced(tmp_path):
     make_folder(tmp_path / "photos", per_class=4, broken=False)
     dataset = open_dataset(tmp_path / "photos", val_fraction=0, test_fraction=0)
     for path in paths(dataset, "train")[:6]:
@@ -116,12 +116,12 @@ def test_few_images_give_no_test_split(tmp_path):
         dataset.split("test")
 
 
-def test_one_image_a_class_stays_in_train(tmp_path):
+def test_one_image_per_class_stays_in_train(tmp_path):
     make_folder(tmp_path / "d", per_class=1, broken=False)
     assert open_dataset(tmp_path / "d").counts() == {"train": 2}
 
 
-def test_sub_folders_links_and_files_of_no_interest(tmp_path):
+def test_subfolders_links_and_ignored_files(tmp_path):
     made = make_folder(tmp_path / "d", per_class=2, broken=False)
     inner = tmp_path / "d" / "class0" / "2024" / "may"
     inner.mkdir(parents=True)
@@ -142,7 +142,7 @@ def test_sub_folders_links_and_files_of_no_interest(tmp_path):
     assert "class folder" in stray["reason"]
 
 
-def test_natural_order_and_odd_names(tmp_path):
+def test_natural_order_of_class_names(tmp_path):
     names = ["class10", "class2", "Zebra", "apple", "ärger", "日本", "with space", "2", "10"]
     for c, name in enumerate(names):
         (tmp_path / "d" / name).mkdir(parents=True)
@@ -187,7 +187,7 @@ def write(root, *names):
         (["train/cat/a.png", "train/dog/a.png", "val/cat/a.png", "valid/cat/a.png"], "val/.*valid/"),
     ],
 )
-def test_folders_of_no_use(names, facts, tmp_path):
+def test_unusable_folders(names, facts, tmp_path):
     (tmp_path / "d").mkdir()
     write(tmp_path / "d", *names)
     with pytest.raises(DataError, match=facts) as error:
@@ -195,7 +195,7 @@ def test_folders_of_no_use(names, facts, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_file_or_nothing_is_no_dataset(tmp_path):
+def test_a_file_or_a_missing_path_is_refused(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(b"")
     with pytest.raises(DataError, match=r"photo\.jpg"):
         open_dataset(tmp_path / "photo.jpg")
@@ -205,7 +205,7 @@ def test_a_file_or_nothing_is_no_dataset(tmp_path):
         open_dataset(tmp_path / "nowhere")
 
 
-def test_holding_out_is_stratified_seeded_and_steady(tmp_path):
+def test_held_out_splits_are_stratified_seeded_and_stable(tmp_path):
     make_folder(tmp_path / "d", classes=3, per_class=20, broken=False)
     one = open_dataset(tmp_path / "d", val_fraction=0.2, test_fraction=0.1)
     assert [np.bincount(one.splits[s].labels).tolist() for s in ("train", "val", "test")] == [
@@ -217,7 +217,7 @@ def test_holding_out_is_stratified_seeded_and_steady(tmp_path):
     assert all(paths(one, s) == paths(again, s) for s in one.splits)
     other = open_dataset(tmp_path / "d", val_fraction=0.2, test_fraction=0.1, split_seed=1)
     assert paths(one, "val") != paths(other, "val")
-    # The choice hangs on names: moving the folder changes nothing, and an image more moves few.
+    # Held-out images depend on names: moving the folder changes nothing, and adding an image moves few.
     os.rename(tmp_path / "d", tmp_path / "e")
     moved = open_dataset(tmp_path / "e", val_fraction=0.2, test_fraction=0.1)
     assert [p.replace("/e/", "/d/") for p in paths(moved, "test")] == paths(one, "test")
@@ -226,7 +226,7 @@ def test_holding_out_is_stratified_seeded_and_steady(tmp_path):
     assert len(set(paths(moved, "val")) - set(paths(more, "val"))) <= 2
 
 
-def test_labels_follow_a_models_classes(tmp_path):
+def test_labels_are_matched_to_the_classes_of_a_model(tmp_path):
     make_folder(tmp_path / "d", classes=2, per_class=3, broken=False)
     dataset = open_dataset(tmp_path / "d", val_fraction=0, class_names=("class1", "other", "class0"))
     assert dataset.class_names == ("class1", "other", "class0")

@@ -40,7 +40,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def write_parquet(
     path: Path, numbers: range, *, columns: tuple[str, str] = ("image", "label"), features: Any = FEATURES, **more: Any
 ) -> Path:
-    """As the hub lays out images: a struct of bytes and path, and the classes' names in the file's notes."""
+    """As on the hub: images are a struct of bytes and path, and class names are in the metadata of the file."""
     image, label = columns
     rows = [{"bytes": encoded(number % 3, number), "path": f"{number}.jpg"} for number in numbers]
     table = pa.table({"id": list(numbers), image: rows, label: [number % 3 for number in numbers]})
@@ -62,7 +62,7 @@ def expected(number: int) -> np.ndarray:
 
 
 def test_parquet_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub's own layout: data/<split>-00000-of-00002.parquet."""
+    """The layout of the hub: data/<split>-00000-of-00002.parquet."""
     write_parquet(tmp_path / "data" / "train-00000-of-00002.parquet", range(25))
     write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", range(25, 40))
     write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", range(40, 49))
@@ -87,7 +87,7 @@ def test_parquet_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(open_dataset(f"hf-dataset:{tmp_path}/data").counts().values()) == 59
 
 
-def test_lost_notes_are_made_again(tmp_path: Path, cache: Path) -> None:
+def test_a_deleted_index_is_computed_again(tmp_path: Path, cache: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", range(12))
     before = open_dataset(f"hf-dataset:{path}", val_fraction=0, test_fraction=0).split("train")
     for notes in (cache / "indexes").iterdir():
@@ -96,8 +96,8 @@ def test_lost_notes_are_made_again(tmp_path: Path, cache: Path) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(pictures(before), pictures(after), strict=True))
 
 
-def test_columns_by_their_names(tmp_path: Path) -> None:
-    """Files that no library of the hub's wrote."""
+def test_columns_are_found_by_name(tmp_path: Path) -> None:
+    """Files without the metadata of the library `datasets`."""
     plain = write_parquet(tmp_path / "plain.parquet", range(12), columns=("img", "fine_label"), features=None)
     dataset = open_dataset(f"hf-dataset:{plain}", val_fraction=0, test_fraction=0)
     assert dataset.class_names == ("0", "1", "2")
@@ -109,7 +109,7 @@ def test_columns_by_their_names(tmp_path: Path) -> None:
     assert dataset.split("train").labels.tolist() == [1, 0] * 4
 
 
-def test_rows_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+def test_unusable_rows_are_listed(tmp_path: Path) -> None:
     images = [{"bytes": encoded(0, n), "path": None} for n in range(8)]
     images[1] = {"bytes": b"no image", "path": None}
     images[3] = None
@@ -128,7 +128,7 @@ def test_rows_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     }
 
 
-def test_files_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_parquet(tmp_path / "columns.parquet", range(4), columns=("pixels2", "truth"), features=None)
     (tmp_path / "text.parquet").write_text("no parquet")
     cut = write_parquet(tmp_path / "cut.parquet", range(30))
@@ -223,7 +223,7 @@ def test_threads_and_resumed_epochs(saved: Path) -> None:
 
 
 def test_a_dataset_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What the library is asked for, and what is made of its answer; no test reaches the hub."""
+    """The calls of the library and the use of its results; no test connects to the hub."""
     datasets = pytest.importorskip("datasets")
     asked = []
 

@@ -1,4 +1,4 @@
-"""WebDataset shards: what is a sample, what is left out and why, splits, names, and shards from elsewhere."""
+"""WebDataset shards: samples, images that are skipped and why, splits, class names, and remote shards."""
 
 import gzip
 import io
@@ -21,7 +21,7 @@ from vitrail.data.formats import webdataset as module
 from vitrail.data.formats.shards import ShardSplit, scan_shard
 from vitrail.data.formats.webdataset import expand, read_class_names
 from vitrail.data.loader import TrainLoader
-from vitrail.errors import DataError, VitrailError
+from vitrail.errors import DataError, DownloadError
 from vitrail.images.preprocess import Preprocess
 
 P = Preprocess(size=(16, 16))
@@ -67,7 +67,7 @@ def test_all_samples_are_found(shards: Path, pattern: str) -> None:
         np.testing.assert_array_equal(pixels, np.asarray(expected))
 
 
-def test_the_split_does_not_depend_on_where_shards_lie(shards: Path, tmp_path: Path) -> None:
+def test_the_split_does_not_depend_on_the_location_of_shards(shards: Path, tmp_path: Path) -> None:
     before = everything(open_dataset(f"wds:{shards}")).keys()
     held = [open_dataset(f"wds:{shards}").split("val").name(i) for i in range(4)]
     shards.rename(tmp_path / "elsewhere")
@@ -76,7 +76,7 @@ def test_the_split_does_not_depend_on_where_shards_lie(shards: Path, tmp_path: P
     assert everything(moved).keys() == before
 
 
-def test_shards_are_read_through_once(shards: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_shards_are_scanned_once(shards: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     first = open_dataset(f"wds:{shards}")
     monkeypatch.setattr(module, "scan_shard", lambda path: pytest.fail("read again"))
     again = open_dataset(f"wds:{shards}")
@@ -89,20 +89,20 @@ def test_shards_are_read_through_once(shards: Path, monkeypatch: pytest.MonkeyPa
             np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
     monkeypatch.undo()
     monkeypatch.setenv("VITRAIL_CACHE", str(cache))
-    for path in (cache / "indexes").iterdir():  # damaged notes are no notes
+    for path in (cache / "indexes").iterdir():  # a damaged index is computed again
         path.write_text("{")
     assert open_dataset(f"wds:{shards}").counts() == first.counts()
     write_shard(shards / "part-003.tar", range(30, 45))  # changed: read again
     assert sum(open_dataset(f"wds:{shards}").counts().values()) == 45
 
 
-def test_a_cache_that_cannot_be_written_costs_time_alone(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_not_an_error(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VITRAIL_CACHE", "/dev/null/no")
     assert sum(open_dataset(f"wds:{shards}").counts().values()) == 40
 
 
-def test_views_of_threads_and_resumed_epochs(shards: Path) -> None:
-    """The promises of folders hold: any number of threads, any start."""
+def test_threads_and_resumed_epochs(shards: Path) -> None:
+    """As with folders, batches do not depend on the number of threads or the first step."""
     split = open_dataset(f"wds:{shards}", val_fraction=0, test_fraction=0).split("train")
     plain = [batch.images for batch in TrainLoader(split, P, batch_size=8, crop_scale=(0.3, 1)).epoch(1)]
     threads = TrainLoader(split, P, batch_size=8, crop_scale=(0.3, 1), workers=3)
@@ -115,7 +115,7 @@ def test_views_of_threads_and_resumed_epochs(shards: Path) -> None:
         np.testing.assert_array_equal(kept, exact)
 
 
-def test_splits_by_the_shards_names(tmp_path: Path) -> None:
+def test_splits_by_the_names_of_shards(tmp_path: Path) -> None:
     write_shard(tmp_path / "a" / "pets-train-000.tar", range(30))
     write_shard(tmp_path / "a" / "pets-train-001.tar", range(30, 60))
     write_shard(tmp_path / "a" / "pets_validation_0.tar", range(60, 69))
@@ -141,7 +141,7 @@ def test_labels_of_every_kind(tmp_path: Path) -> None:
     assert dataset.class_names == ("0", "1")
     assert dataset.split("train").labels.tolist() == [0, 1] * 6
     assert dataset.split("train").name(0) == f"{tmp_path}/json.tar/x/0.jpeg"
-    # .cls counts, wherever .json stands
+    # .cls takes precedence over .json in any order
     files = [(f"{n}.{end}", data) for n in range(4) for end, data in
              (("cls", b"%d\n" % (n % 2)), ("json", b'{"label": 9}'), ("png", encoded(0, n, "PNG")))]  # fmt: skip
     write_tar(tmp_path / "both.tar", files)
@@ -149,7 +149,7 @@ def test_labels_of_every_kind(tmp_path: Path) -> None:
     assert dataset.split("train").labels.tolist() == [0, 1, 0, 1]
 
 
-def test_class_names_from_beside_the_shards(tmp_path: Path) -> None:
+def test_class_names_from_files_next_to_the_shards(tmp_path: Path) -> None:
     write_shard(tmp_path / "0.tar", range(12))
     for name, content in (
         ("classes.json", '{"cat": 1, "ape": 0, "bee": 2, "dog": 3}'),
@@ -174,7 +174,7 @@ def test_class_names_from_beside_the_shards(tmp_path: Path) -> None:
         read_class_names(tmp_path / "classes.json")
 
 
-def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
+def test_unusable_samples_are_listed(tmp_path: Path) -> None:
     good = [(f"good{n}.{end}", data) for n in range(4) for end, data in
             (("cls", b"%d" % (n % 2)), ("jpg", encoded(n, n)))]  # fmt: skip
     bad = [
@@ -207,7 +207,7 @@ def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [5 * 1024 - 300, 6 * 1024, 700, 512, 100, 0])
-def test_a_shard_that_is_cut_short(tmp_path: Path, length: int) -> None:
+def test_a_truncated_shard(tmp_path: Path, length: int) -> None:
     whole = write_shard(tmp_path / "whole.tar", range(10))
     content = whole.read_bytes()
     write_shard(tmp_path / "0.tar", range(10))
@@ -222,7 +222,7 @@ def test_a_shard_that_is_cut_short(tmp_path: Path, length: int) -> None:
     assert "truncated" in about[0] or "not a tar" in about[0]
 
 
-def test_a_shard_that_is_cut_while_it_is_in_use(shards: Path) -> None:
+def test_a_shard_truncated_while_in_use(shards: Path) -> None:
     split = open_dataset(f"wds:{shards}", val_fraction=0, test_fraction=0).split("train")
     with (shards / "part-002.tar").open("r+b") as file:
         file.truncate(4000)
@@ -233,7 +233,7 @@ def test_a_shard_that_is_cut_while_it_is_in_use(shards: Path) -> None:
     assert set(skipped.values()) == reasons
 
 
-def test_specs_that_cannot_be_opened(tmp_path: Path) -> None:
+def test_unusable_shards(tmp_path: Path) -> None:
     write_shard(tmp_path / "one.tar", range(0, 10, 2), classes=2)
     (tmp_path / "packed.tar").write_bytes(gzip.compress((tmp_path / "one.tar").read_bytes()))
     (tmp_path / "empty").mkdir()
@@ -248,7 +248,7 @@ def test_specs_that_cannot_be_opened(tmp_path: Path) -> None:
         (f"wds:{tmp_path}/nothing.tar", "nothing.tar .*readme"),
         ("wds:ftp://example.org/0.tar", "ftp:"),
     ):
-        with pytest.raises(VitrailError, match=fact) as error:
+        with pytest.raises(DataError, match=fact) as error:
             open_dataset(spec)
         assert "\n" not in str(error.value)
 
@@ -278,7 +278,7 @@ def test_absolute_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """A plain web server; it notes what it is asked for, and breaks off once after `cut` bytes."""
+    """A web server that records requests and closes connections after the number of bytes in `cuts`."""
 
     def do_GET(self) -> None:
         self.server.asked.append((self.path, self.headers.get("Range")))
@@ -327,16 +327,16 @@ def test_shards_from_a_server(server, shards: Path, cache: Path) -> None:
     there = everything(open_dataset(spec))
     assert here.keys() == there.keys()
     assert all(np.array_equal(here[name][1], there[name][1]) for name in here)
-    assert len(server.asked) == asked  # everything is here now
+    assert len(server.asked) == asked  # all shards are in the cache
     assert len(list((cache / "shards").glob("*/*.tar"))) == 4
     assert not list((cache / "shards").glob("*/*.tag"))
 
 
-def test_a_shard_that_has_changed_is_not_patched(server, shards: Path, cache: Path) -> None:
-    """What an earlier run left of one version is not gone on with in another."""
+def test_a_changed_shard_is_not_resumed(server, shards: Path, cache: Path) -> None:
+    """A partial file of an older version is not continued with a newer one."""
     url = f"http://127.0.0.1:{server.server_port}/part-000.tar"
     server.cuts = [3000] + [0] * 3
-    with pytest.raises(VitrailError, match="3,000 bytes"):
+    with pytest.raises(DownloadError, match="3,000 bytes"):
         open_dataset(f"wds:{url}")
     write_shard(shards / "part-000.tar", range(12))
     server.cuts = []
@@ -347,6 +347,6 @@ def test_a_shard_that_has_changed_is_not_patched(server, shards: Path, cache: Pa
     assert path.read_bytes() == (shards / "part-000.tar").read_bytes()
 
 
-def test_a_server_that_has_no_such_shard(server) -> None:
-    with pytest.raises(VitrailError, match="404"):
+def test_a_shard_missing_on_the_server(server) -> None:
+    with pytest.raises(DownloadError, match="404"):
         open_dataset(f"wds:http://127.0.0.1:{server.server_port}/part-009.tar")
