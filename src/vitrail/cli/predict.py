@@ -1,6 +1,7 @@
 """`vitrail predict`."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,18 +49,17 @@ def predict(
         raise ConfigError("--json and --csv exclude each other")
     form = "json" if json else "csv" if csv else "text"
     classifier = open_model(model, device, img_size, precision)
-    counts = {"read": 0, "failed": 0}
     top = top or _TOP[form]
-    _FORMS[form](_count(classifier.stream(paths, top, batch_size), counts), min(top, len(classifier.class_names)))
-    if not counts["read"]:
-        count = counts["failed"]
-        raise DataError("the image could not be read" if count == 1 else f"none of the {count} images could be read")
+    counts = Counter[bool]()  # of readable and other images
 
+    def predictions() -> "Iterator[Prediction]":
+        for prediction in classifier.stream(paths, top, batch_size):
+            counts[prediction.error is None] += 1
+            yield prediction
 
-def _count(predictions: "Iterator[Prediction]", counts: dict[str, int]) -> "Iterator[Prediction]":
-    for prediction in predictions:
-        counts["read" if prediction.error is None else "failed"] += 1
-        yield prediction
+    _FORMS[form](predictions(), min(top, len(classifier.class_names)))
+    if not counts[True]:
+        raise DataError(f"0 of {counts[False]} images could be read")
 
 
 def _print_json(predictions: "Iterator[Prediction]", top: int) -> None:

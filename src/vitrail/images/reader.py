@@ -24,21 +24,17 @@ Inputs = Input | Iterable[Input]
 
 
 @dataclass(frozen=True)
-class Crop:
-    """One input: uint8 H W C pixels of the model's size, or the `error` why it could not be read.
+class NoImages:
+    """A folder or pattern without images, and the reason."""
 
-    `path` is None for an image from memory.
-    """
-
-    path: str | None
-    pixels: Pixels | None = None
-    error: str | None = None
+    path: str
+    error: str
 
 
-def expand(inputs: Inputs) -> Iterator[Input | Crop]:
+def expand(inputs: Inputs) -> Iterator[Input | NoImages]:
     """The single images of `inputs`: folders are searched recursively, glob patterns are matched.
 
-    A folder or pattern without images yields a Crop with an error.
+    A folder or pattern without images yields a NoImages.
     """
     if isinstance(inputs, str | os.PathLike | bytes | Image.Image):
         inputs = [inputs]
@@ -57,9 +53,9 @@ def expand(inputs: Inputs) -> Iterator[Input | Crop]:
             yield source
 
 
-def _or_error(path: str, found: Iterator[str], error: str) -> Iterator[str | Crop]:
+def _or_error(path: str, found: Iterator[str], error: str) -> Iterator[str | NoImages]:
     first = next(found, None)
-    yield Crop(path, error=error) if first is None else first
+    yield NoImages(path, error) if first is None else first
     yield from found
 
 
@@ -81,22 +77,18 @@ def _images_below(folder: str) -> Iterator[str]:
                 yield os.path.join(parent, name)
 
 
-def crop(source: Input | Crop, preprocess: Preprocess) -> Crop:
-    """Decode and crop one image; a BadImage becomes the crop's error."""
-    if isinstance(source, Crop):
-        return source
-    path = path_of(source)
-    try:
-        if isinstance(source, np.ndarray):
-            return Crop(path, _crop_array(source, preprocess))
-        return Crop(path, preprocess.crop(decode(source, preprocess.channels)))
-    except BadImage as error:
-        return Crop(path, error=error.reason)
+def crop(source: Input | NoImages, preprocess: Preprocess) -> Pixels:
+    """Decode and crop one image: uint8 H W C. Raises BadImage."""
+    if isinstance(source, NoImages):
+        raise BadImage(source.error)
+    if isinstance(source, np.ndarray):
+        return _crop_array(source, preprocess)
+    return preprocess.crop(decode(source, preprocess.channels))
 
 
-def path_of(source: Input | Crop) -> str | None:
+def path_of(source: Input | NoImages) -> str | None:
     """The path of an input, None for an image in memory."""
-    if isinstance(source, Crop):
+    if isinstance(source, NoImages):
         return source.path
     return os.fspath(source) if isinstance(source, str | os.PathLike) else None
 

@@ -26,7 +26,7 @@ from vitrail.errors import ConfigError, DataError
 from vitrail.images.convert import Pixels
 from vitrail.images.decode import BadImage
 from vitrail.images.preprocess import Preprocess
-from vitrail.images.reader import Crop, Input, Inputs, crop, expand
+from vitrail.images.reader import Input, Inputs, NoImages, crop, expand
 from vitrail.inference.runtime import Outputs, Runtime
 
 if TYPE_CHECKING:
@@ -65,16 +65,9 @@ class Engine:
 
     def stream(
         self, inputs: Inputs, batch_size: int | None = None, *, features: bool = False
-    ) -> Iterator[BatchResult[Input | Crop]]:
+    ) -> Iterator[BatchResult[Input | NoImages]]:
         """Paths, folders, patterns, Pillow images or uint8 arrays, as in `images/reader.py`."""
-        preprocess = self.runtime.preprocess
-
-        def read(item: Input | Crop) -> Pixels:
-            found = crop(item, preprocess)
-            if found.pixels is None:
-                raise BadImage(found.error or "could not be read")
-            return found.pixels
-
+        read = partial(crop, preprocess=self.runtime.preprocess)
         return self.run(expand(inputs), read, batch_size, features=features)
 
     def run(

@@ -27,11 +27,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from vitrail.errors import ConfigError, DataError, DeviceError, RunError
-from vitrail.images.reader import Crop, Inputs, expand, path_of
+from vitrail.images.reader import Inputs, NoImages, expand, path_of
 from vitrail.inference.engine import Engine
 from vitrail.utils.files import atomic_write_bytes, atomic_write_text, disk_errors, lock_or_raise, remove_leftovers
 
-Source = str | Crop  # a path, or the error of a folder or pattern without images
+Source = str | NoImages  # a path, or a folder or pattern without images
 Rows = Iterator[tuple[str, npt.NDArray[np.float32]]]  # paths and their features F
 Progress = Callable[[int, int], AbstractContextManager[Callable[[int], None]]]
 
@@ -110,12 +110,12 @@ def embed_to_file(
 
 
 def _list_sources(inputs: Inputs) -> list[Source]:
-    """The path of every image, or the error of a folder or pattern without images."""
+    """The path of every image; a NoImages for a folder or pattern without images."""
     sources: list[Source] = []
     for source in expand(inputs):
-        if not isinstance(source, str | os.PathLike | Crop):
+        if not isinstance(source, str | os.PathLike | NoImages):
             raise DataError(f"a feature file lists paths: give paths, not {type(source).__name__}")
-        sources.append(source if isinstance(source, Crop) else os.fspath(source))
+        sources.append(source if isinstance(source, NoImages) else os.fspath(source))
     if not sources:
         raise DataError("there are no images to embed")
     return sources
