@@ -1,11 +1,11 @@
-"""vitrail: Vision Transformers on your own images, trained, judged and shipped with one command each.
+"""vitrail: train, evaluate and use Vision Transformers on your own images.
 
     clf = vitrail.train("photos/")            # a Classifier
     clf = vitrail.load("runs/photos")
     clf.predict(["a.jpg"]); clf.evaluate("photos/")
     model = vitrail.create_model("vit_base_patch16_224", num_classes=10)  # an nn.Module
 
-Importing this imports no torch; each name below is loaded when it is first used.
+Importing vitrail does not import torch; each name below is imported when it is first used.
 """
 
 from importlib import import_module
@@ -34,7 +34,7 @@ __all__ = [
     "train",
 ]
 
-_HOMES = {
+_MODULES = {
     "Classifier": "vitrail.classifier",
     "Preprocess": "vitrail.images.preprocess",
     "attention_weights": "vitrail.models.attention_weights",
@@ -46,10 +46,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'vitrail' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value  # looked up once
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value  # the next access does not call __getattr__
     return value
 
 

@@ -1,4 +1,4 @@
-"""Twelve kinds of good files among eight kinds of broken ones: every command ends well and names all eight."""
+"""Twelve kinds of image files and eight kinds of unreadable ones: every command succeeds and names all eight."""
 
 import json
 from pathlib import Path
@@ -24,11 +24,11 @@ def test_bad_images_stop_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
     options = ["--model", "vit_nano_patch2_8", "--img-size", "8", "--epochs", "2", "batch_size=8"]
     assert run("train", made.root, "--out", tmp_path / "run", *options) == 0
-    told = capsys.readouterr().err
+    err = capsys.readouterr().err
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert {item["path"] for item in summary["skipped"]} == bad
     assert all(item["reason"] for item in summary["skipped"])
-    assert all(f"skipped {path}: " in told for path in bad)
+    assert all(f"skipped {path}: " in err for path in bad)
 
     assert run("evaluate", tmp_path / "run", made.root, "--split", "train", "--json") == 0
     record = json.loads(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""How `vitrail train` ends when it is asked to: the run saved, and a status that says by what."""
+"""`vitrail train` on signals and on a full disk: the run is saved, and the exit status is that of the signal."""
 
 import signal
 import subprocess
@@ -21,12 +21,12 @@ def stopped_by(number: int, folder: Path) -> subprocess.CompletedProcess[str]:
         while not list(folder.glob("checkpoint/step-*")) and time.monotonic() < end:
             time.sleep(0.02)
         process.send_signal(number)
-        _, said = process.communicate(timeout=60)
-        return subprocess.CompletedProcess(command, process.returncode, "", said)
+        _, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(command, process.returncode, "", err)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_the_run_and_has_a_status_of_its_own(number: int, status: int, tmp_path: Path) -> None:
+def test_a_signal_saves_the_run_and_sets_the_exit_status(number: int, status: int, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = stopped_by(number, folder)
     assert done.returncode == status, done.stderr

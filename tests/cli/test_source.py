@@ -1,4 +1,4 @@
-"""MODEL that is not ours: the weights are accounted for on stderr, and never on stdout."""
+"""A MODEL of another library: the report of its weights goes to stderr, not to stdout."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from PIL import Image
 from vitrail.cli import main
 
 
-def test_a_folder_of_timms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_saved_by_timm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     args = {"embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 32}
     model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **args)

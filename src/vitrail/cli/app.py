@@ -52,13 +52,12 @@ def _options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and leave with its exit status: 0, 2 for an error, 130 for Ctrl-C, 143 for SIGTERM."""
-    # PyTorch then asks Linux for huge pages: a batch of 32 MiB or more is allocated in each step, and page faults of
-    # 4 KiB take longer than filling it.
+    """Run the command line and exit with a status: 0, 2 for an error, 130 for Ctrl-C, 143 for SIGTERM."""
+    # PyTorch then uses huge pages on Linux: allocating a large batch in pages of 4 KiB takes longer than filling it.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # file names may not be valid text
+            stream.reconfigure(errors="backslashreplace")  # file names may not be valid UTF-8
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments  # in any position
     warnings.showwarning = _warn
@@ -97,7 +96,7 @@ def _run(arguments: list[str], debug: bool) -> int:
 
 
 def _explain(error: Exception) -> str | None:
-    """One line for an error of the user, "" if nothing is to be printed; None for a bug."""
+    """The message of a user's error, "" if it has been printed; None for a bug."""
     if isinstance(error, VitrailError):
         return str(error)
     if hasattr(error, "format_message"):  # typer: a wrong option or argument

@@ -4,10 +4,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 _LINE_SECONDS = 10.0  # between two lines without a terminal
 
@@ -15,42 +11,24 @@ _LINE_SECONDS = 10.0  # between two lines without a terminal
 @contextmanager
 def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """Yields a function to call with the number of items just done. what: their plural, such as "images"."""
-    if sys.stderr.isatty():
-        with _bar(what) as bar:
-            task = bar.add_task(what, total=total, rate="")
-            start = time.perf_counter()
-
-            def advance(count: int) -> None:
-                done = bar.tasks[0].completed + count
-                bar.update(task, completed=done, rate=_rate(done, start, what))
-
-            yield advance
-    else:
-        yield _lines(what, total)
-
-
-def _bar(what: str) -> "Progress":
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    terminal = sys.stderr.isatty()
     columns = (BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-    return Progress(*columns, console=Console(file=sys.stderr), transient=True)
-
-
-def _lines(what: str, total: int | None) -> Callable[[int], None]:
     start = last = time.perf_counter()
     done = 0
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not terminal) as bar:
+        task = bar.add_task(what, total=total, rate="")
 
-    def advance(count: int) -> None:
-        nonlocal last, done
-        done += count
-        if time.perf_counter() - last >= _LINE_SECONDS:
-            last = time.perf_counter()
-            of = f" of {total:,}" if total else ""
-            print(f"{_rate(done, start, what)}{of}", file=sys.stderr)
+        def advance(count: int) -> None:
+            nonlocal done, last
+            done += count
+            now = time.perf_counter()
+            rate = f"{done:,} {what}, {done / max(now - start, 1e-9):,.0f} per second"
+            bar.update(task, completed=done, rate=rate)
+            if not terminal and now - last >= _LINE_SECONDS:
+                last = now
+                print(f"{rate}, of {total:,}" if total else rate, file=sys.stderr)
 
-    return advance
-
-
-def _rate(done: float, start: float, what: str) -> str:
-    return f"{done:,.0f} {what}, {done / max(time.perf_counter() - start, 1e-9):,.0f} a second"
+        yield advance

@@ -1,6 +1,6 @@
-"""The protocol of a runtime: what computes logits or features of a batch of images.
+"""The protocol of a runtime, which computes logits or features of a batch of images.
 
-Runtimes exchange NumPy arrays, so that one that needs no torch does not import it.
+Inputs and outputs are NumPy arrays, so that not every runtime imports torch.
 Shapes: B batch, H W height and width, C channels, K classes, F features.
 """
 
@@ -16,11 +16,11 @@ Outputs = npt.NDArray[np.float32]  # B K logits or B F features
 
 
 class Runtime(Protocol):
-    """A model on a device. Calls are independent: several threads may make them at the same time.
+    """A model on a device. Its methods may be called from several threads at the same time.
 
-    name: the architecture or file, for reports. preprocess: how images are cropped for it and normalised by it.
-    num_classes: K, 0 for a model without a head. num_features: F. default_batch_size: used where the caller names none,
-    so that every use of the engine computes the same batches.
+    name: the architecture or file. preprocess: how images are cropped (by the engine) and normalised (by the runtime).
+    num_classes: K, 0 for a model without a head. num_features: F. default_batch_size: used if the caller gives none, so
+    that predict, embed and evaluate compute the same batches.
     """
 
     @property

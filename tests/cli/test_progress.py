@@ -1,0 +1,32 @@
+"""Progress of commands without and in a terminal."""
+
+import io
+import sys
+
+import pytest
+
+from vitrail.cli import progress as module
+from vitrail.cli.progress import progress
+
+
+def test_lines_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with progress("images", 4000) as advance:
+        advance(10)  # too soon for a line
+    monkeypatch.setattr(module, "_LINE_SECONDS", 0.0)
+    with progress("images", 4000) as advance:
+        advance(1000)
+        advance(500)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("1,000 images, ")
+    assert second.startswith("1,500 images, ")
+    assert second.endswith("4,000")
+
+
+def test_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with progress("images", 20) as advance:
+        advance(20)
+    assert "20 images, " in terminal.getvalue()
