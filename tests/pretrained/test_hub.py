@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load, save
 
-from vitrail.errors import VitrailError
+from vitrail.errors import WeightsError
 from vitrail.models.build import build_model
 from vitrail.pretrained.resolve import load_source
 from vitrail.weights.published import PUBLISHED
@@ -47,7 +47,7 @@ def files(**changes: Any) -> dict[str, bytes]:
 
 
 def refusal(source: str) -> str:
-    with pytest.raises(VitrailError) as error:
+    with pytest.raises(WeightsError) as error:
         load_source(source)
     assert str(error.value).isprintable()
     return str(error.value)
@@ -198,5 +198,5 @@ def test_a_checksum_in_the_catalog_is_asked_of_the_hub_and_held_to(
     assert load_source("default", "vit_tiny_patch16_224").record is not None
     other = {key: value + 1 for key, value in load(content).items()}
     hub.add(f"timm/{name}", {"model.safetensors": save(other)}, commit="d" * 40)
-    with pytest.raises(VitrailError, match=f"does not match the catalog: .* instead of {digest[:12]}"):
+    with pytest.raises(WeightsError, match=f"does not match the catalog: .* instead of {digest[:12]}"):
         load_source("default", "vit_tiny_patch16_224")

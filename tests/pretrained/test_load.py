@@ -9,7 +9,7 @@ from timm.layers.patch_embed import resample_patch_embed
 from transformers import DeiTConfig, DeiTForImageClassification
 
 import vitrail
-from vitrail.errors import VitrailError
+from vitrail.errors import WeightsError
 from vitrail.pretrained.create import create_model
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "img_size": 32}
@@ -40,7 +40,7 @@ def test_a_deit_of_transformers_with_one_head(tmp_path: Path) -> None:
 def test_another_patch_size_and_image_size(tmp_path: Path) -> None:
     old = create_model("vit_tiny_patch16_224", num_classes=3, patch_size=8, **SMALL)
     save_file(old.state_dict(), tmp_path / "model.safetensors")
-    with pytest.raises(VitrailError, match="do not match the model"):  # not the catalog's row as it is
+    with pytest.raises(WeightsError, match="do not match the model"):  # not the catalog's row as it is
         create_model("vit_tiny_patch16_224", weights=tmp_path / "model.safetensors")
     new = create_model(
         "vit_tiny_patch16_224", weights=tmp_path / "model.safetensors", patch_size=4, **{**SMALL, "img_size": (32, 48)}

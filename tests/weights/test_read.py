@@ -16,14 +16,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vitrail.errors import VitrailError
+from vitrail.errors import WeightsError
 from vitrail.weights.read import read_file, read_json, read_shards
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.float16)}
 
 
 def refused(path: Path, words: str = "") -> str:
-    with pytest.raises(VitrailError, match=words or None) as error:
+    with pytest.raises(WeightsError, match=words or None) as error:
         read_file(path)
     text = str(error.value)
     assert text.isprintable(), "one line, no control characters"
@@ -216,7 +216,7 @@ def test_bytes_turned_at_random(tmp_path: Path) -> None:
             for position in rng.integers(0, min(len(bad), 400), 3):
                 bad[position] = rng.integers(256)
             path.write_bytes(bytes(bad))
-            with contextlib.suppress(VitrailError):
+            with contextlib.suppress(WeightsError):
                 read_file(path)
 
 
@@ -253,7 +253,7 @@ def test_shards(tmp_path: Path) -> None:
     ],
 )
 def test_bad_shards(tmp_path: Path, table: Any, words: str) -> None:
-    with pytest.raises(VitrailError, match=words) as error:
+    with pytest.raises(WeightsError, match=words) as error:
         read_shards(shards(tmp_path, table))
     assert str(error.value).isprintable()
 
@@ -262,6 +262,6 @@ def test_bad_shards(tmp_path: Path, table: Any, words: str) -> None:
 def test_a_config_of_nonsense(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(content)
-    with pytest.raises(VitrailError) as error:
+    with pytest.raises(WeightsError) as error:
         read_json(path)
     assert str(error.value).isprintable()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitrail.errors import VitrailError
+from vitrail.errors import WeightsError
 from vitrail.weights.formats.detect import convert_names
 from vitrail.weights.load import load_weights
 from vitrail.weights.unwrap import unwrap
@@ -84,17 +84,17 @@ def test_the_report_has_the_files_own_names() -> None:
     tensors, _ = convert_names(unwrap({"state_dict": prefixed("module.")}))
     del tensors["norm.bias"]
     tensors["norm.weight"] = torch.zeros(3)
-    with pytest.raises(VitrailError, match=r"norm\.weight \(module\.norm\.weight in the file\) is 3 in the file"):
+    with pytest.raises(WeightsError, match=r"norm\.weight \(module\.norm\.weight in the file\) is 3 in the file"):
         load_weights(all_cases()["timm vit"].model(), tensors)
 
 
 @pytest.mark.parametrize("content", [{}, {"epoch": 3}, {"model": {"lr": 0.1}}, {"state_dict": {}}, {1: 2}])
 def test_no_state_dict(content: dict[Any, Any]) -> None:
-    with pytest.raises(VitrailError, match="no state dict") as error:
+    with pytest.raises(WeightsError, match="no state dict") as error:
         unwrap(content)
     assert "\n" not in str(error.value)
 
 
 def test_a_name_with_and_without_its_prefix() -> None:
-    with pytest.raises(VitrailError, match=r"norm\.weight twice"):
+    with pytest.raises(WeightsError, match=r"norm\.weight twice"):
         unwrap({**prefixed("module."), "norm.weight": torch.zeros(24)})

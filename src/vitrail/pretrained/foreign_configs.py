@@ -53,10 +53,10 @@ def read_config(config: Config, processor: Config | None, where: str) -> Archite
     try:
         if isinstance(config.get("vitrail"), Mapping):
             return _vitrail(config["vitrail"], where)
-        if "model_type" in config and not isinstance(config.get("architecture"), str):
-            return _transformers(config, processor, where)
         if isinstance(config.get("architecture"), str):
             return _timm(config, where)
+        if "model_type" in config:
+            return _transformers(config, processor, where)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise ModelError(f"{where} is invalid: {one_line(error)}") from None
     return Architecture()

@@ -31,8 +31,12 @@ def hub_weights(name: str, sha256: str | None = None) -> tuple[Path, str]:
     commit, files = _files(repo, revision or "main")
     weights = choose_weights(files, f"hf:{name}")
     path = _download(repo, weights, commit)
-    if sha256 is not None:
-        _check_pinned(path, sha256, f"{weights} of hf:{name}")
+    # A file that does not match stays in the cache: it may be a later version that other programs use.
+    if sha256 is not None and not (found := _digest(path)).startswith(sha256):
+        raise WeightsError(
+            f"{weights} of hf:{name} does not match the catalog: its sha256 begins with {found[:12]} "
+            f"instead of {sha256[:12]}"
+        )
     for extra in (CONFIG, PROCESSOR, CARD):
         if extra in files:
             _download(repo, extra, commit)
@@ -89,15 +93,6 @@ def _download(repo: str, file: str, commit: str) -> Path:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_pinned(path: Path, sha256: str, what: str) -> None:
-    """The file stays in the cache: it may be a later version that others use."""
-    found = _digest(path)
-    if not found.startswith(sha256):
-        raise WeightsError(
-            f"{what} does not match the catalog: its sha256 begins with {found[:12]} instead of {sha256[:12]}"
-        )
 
 
 def _check(path: Path, what: str) -> None:

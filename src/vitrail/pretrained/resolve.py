@@ -97,23 +97,25 @@ def load_source(source: str | Path, model: str | None = None) -> Loaded:
         WeightsError: no such source, a failed download, or a file that is damaged or not trusted.
         ModelError: its config is invalid or not supported.
     """
-    text = str(source)
-    if isinstance(source, str) and (record := _by_tag(text, model)):
-        return _published(record)
-    kind, _, rest = text.partition(":")
-    if isinstance(source, str) and kind == "hf":
-        return _hub(rest)
-    if isinstance(source, str) and kind == "timm":
-        found = _by_name(rest)
-        return _published(found) if found else _hub(f"timm/{rest}")
-    if isinstance(source, str) and kind == "torchvision":
-        return _published(_by_torchvision_name(rest))
-    if isinstance(source, str) and kind in ("http", "https"):
-        return _url(text)
     path = Path(source).expanduser()
-    if path.exists() or isinstance(source, Path) or "/" in text or "\\" in text or text.endswith(_FILES):
+    if isinstance(source, Path):
         return _local(path)
-    raise WeightsError(_unknown(text, model))
+    if record := _by_tag(source, model):
+        return _published(record)
+    kind, _, rest = source.partition(":")
+    match kind:
+        case "hf":
+            return _hub(rest)
+        case "timm":
+            found = _by_name(rest)
+            return _published(found) if found else _hub(f"timm/{rest}")
+        case "torchvision":
+            return _published(_by_torchvision_name(rest))
+        case "http" | "https":
+            return _url(source)
+    if path.exists() or "/" in source or "\\" in source or source.endswith(_FILES):
+        return _local(path)
+    raise WeightsError(_unknown(source, model))
 
 
 def is_catalog_source(source: str) -> bool:

@@ -104,9 +104,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         try:
             temporary.mkdir()
             yield temporary
-            mode = (
-                temporary.stat().st_mode & 0o666
-            )  # as the umask allows; safetensors makes files that only the owner reads
+            # As the umask allows: safetensors makes files that only their owner can read.
+            mode = temporary.stat().st_mode & 0o666
             for file in temporary.rglob("*"):
                 if file.is_file():
                     file.chmod(mode)

@@ -59,14 +59,10 @@ def decide_head(
         return HeadDecision(keep=False, reason="the model has no head")
     if policy == "new":
         return HeadDecision(keep=False, reason="a new head was requested")
-    if not old:
-        if policy == "keep":
-            raise WeightsError("cannot keep the head: the file has none")
-        return HeadDecision(keep=requested is None, reason="the file has no head", problem=requested is None)
     if old != new:
+        reason = f"{new} classes in place of {old}" if old else "the file has no head"
         if policy == "keep":
-            raise WeightsError(f"cannot keep the head: it has {old} classes and the model {new}")
-        reason = f"{new} classes in place of {old}"
+            raise WeightsError(f"cannot keep the head: {reason}")
         return HeadDecision(keep=requested is None, reason=reason, problem=requested is None)
     return _by_names(old_names, new_names, policy)
 
@@ -76,10 +72,9 @@ def _by_names(old: Sequence[str] | None, new: Sequence[str] | None, policy: Head
     if new is None or (old is not None and list(old) == list(new)):
         return HeadDecision(keep=True)
     if old is not None and len(set(new)) == len(new) and sorted(old) == sorted(new):
-        place = {name: row for row, name in enumerate(old)}
-        return HeadDecision(
-            keep=True, rows=tuple(place[name] for name in new), reason="rows reordered to match the class names"
-        )
+        row_of = {name: row for row, name in enumerate(old)}
+        rows = tuple(row_of[name] for name in new)
+        return HeadDecision(keep=True, rows=rows, reason="rows reordered to match the class names")
     if old is None:
         reason = f"the file does not name its {len(new)} classes"
     else:

@@ -55,18 +55,18 @@ def load_weights(
     plan = _Plan(model, Tensors(tensors), grid)
     decision = decide_head(
         num_classes_of(tensors),
-        num_classes_of(plan.wanted),
+        num_classes_of(plan.expected),
         requested=num_classes,
         old_names=file_class_names,
         new_names=class_names,
         policy=heads,
     )
-    plan.take_head(decision)
-    plan.take_tokens()
-    plan.take_rest()
+    plan.load_head(decision)
+    plan.load_positions()
+    plan.load_by_name()
     plan.check(source)
     report = Report(
-        [*(plan.entries[name] for name in plan.wanted), *plan.unused],
+        [*(plan.entries[name] for name in plan.expected), *plan.unused],
         source=source,
         layout=layout,
         notes=[*tensors.notes],
@@ -83,87 +83,86 @@ class _Plan:
     """What will be loaded, decided for each tensor before the model is changed."""
 
     model: nn.Module
-    left: Tensors  # not yet assigned
+    remaining: Tensors  # not yet assigned
     grid: Pair | None
-    wanted: dict[str, Tensor] = field(init=False)
+    expected: dict[str, Tensor] = field(init=False)
     file_names: set[str] = field(init=False)
     state: dict[str, Tensor] = field(default_factory=dict)
     entries: dict[str, Entry] = field(default_factory=dict)
     unused: list[Entry] = field(default_factory=list)
     problems: dict[str, str] = field(default_factory=dict)  # the model's name -> the mismatch; "" if another covers it
-    added: list[str] = field(default_factory=list)  # tokens to which their position was added
 
     def __post_init__(self) -> None:
-        self.wanted = self.model.state_dict()
-        self.file_names = set(self.left)
-        self.unused += [Entry(name, "unused", how=why) for name, why in self.left.unused.items()]
+        self.expected = self.model.state_dict()
+        self.file_names = set(self.remaining)
+        self.unused += [Entry(name, "unused", how=why) for name, why in self.remaining.unused.items()]
 
     def assign(self, name: str, value: Tensor, state: str, how: str, old: Tensor | None) -> None:
         """Set the value and the entry of one of the model's tensors."""
-        wanted = self.wanted[name]
+        expected = self.expected[name]
         self.state[name] = value
         shape = None if old is None else tuple(old.shape)
-        origin = self.left.origin.get(name, "") if old is not None else ""
-        self.entries[name] = Entry(name, state, shape, tuple(wanted.shape), how, origin)
+        origin = self.remaining.origin.get(name, "") if old is not None else ""
+        self.entries[name] = Entry(name, state, shape, tuple(expected.shape), how, origin)
 
     def discard(self, name: str, reason: str) -> None:
-        tensor = self.left.pop(name)
-        self.unused.append(Entry(self.left.file_name(name), "unused", old=tuple(tensor.shape), how=reason))
+        tensor = self.remaining.pop(name)
+        self.unused.append(Entry(self.remaining.file_name(name), "unused", old=tuple(tensor.shape), how=reason))
 
-    def place(self, name: str, value: Tensor, state: str = "loaded", how: str = "") -> None:
+    def load(self, name: str, value: Tensor, state: str = "loaded", how: str = "") -> None:
         """Assign the file's tensor `name`, converted to `value`, if its shape and kind are the model's."""
-        old, wanted = self.left.pop(name), self.wanted[name]
-        if value.shape != wanted.shape:
+        old, expected = self.remaining.pop(name), self.expected[name]
+        if value.shape != expected.shape:
             self.mismatch(name, old)
-        elif not _same_kind(value, wanted):
+        elif not _same_kind(value, expected):
             self.problems[name] = (
-                f"{self.both_names(name)} is {_dtype(value)} in the file and {_dtype(wanted)} in the model"
+                f"{self.both_names(name)} is {_dtype(value)} in the file and {_dtype(expected)} in the model"
             )
         else:
-            if value.dtype != wanted.dtype:
-                how = "; ".join(filter(None, [how, f"{_dtype(value)} to {_dtype(wanted)}"]))
+            if value.dtype != expected.dtype:
+                how = "; ".join(filter(None, [how, f"{_dtype(value)} to {_dtype(expected)}"]))
             self.assign(name, value, state, how, old)
 
     def both_names(self, name: str) -> str:
-        origin = self.left.file_name(name)
+        origin = self.remaining.file_name(name)
         return printable(name) if origin == name else f"{printable(name)} ({printable(origin, 300)} in the file)"
 
     def mismatch(self, name: str, old: Tensor, hint: str = "") -> None:
-        shapes = f"{format_shape(old.shape)} in the file and {format_shape(self.wanted[name].shape)} in the model"
+        shapes = f"{format_shape(old.shape)} in the file and {format_shape(self.expected[name].shape)} in the model"
         self.problems[name] = f"{self.both_names(name)} is {shapes}{hint}"
 
-    def take_head(self, decision: HeadDecision) -> None:
+    def load_head(self, decision: HeadDecision) -> None:
         """Keep the file's head (both heads if there are two), or a new one."""
-        in_file, in_model = head_names(self.left), head_names(self.wanted)
+        in_file, in_model = head_names(self.remaining), head_names(self.expected)
         if decision.keep and not decision.problem:
             for name in in_file:
-                if decision.rows is not None and name in self.wanted and self.left[name].ndim:
-                    self.place(name, self.left[name][list(decision.rows)], how=decision.reason)
-            return  # without a permutation, take_rest loads it
+                if decision.rows is not None and name in self.expected and self.remaining[name].ndim:
+                    self.load(name, self.remaining[name][list(decision.rows)], how=decision.reason)
+            return  # without a permutation, load_by_name loads it
         if decision.problem:
             hint = "; give num_classes for a new head, or 0 for none"
             if not in_file:
                 self.problems[in_model[0]] = f"{decision.reason}, and the model needs {join_names(in_model)}{hint}"
                 self.problems |= dict.fromkeys(in_model[1:], "")
             for name in in_file:
-                tensor = self.left.pop(name)
-                if name in self.wanted:
+                tensor = self.remaining.pop(name)
+                if name in self.expected:
                     self.mismatch(name, tensor, hint)
             return
         for name in in_file:
             self.discard(name, decision.reason)
         for name in in_model:
-            self.assign(name, self.wanted[name], "new", decision.reason, None)
+            self.assign(name, self.expected[name], "new", decision.reason, None)
 
-    def take_tokens(self) -> None:
+    def load_positions(self) -> None:
         """Resample the position embedding; convert if only one side has positions of prefix tokens."""
-        table, wanted = self.left.get("pos_embed"), self.wanted.get("pos_embed")
-        if table is None or wanted is None:
+        table, expected = self.remaining.get("pos_embed"), self.expected.get("pos_embed")
+        if table is None or expected is None:
             return
-        new = _grid_of(self.model, wanted.shape[1])
-        if table.ndim != 3 or new is None or table.shape[::2] != wanted.shape[::2]:
-            return  # take_rest compares the shapes
-        prefix = wanted.shape[1] - new[0] * new[1]
+        new = _grid_of(self.model, expected.shape[1])
+        if table.ndim != 3 or new is None or table.shape[::2] != expected.shape[::2]:
+            return  # load_by_name compares the shapes
+        prefix = expected.shape[1] - new[0] * new[1]
         old = self.grid if self.grid and self.grid[0] * self.grid[1] <= table.shape[1] else None
         old = old or _guess_grid(table.shape[1], prefix, new)
         if old is None:
@@ -173,95 +172,92 @@ class _Plan:
         grid = resample_positions(table[:, old_prefix:], old, new)
         if old_prefix == prefix:
             value = torch.cat([table[:, :old_prefix], grid], dim=1)
-        elif prefix == 0 and self.add_positions(table[:, :old_prefix]):
+        elif prefix == 0 and (tokens := self.add_positions(table[:, :old_prefix])):
             value = grid
-            how.append(f"the position embedding of {' and '.join(self.added)} is added to the token")
+            how.append(f"the position embedding of {' and '.join(tokens)} is added to the token")
         elif old_prefix == 0:
             value = torch.cat([torch.zeros_like(table[:, :1]).expand(-1, prefix, -1), grid], dim=1)
             how.append("the prefix tokens include their position, so it is 0 here")
         else:
             return
-        self.place("pos_embed", value, "resized" if how else "loaded", "; ".join(how))
+        self.load("pos_embed", value, "resized" if how else "loaded", "; ".join(how))
 
-    def add_positions(self, rows: Tensor) -> bool:
-        """Add one row to each of the first prefix tokens; False if there are fewer tokens."""
+    def add_positions(self, rows: Tensor) -> list[str]:
+        """Add one row to each of the first prefix tokens. Returns their names; none if there are fewer tokens."""
         known = ["cls_token", "dist_token"]
-        tokens = [name for name in known if name in self.left and name in self.wanted]
-        if len(tokens) < rows.shape[1] or any(self.left[name].shape != rows[:, :1].shape for name in tokens):
-            return False
-        self.added = tokens[: rows.shape[1]]
-        for index, name in enumerate(self.added):
-            self.place(
-                name, self.left[name] + rows[:, index : index + 1], "adapted", "its position embedding is added to it"
-            )
-        return True
+        tokens = [name for name in known if name in self.remaining and name in self.expected]
+        if len(tokens) < rows.shape[1] or any(self.remaining[name].shape != rows[:, :1].shape for name in tokens):
+            return []
+        for name, row in zip(tokens, rows.split(1, dim=1), strict=False):
+            self.load(name, self.remaining[name] + row, "adapted", "its position embedding is added to it")
+        return tokens[: rows.shape[1]]
 
-    def take_rest(self) -> None:
+    def load_by_name(self) -> None:
         """All other tensors, by name."""
-        first = next((name for name in _FIRST_CONVOLUTIONS if name in self.wanted), None)
-        for name, wanted in self.wanted.items():
+        first = next((name for name in _FIRST_CONVOLUTIONS if name in self.expected), None)
+        for name, expected in self.expected.items():
             if name in self.entries:
                 continue
-            if name not in self.left:
+            if name not in self.remaining:
                 if name.endswith(_COUNTER) and not any(other.endswith(_COUNTER) for other in self.file_names):
-                    self.assign(name, wanted, "new", "a counter that old files lack and inference does not use", None)
+                    self.assign(name, expected, "new", "a counter that old files lack and inference does not use", None)
                 continue
-            tensor = self.left[name]
+            tensor = self.remaining[name]
             if name.endswith(_BIAS_TABLE):
-                self.take_bias_table(name, tensor)
-            elif name == first and tensor.ndim == 4 and tensor.shape != wanted.shape:
-                self.take_first_convolution(name, tensor)
+                self.load_bias_table(name, tensor)
+            elif name == first and tensor.ndim == 4 and tensor.shape != expected.shape:
+                self.load_first_convolution(name, tensor)
             else:
-                self.place(name, tensor)
+                self.load(name, tensor)
 
-    def take_bias_table(self, name: str, tensor: Tensor) -> None:
+    def load_bias_table(self, name: str, tensor: Tensor) -> None:
         """Resample Swin's bias table to the model's window."""
-        wanted = self.wanted[name]
+        expected = self.expected[name]
         attention = self.model.get_submodule(name.rpartition(".")[0])
         new = getattr(attention, "window", None) or getattr(attention, "window_size", None)
         side = math.isqrt(tensor.shape[0]) if tensor.ndim == 2 else 0
-        if new is None or side * side != tensor.shape[0] or side % 2 == 0 or tensor.shape[1:] != wanted.shape[1:]:
-            return self.place(name, tensor)  # only square windows are known
+        if new is None or side * side != tensor.shape[0] or side % 2 == 0 or tensor.shape[1:] != expected.shape[1:]:
+            return self.load(name, tensor)  # only square windows are known
         old, new = ((side + 1) // 2, (side + 1) // 2), (int(new[0]), int(new[1]))
         if old == new:
-            return self.place(name, tensor)
+            return self.load(name, tensor)
         how = f"from windows of {format_shape(old)} to {format_shape(new)}"
-        return self.place(name, resample_bias_table(tensor, old, new), "resized", how)
+        return self.load(name, resample_bias_table(tensor, old, new), "resized", how)
 
-    def take_first_convolution(self, name: str, tensor: Tensor) -> None:
+    def load_first_convolution(self, name: str, tensor: Tensor) -> None:
         """Other channels, and for patches another size."""
-        wanted, value, how, state = self.wanted[name], tensor, [], "adapted"
-        if value.shape[1] != wanted.shape[1]:
-            value = adapt_channels(value, wanted.shape[1])
-            how.append(f"{tensor.shape[1]} to {wanted.shape[1]} channels")
-        if name == "patch_embed.proj.weight" and value.shape[2:] != wanted.shape[2:]:
-            value = resample_patches(value, (wanted.shape[2], wanted.shape[3]))
+        expected, value, how, state = self.expected[name], tensor, [], "adapted"
+        if value.shape[1] != expected.shape[1]:
+            value = adapt_channels(value, expected.shape[1])
+            how.append(f"{tensor.shape[1]} to {expected.shape[1]} channels")
+        if name == "patch_embed.proj.weight" and value.shape[2:] != expected.shape[2:]:
+            value = resample_patches(value, (expected.shape[2], expected.shape[3]))
             how.append(f"pseudo-inverse resize from patches of {format_shape(tensor.shape[2:])}")
             state = "resized"
-        self.place(name, value, state, ", ".join(how))
+        self.load(name, value, state, ", ".join(how))
 
     def check(self, source: str) -> None:
-        """Raise what remains: missing tensors, tensors without a place, shapes."""
-        missing = [name for name in self.wanted if name not in self.entries and name not in self.problems]
+        """Raise WeightsError for missing or unexpected tensors and for other shapes or dtypes."""
+        missing = [name for name in self.expected if name not in self.entries and name not in self.problems]
         mismatches = [text for text in self.problems.values() if text]
         lines = mismatches[:8]
         if len(mismatches) > 8:
             lines.append(f"{len(mismatches) - 8} more differ in shape")
         if missing:
             lines.append(f"missing from the file: {join_names(missing)}")
-        if self.left:
-            lines.append(f"unexpected in the file: {join_names(self.both_names(name) for name in self.left)}")
+        if self.remaining:
+            lines.append(f"unexpected in the file: {join_names(self.both_names(name) for name in self.remaining)}")
         if not lines:
             return
-        if 4 * (len(missing) + len(mismatches) + len(self.left)) > len(self.wanted):
+        if 4 * (len(missing) + len(mismatches) + len(self.remaining)) > len(self.expected):
             lines.append("are these weights of a different model?")
         raise WeightsError(f"{source or 'the weights'} do not match the model: {'; '.join(lines)}")
 
 
-def _same_kind(value: Tensor, wanted: Tensor) -> bool:
+def _same_kind(value: Tensor, expected: Tensor) -> bool:
     """Whether both are dense and both are floats or both integers."""
     dense = value.layout == torch.strided and not value.is_quantized and not value.is_complex()
-    return dense and value.is_floating_point() == wanted.is_floating_point()
+    return dense and value.is_floating_point() == expected.is_floating_point()
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -5,6 +5,7 @@ and plain containers are read.
 """
 
 import argparse
+import contextlib
 import json
 import pickle
 import zipfile
@@ -33,7 +34,7 @@ def read_file(path: str | Path) -> Mapping[Any, Any]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            start = file.read(128)
+            start = file.read(512)
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from None
     if not size:
@@ -44,7 +45,7 @@ def read_file(path: str | Path) -> Mapping[Any, Any]:
         return _read_zip(path, size)
     if start[8:9] == b"{":
         return _read_safetensors(path)
-    if start[:1] == b"\x80" or b"ustar" in start or _is_tar(path):
+    if start[:1] == b"\x80" or start[257:262] == b"ustar":  # tar: torch before 2018
         return _read_pickle(path)
     raise WeightsError(f"{path} is not a checkpoint: expected safetensors, .npz or a torch.save file")
 
@@ -161,10 +162,8 @@ def _read_pickle(path: Path) -> Mapping[Any, Any]:
 def _needs_code(path: Path, error: Exception) -> str:
     found: list[str] = []
     if zipfile.is_zipfile(path):
-        try:
+        with contextlib.suppress(Exception):  # the names are only for the message
             found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-        except Exception:  # the names are only for the message
-            found = []
     if not found and "Unsupported" not in str(error) and "GLOBAL" not in str(error):
         return f"{path} is damaged or not a checkpoint: {one_line(error, 120)}"
     what = f" ({join_names(found, 4)})" if found else ""
@@ -172,10 +171,3 @@ def _needs_code(path: Path, error: Exception) -> str:
         f"{path} needs Python code to be read{what}, which is not run: if you trust the file, load it "
         f"with torch.load(..., weights_only=False) and save its state_dict() as safetensors"
     )
-
-
-def _is_tar(path: Path) -> bool:
-    """The format of torch before 2018."""
-    with path.open("rb") as file:
-        file.seek(257)
-        return file.read(5) == b"ustar"

@@ -45,28 +45,28 @@ def unwrap(content: Mapping[Any, Any]) -> Tensors:
     Raises:
         WeightsError: there is no state dict.
     """
-    tensors, notes = _open(content, [])
-    tensors.notes += notes
+    tensors = _open(content, [])
     for name in _COUNTERS & tensors.keys():
         del tensors[name]
         tensors.unused[name] = "a counter of averaged models"
     return _strip(_choose_model(tensors))
 
 
-def _open(content: Mapping[Any, Any], path: list[str]) -> tuple[Tensors, list[str]]:
-    """Search nested containers for tensors; returns them and notes."""
-    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+def _open(content: Mapping[Any, Any], path: list[str]) -> Tensors:
+    """Search nested containers for tensors."""
+    tensors = Tensors((key, x) for key, x in content.items() if isinstance(key, str) and isinstance(x, Tensor))
     inside = [key for key in _CONTAINERS if _contains_tensors(content.get(key))]
     if tensors and not (inside and len(tensors) < 3):
-        notes = [f"the state dict is the checkpoint's {'.'.join(path)!r}"] if path else []
-        return Tensors(tensors), notes
+        if path:
+            tensors.notes.append(f"the state dict is the checkpoint's {'.'.join(path)!r}")
+        return tensors
     if not inside or len(path) > 4:
         keys = join_names((str(key) for key in content), 6) or "it is empty"
         raise WeightsError(f"the checkpoint contains no state dict ({keys})")
-    found, notes = _open(content[inside[0]], [*path, inside[0]])
+    found = _open(content[inside[0]], [*path, inside[0]])
     if len(inside) > 1:
-        notes.append(f"the checkpoint's {' and '.join(repr(key) for key in inside[1:])} ignored")
-    return found, notes
+        found.notes.append(f"the checkpoint's {' and '.join(repr(key) for key in inside[1:])} ignored")
+    return found
 
 
 def _contains_tensors(value: object, depth: int = 0) -> bool:
@@ -79,9 +79,9 @@ def _choose_model(tensors: Tensors) -> Tensors:
     for first, second in _MODEL_PAIRS:
         sizes = [sum(name.startswith(prefix) for name in tensors) for prefix in (first, second)]
         if min(sizes) > 2 and 2 * sum(sizes) > len(tensors):
-            out = Tensors((name, tensor) for name, tensor in tensors.items() if not name.startswith(second))
-            out.notes += [*tensors.notes, f"{sizes[1]} tensors of the checkpoint's {second[:-1]!r} ignored"]
-            out.unused |= tensors.unused
+            out = tensors.empty_copy()
+            out.update({name: tensor for name, tensor in tensors.items() if not name.startswith(second)})
+            out.notes.append(f"{sizes[1]} tensors of the checkpoint's {second[:-1]!r} ignored")
             return out
     return tensors
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitrail.errors import VitrailError
+from vitrail.errors import WeightsError
 from vitrail.weights.formats.detect import FORMATS, convert_names, detect
 from vitrail.weights.load import load_weights
 from vitrail.weights.tensors import Tensors
@@ -70,7 +70,7 @@ def test_pre_logits_take_the_head_with_them() -> None:
     tensors, _ = convert_names(content)
     assert set(tensors.unused) == {"pre_logits/kernel", "pre_logits/bias", "head/kernel", "head/bias"}
     model = all_cases()["google npz"].model()
-    with pytest.raises(VitrailError, match="no head, and the model needs head"):
+    with pytest.raises(WeightsError, match="no head, and the model needs head"):
         load_weights(model, tensors)
     report = load_weights(model, tensors, num_classes=5)
     assert [entry.name for entry in report.of("new")] == ["head.weight", "head.bias"]
@@ -79,7 +79,7 @@ def test_pre_logits_take_the_head_with_them() -> None:
 def test_a_hybrid_is_refused() -> None:
     content = Tensors(all_cases()["google npz"].content)
     content["conv_root/kernel"] = torch.randn(7, 7, 3, 8)
-    with pytest.raises(VitrailError, match="hybrid"):
+    with pytest.raises(WeightsError, match="hybrid"):
         convert_names(content)
 
 
@@ -101,7 +101,7 @@ def test_big_vision_numbers_its_layers_anew() -> None:
 
 @pytest.mark.parametrize("names", [[], ["a", "b"], ["blocks.0.attn.qkv.weight", "x", "y", "z"]])
 def test_an_unknown_layout_is_one_line(names: list[str]) -> None:
-    with pytest.raises(VitrailError, match="unknown checkpoint format") as error:
+    with pytest.raises(WeightsError, match="unknown checkpoint format") as error:
         detect(names)
     assert "\n" not in str(error.value)
 
@@ -110,5 +110,5 @@ def test_queries_keys_and_values_must_be_alike() -> None:
     content = Tensors(all_cases()["transformers vit"].content)
     name = "vit.encoder.layer.1.attention.attention.key.weight"
     content[name] = content[name][:, :-1]
-    with pytest.raises(VitrailError, match=r"layer\.1\.attention\.attention\.key\.weight is 24x23"):
+    with pytest.raises(WeightsError, match=r"layer\.1\.attention\.attention\.key\.weight is 24x23"):
         convert_names(content)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vitrail.errors import WeightsError
 from vitrail.utils.text import join_names
-from vitrail.weights.formats.keymap import Rules, join, rename, without_pre_logits
+from vitrail.weights.formats.keymap import Rules, join_qkv, rename, without_pre_logits
 from vitrail.weights.tensors import Tensors
 
 _NPZ = r"(?:opt/target/|params/(?:img/)?)?"
@@ -47,7 +47,7 @@ def google_vit(tensors: Tensors) -> Tensors:
     out = rename(tensors, GOOGLE_VIT)
     for name, tensor in out.items():
         out[name] = _transpose(name, tensor)
-    return without_pre_logits(join(out, "qkv"))
+    return without_pre_logits(join_qkv(out))
 
 
 def _transpose(name: str, tensor: Tensor) -> Tensor:

@@ -46,14 +46,14 @@ def put(out: Tensors, name: str, tensor: Tensor, origin: str) -> None:
         out.origin[name] = origin
 
 
-def join(tensors: Tensors, part: str) -> Tensors:
-    """Concatenate x.q, x.k and x.v to x.qkv (`part` is "qkv"), weights and biases. Incomplete groups are kept."""
+def join_qkv(tensors: Tensors) -> Tensors:
+    """Concatenate x.q, x.k and x.v to x.qkv, weights and biases. Incomplete groups are kept."""
     out = tensors.empty_copy()
     groups: dict[str, dict[str, str]] = {}
     for name in tensors:
-        if match := re.fullmatch(rf"(.+)\.([{part}])\.(weight|bias)", name):
-            groups.setdefault(f"{match[1]}.{part}.{match[3]}", {})[match[2]] = name
-    complete = {new: [parts[letter] for letter in part] for new, parts in groups.items() if len(parts) == len(part)}
+        if match := re.fullmatch(r"(.+)\.([qkv])\.(weight|bias)", name):
+            groups.setdefault(f"{match[1]}.qkv.{match[3]}", {})[match[2]] = name
+    complete = {new: [parts[letter] for letter in "qkv"] for new, parts in groups.items() if len(parts) == 3}
     joined = {name for parts in complete.values() for name in parts}
     for name, tensor in tensors.items():
         if name not in joined:
@@ -62,12 +62,8 @@ def join(tensors: Tensors, part: str) -> Tensors:
         if len({tensors[name].shape for name in parts}) > 1 or not tensors[parts[0]].ndim:
             shapes = (f"{printable(tensors.file_name(name))} is {format_shape(tensors[name].shape)}" for name in parts)
             raise WeightsError(f"cannot join tensors of different shapes: {'; '.join(shapes)}")
-        put(
-            out,
-            new,
-            torch.cat([tensors[name] for name in parts]),
-            " + ".join(tensors.file_name(name) for name in parts),
-        )
+        origin = " + ".join(tensors.file_name(name) for name in parts)
+        put(out, new, torch.cat([tensors[name] for name in parts]), origin)
     out.outside = tensors.outside
     return out
 

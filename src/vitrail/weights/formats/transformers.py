@@ -2,24 +2,23 @@
 
 import re
 
-from vitrail.weights.formats.keymap import PARAM, WHY_BUFFER, Rules, drop_head, join, rename, shift_merging
+from vitrail.weights.formats.keymap import PARAM, WHY_BUFFER, Rules, drop_head, join_qkv, rename, shift_merging
 from vitrail.weights.tensors import Tensors
 
-_HF_LAYER = r"(?:vit\.|deit\.|dinov2\.|dinov2_with_registers\.)?(?:encoder\.layer|layers|encoder\.layers)\.(\d+)\."
-_HF_EMBEDDINGS = r"(?:vit\.|deit\.|dinov2\.|dinov2_with_registers\.)?embeddings\."
 _HF_TOP = r"(?:vit\.|deit\.|dinov2\.|dinov2_with_registers\.)?"
+_HF_LAYER = rf"{_HF_TOP}(?:encoder\.layer|layers|encoder\.layers)\.(\d+)\."
+_HF_EMBEDDINGS = rf"{_HF_TOP}embeddings\."
 WHY_POOLER = "transformers' pooler or mask token, which does not affect the logits"
 
 
 def _hf_attention(layer: str, here: str, inner: str) -> Rules:
     """Query, key, value and output projection of one layer; `inner`: module in the old names."""
+    last = re.compile(layer).groups + 1
     rules: Rules = {
-        rf"{layer}attention\.(?:{inner}\.{name}|{name[0]}_proj){PARAM}": rf"{here}.attn.{name[0]}.\g<{{last}}>"
+        rf"{layer}attention\.(?:{inner}\.{name}|{name[0]}_proj){PARAM}": rf"{here}.attn.{name[0]}.\g<{last}>"
         for name in ("query", "key", "value")
     }
-    rules[rf"{layer}attention\.(?:output\.dense|o_proj){PARAM}"] = rf"{here}.attn.proj.\g<{{last}}>"
-    last = re.compile(layer).groups + 1
-    return {pattern: new and new.replace("{last}", str(last)) for pattern, new in rules.items()}
+    return {**rules, rf"{layer}attention\.(?:output\.dense|o_proj){PARAM}": rf"{here}.attn.proj.\g<{last}>"}
 
 
 def _hf_mlp(layer: str, here: str) -> Rules:
@@ -52,7 +51,7 @@ TRANSFORMERS_VIT: Rules = {
 
 def transformers_vit(tensors: Tensors) -> Tensors:
     """transformers' ViT, and DeiT with a teacher (two heads) or without (one head, on the class token)."""
-    return join(rename(tensors, TRANSFORMERS_VIT, WHY_POOLER), "qkv")
+    return join_qkv(rename(tensors, TRANSFORMERS_VIT, WHY_POOLER))
 
 
 TRANSFORMERS_DINOV2: Rules = {
@@ -66,7 +65,7 @@ TRANSFORMERS_DINOV2: Rules = {
 
 def transformers_dinov2(tensors: Tensors) -> Tensors:
     """transformers' DINOv2, with registers or without."""
-    out = join(rename(tensors, TRANSFORMERS_DINOV2, WHY_POOLER), "qkv")
+    out = join_qkv(rename(tensors, TRANSFORMERS_DINOV2, WHY_POOLER))
     head, token = out.get("head.weight"), out.get("cls_token")
     if head is not None and token is not None and head.shape[-1:] == (2 * token.shape[-1],):
         drop_head(
@@ -94,4 +93,4 @@ TRANSFORMERS_SWIN: Rules = {
 
 def transformers_swin(tensors: Tensors) -> Tensors:
     """transformers' Swin."""
-    return shift_merging(join(rename(tensors, TRANSFORMERS_SWIN, WHY_BUFFER), "qkv"))
+    return shift_merging(join_qkv(rename(tensors, TRANSFORMERS_SWIN, WHY_BUFFER)))
