@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vitrail.models.attention_weights import attention_weights
     from vitrail.models.catalog import list_models
     from vitrail.pretrained.create import create_model
-    from vitrail.training import train
+    from vitrail.training.run import train
 
 __all__ = [
     "Classifier",
@@ -41,7 +41,7 @@ _MODULES = {
     "create_model": "vitrail.pretrained.create",
     "list_models": "vitrail.models.catalog",
     "load": "vitrail.classifier",
-    "train": "vitrail.training",
+    "train": "vitrail.training.run",
 }
 
 

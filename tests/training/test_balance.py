@@ -174,7 +174,7 @@ def test_each_way_raises_the_recall_of_a_rare_class(tmp_path: Path) -> None:
 def test_the_plan_says_how_uneven_the_classes_are() -> None:
     data = lopsided()
     (line,) = balance_lines(data, "none")
-    assert line.startswith("classes imbalance 8:1 (one 16, three 2); consider --balance sample")
+    assert line.startswith("balance 8:1 (one 16, three 2); consider --balance sample")
     (line,) = balance_lines(data, "sample")
     assert line.endswith("repeated up to 6 times per epoch")
     (line,) = balance_lines(data, "loss")

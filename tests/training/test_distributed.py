@@ -251,6 +251,6 @@ def test_only_the_first_process_writes(tmp_path: Path) -> None:
     with folder.lock():
         folder.write_config("a")
         folder.write_metrics([timeless({"epoch": 1})])
-        folder.add_metrics({"epoch": 2})
-        folder.add_session({"command": "x"})
+        folder.append(folder.metrics, {"epoch": 2})
+        folder.append(folder.sessions, {"command": "x"})
     assert not folder.path.exists()

@@ -136,8 +136,8 @@ def train(
         verdict = verify(data, **given)
         print(verdict)
         return 0 if verdict.same else 1
-    from vitrail.training import train as run
     from vitrail.training.engine.interrupt import Stopped
+    from vitrail.training.run import train as run
 
     try:
         classifier = run(data, **given)

@@ -289,7 +289,7 @@ def _choose(
             score = (on_val.top1, -on_val.loss)
         record["seconds"] = round(time.perf_counter() - begin, 3)
         history.append(record)
-        folder.add_metrics(record)
+        folder.append(folder.metrics, record)
         reporter.log(line)
         if best is None or score > best[0]:
             best = score, index, head

@@ -31,7 +31,7 @@ from vitrail.training.probe import check_probe_keys, run_probe
 from vitrail.training.resources.batch_size import fit_batch_size, memory_advice
 from vitrail.training.resources.forecast import estimate_cost
 from vitrail.training.session import Session
-from vitrail.training.setup import Setup, prepare, reopen, split_settings
+from vitrail.training.setup import Setup, prepare, split_settings
 from vitrail.utils.device import compiling, cpu_threads, pick_device, uses_bf16
 from vitrail.utils.distributed import DistributedContext, distributed_context
 from vitrail.utils.files import atomic_folder
@@ -165,7 +165,7 @@ def _resumed_setup(data: str | Path | Dataset | None, given: Mapping[str, Any], 
             )
     config = before.updated(requested.given)
     check_trackers(config.io.track)
-    setup = reopen(config, data, external)
+    setup = prepare(config.data.data if data is None else data, config.updated(config.flat), external)
     setup.teacher = teacher
     return setup
 
@@ -200,7 +200,9 @@ def _run(
                     check_empty(folder)  # again: another run may have used it meanwhile
                 folder.write_config(to_toml(setup.config, KEYS if session else keys_for(Use.PROBE)))
             resumed = session is not None and session.enter(folder)
-            folder.add_session(session_record(command, session.trainer.state.steps if session else 0, device))
+            folder.append(
+                folder.sessions, session_record(command, session.trainer.state.steps if session else 0, device)
+            )
             if session is None:
                 return _probe(setup, folder, reporter, device)
             return _train(session, folder, reporter, resumed)
@@ -308,12 +310,12 @@ def _finish(
     classifier = _classifier(setup, model, report=summary, notes=notes)
     if folder.writes:
         _save_model(classifier, folder)
-        folder.write_summary(summary)
+        folder.write_json(folder.summary, summary, indent=2)
     for line in [*result_lines(summary), f"model   {folder.model}"]:
         reporter.log(line)
     if folder.writes:
         try:
-            folder.write_details(report_details(result, setup.dataset.splits.get(result.split), groups))
+            folder.write_json(folder.details, report_details(result, setup.dataset.splits.get(result.split), groups))
             reporter.log(f"report  {write_report(folder)}")
         except Exception as error:  # the run is finished and saved
             reporter.log(f"warning: the run is saved, but could not write its report: {one_line(error)}")

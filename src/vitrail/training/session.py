@@ -158,7 +158,7 @@ class Session:
         for skipped in self.distributed.all_gather_object(self.loader.skipped):
             self.skipped |= {item["path"]: item["reason"] for item in skipped}
         self.history.append(record)
-        self.folder.add_metrics(record)
+        self.folder.append(self.folder.metrics, record)
         self.trackers.epoch(record, trainer.rates)
         self.reporter.epoch(epoch_line(record, self.config, self.best.epoch), last)
         trainer.next_epoch()

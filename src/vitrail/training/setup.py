@@ -136,11 +136,6 @@ def split_settings(config: TrainConfig) -> dict[str, Any]:
     return {key: config.flat[key] for key in keys_for(Use.HELD_OUT)}
 
 
-def reopen(config: TrainConfig, data: str | Path | Dataset | None, external: nn.Module | None = None) -> Setup:
-    """The setup of a run that is resumed; `data` is needed only where the config does not name it (a Dataset)."""
-    return prepare(config.data.data if data is None else data, config.updated(config.flat), external)
-
-
 def absolute_path(text: str, *, must_exist: bool = True) -> str:
     """A path made absolute; other text, such as a catalog name, unchanged."""
     path = Path(text).expanduser()

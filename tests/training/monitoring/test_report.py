@@ -255,7 +255,7 @@ def test_epochs_without_a_loss_are_left_out_of_the_curve(tmp_path: Path) -> None
     run(folder.path, epochs=2)
     first, second = (json.loads(line) for line in folder.metrics.read_text().splitlines())
     folder.write_metrics([first, {**second, "train_loss": None, "val_loss": float("nan")}])
-    folder.write_summary({**json.loads(folder.summary.read_text()), "skipped_steps": 5, "rollbacks": 2})
+    folder.write_json(folder.summary, {**json.loads(folder.summary.read_text()), "skipped_steps": 5, "rollbacks": 2})
     write_report(folder)
     page = report_of(folder.path)
     loss = page.section("Training curves").all("figure")[0]
@@ -315,8 +315,8 @@ def made_up_run(folder: Path, result: Evaluation, like: Path) -> RunFolder:
     folder.mkdir()
     for name in ("config.toml", "metrics.jsonl", "sessions.jsonl"):
         (folder / name).write_text((like / name).read_text())
-    made.write_summary({**json.loads((like / "summary.json").read_text()), **result.to_dict()})
-    made.write_details(report_details(result, None))
+    made.write_json(made.summary, {**json.loads((like / "summary.json").read_text()), **result.to_dict()})
+    made.write_json(made.details, report_details(result, None))
     write_report(made)
     return made
 

@@ -14,6 +14,7 @@ from vitrail.errors import VitrailError
 from vitrail.training.config.schema import make_config, parse_overrides, read_config
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.resources import batch_size as fit
+from vitrail.training.resources import trial
 from vitrail.training.resources.batch_size import Rates, candidate_sizes, fastest, fit_batch_size, largest
 from vitrail.training.run import train
 from vitrail.training.setup import prepare
@@ -77,7 +78,7 @@ def test_the_fastest_of_some_steps_counts_and_the_first_never(monkeypatch: pytes
     """By a clock that steps move on: 9 s, then 0.4, 0.2, 0.3; and where they are slow, until five seconds are over."""
     now, durations = [0.0], iter([9.0, 0.4, 0.2, 0.3])
     session = tiny.session()
-    monkeypatch.setattr(fit, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def step(batch: Any) -> None:
         now[0] += next(durations)

@@ -16,6 +16,7 @@ from training.runs import KEYS
 from vitrail.training import session as session_module
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.resources import forecast as cost
+from vitrail.training.resources import trial
 from vitrail.training.resources.forecast import Cost, estimate_cost
 from vitrail.training.run import train
 from vitrail.training.session import Session
@@ -42,7 +43,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     from vitrail.data.loader import TrainLoader
 
     clock = Clock()
-    monkeypatch.setattr(cost, "time", clock)
+    for module in (cost, trial):
+        monkeypatch.setattr(module, "time", clock)
     epoch = TrainLoader.epoch
 
     def read(self: Any, *place: int) -> Any:
@@ -146,7 +148,7 @@ def test_a_run_says_what_it_will_cost_and_keeps_to_it(
 
     monkeypatch.setattr(Trainer, "step", train_step)
     monkeypatch.setattr(session_module, "evaluate", evaluation)
-    for module in (cost, session_module):
+    for module in (cost, trial, session_module):
         monkeypatch.setattr(module, "time", ticks)
     summary = train(tiny.dataset(), out=tmp_path / "run", **{**KEYS, "epochs": 25, "checkpoint_every": 0}).report
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cost ")]

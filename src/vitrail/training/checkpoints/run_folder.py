@@ -63,37 +63,21 @@ class RunFolder:
         if self.writes:
             atomic_write_text(self.config, text)
 
+    def write_json(self, path: Path, values: Mapping[str, Any], indent: int | None = None) -> None:
+        """Write the summary, which marks the run as finished, or the details."""
+        if self.writes:
+            atomic_write_text(path, _json(values, indent) + "\n")
+
     def write_metrics(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Replace the metrics of all epochs."""
         if self.writes:
-            atomic_write_text(self.metrics, "".join(_line(line) for line in lines))
+            atomic_write_text(self.metrics, "".join(_json(line) + "\n" for line in lines))
 
-    def add_metrics(self, line: Mapping[str, Any]) -> None:
-        """Append the metrics of an epoch. Not synced to the disk: a resumed run writes all of them again."""
+    def append(self, path: Path, values: Mapping[str, Any]) -> None:
+        """Append a line of JSON, to the metrics or sessions. Not synced to the disk."""
         if self.writes:
-            _append(self.metrics, line)
-
-    def add_session(self, line: Mapping[str, Any]) -> None:
-        """Append a session."""
-        if self.writes:
-            _append(self.sessions, line)
-
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write the summary, which marks the run as finished."""
-        atomic_write_text(self.summary, _json(summary, indent=2) + "\n")
-
-    def write_details(self, details: Mapping[str, Any]) -> None:
-        """Write what the report shows besides the summary."""
-        atomic_write_text(self.details, _json(details) + "\n")
-
-
-def _append(path: Path, values: Mapping[str, Any]) -> None:
-    with disk_errors(path), path.open("a", encoding="utf-8") as file:
-        file.write(_line(values))
-
-
-def _line(values: Mapping[str, Any]) -> str:
-    return _json(values) + "\n"
+            with disk_errors(path), path.open("a", encoding="utf-8") as file:
+                file.write(_json(values) + "\n")
 
 
 def _json(values: Mapping[str, Any], indent: int | None = None) -> str:

@@ -3,25 +3,23 @@
 Shapes: B images, C channels, H W height and width, K classes.
 """
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from vitrail.errors import ConfigError
 from vitrail.images.preprocess import Preprocess
 from vitrail.training.config.schema import TrainConfig
 from vitrail.training.engine.batch_augmenter import View
+from vitrail.training.session import Session
 from vitrail.utils.files import atomic_write_bytes
 from vitrail.utils.text import printable
-
-if TYPE_CHECKING:
-    from PIL import Image, ImageFont
-
-    from vitrail.training.session import Session
 
 _COLUMNS = 8
 _MAX_IMAGES = 64
@@ -40,7 +38,7 @@ _FONTS = (
 )  # for names with characters beyond Latin
 
 
-def draw_first_batch(session: "Session", path: str | Path) -> str:
+def draw_first_batch(session: Session, path: str | Path) -> str:
     """Draw the first training batch of a session to an image file. Returns a line that describes it."""
     path = Path(path).expanduser()
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
@@ -72,12 +70,9 @@ def _value(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _save(picture: "Image.Image", path: Path) -> None:
-    import io
-
+def _save(picture: Image.Image, path: Path) -> None:
     stream = io.BytesIO()
-    kind = {".png": "PNG", ".webp": "WEBP"}.get(path.suffix.lower(), "JPEG")
-    picture.save(stream, kind, **({} if kind == "PNG" else {"quality": 92}))
+    picture.save(stream, Image.registered_extensions()[path.suffix.lower()], quality=92)
     atomic_write_bytes(path, stream.getvalue())
 
 
@@ -108,10 +103,8 @@ def zoom_factor(height: int, width: int) -> float:
 
 def draw(
     view: View, preprocess: Preprocess, class_names: Sequence[str], heads: Sequence[str] = ()
-) -> "tuple[Image.Image, int]":
+) -> tuple[Image.Image, int]:
     """A grid of the first images with their labels below them, and the number of images drawn."""
-    from PIL import Image, ImageDraw
-
     height, width = preprocess.size
     scale = zoom_factor(height, width)
     wide, high = round(width * scale), round(height * scale)
@@ -143,8 +136,6 @@ def draw(
 
 def _font(text: str) -> Any:
     """Pillow's default font, or a system font for characters that it may lack."""
-    from PIL import ImageFont
-
     if any(ord(letter) > 0x17F for letter in text):
         for name in _FONTS:
             try:
@@ -154,13 +145,13 @@ def _font(text: str) -> Any:
     return ImageFont.load_default(_FONT)
 
 
-def _fit(label: Sequence[str], font: "ImageFont.FreeTypeFont", width: int) -> list[str]:
+def _fit(label: Sequence[str], font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """The parts of a label in one line if they fit, else one line each, truncated to the width."""
     line = " / ".join(label)
     return [line] if font.getlength(line) <= width else [_truncate(part, font, width) for part in label]
 
 
-def _truncate(text: str, font: "ImageFont.FreeTypeFont", width: int) -> str:
+def _truncate(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     """The text truncated to the width; a number at its end is kept."""
     if font.getlength(text) <= width:
         return text
@@ -171,7 +162,7 @@ def _truncate(text: str, font: "ImageFont.FreeTypeFont", width: int) -> str:
     return name.rstrip() + "..." + end
 
 
-def _wrap(text: str, font: "ImageFont.FreeTypeFont", width: int) -> list[str]:
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:

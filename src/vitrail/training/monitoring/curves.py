@@ -7,6 +7,7 @@ from vitrail.reports.charts import STYLES, Series, line_chart
 
 _MAX_EPOCHS = 200  # rows of the table
 _MAX_RATES = 6  # lines in the chart of learning rates
+_LOSS_NOTE = "Training: mean of the training objective over the epoch, on augmented images. Validation: cross-entropy."
 
 
 def charts(
@@ -19,30 +20,21 @@ def charts(
     if probe:
         best = next((i for i, row in enumerate(history, 1) if row["l2"] == summary["probe"]["l2"]), None)
     mark = (float(best), "best") if best else None
-    loss = [_series("training", history, "train_loss", 0), _series("validation", history, "val_loss", 1)]
-    top1 = [_series("training", history, "train_top1", 0), _series("validation", history, "val_top1", 1)]
-    rates = _rates(history, groups)
-    loss_chart = line_chart(loss, title=f"Loss by {label}", x_label=label, y_label="loss", zero=True, mark=mark)
-    top1_chart = line_chart(top1, title=f"Top-1 by {label}", x_label=label, y_label="top-1, %", y_max=100, mark=mark)
-    rate_chart = line_chart(rates, title="Learning rate by epoch", x_label=label, y_label="learning rate", zero=True)
-    loss_note = (
-        "Training: mean of the training objective over the epoch, on augmented images. Validation: cross-entropy."
+    rows = (
+        ("Loss", "loss", _train_and_val(history, "loss"), {"zero": True, "mark": mark}, "" if probe else _LOSS_NOTE),
+        ("Top-1 accuracy", "top-1, %", _train_and_val(history, "top1"), {"y_max": 100.0, "mark": mark}, ""),
+        ("Learning rate", "learning rate", _rates(history, groups), {"zero": True}, ""),
     )
-    found = [
-        ("Loss", loss, loss_chart, "" if probe else loss_note),
-        ("Top-1 accuracy", top1, top1_chart, ""),
-        ("Learning rate", rates, rate_chart, ""),
-    ]
-    return [
-        {
-            "title": title,
-            "svg": svg,
-            "legend": [(one.name, f"line s{one.style % STYLES}") for one in series if one.points],
-            "note": note,
-        }
-        for title, series, svg, note in found
-        if svg
-    ]
+    found: list[dict[str, Any]] = []
+    for title, y_label, series, options, note in rows:
+        svg = line_chart(series, title=f"{title} by {label}", x_label=label, y_label=y_label, **options)
+        legend = [(one.name, f"line s{one.style % STYLES}") for one in series if one.points]
+        found += [{"title": title, "svg": svg, "legend": legend, "note": note}] if svg else []
+    return found
+
+
+def _train_and_val(history: Sequence[Mapping[str, Any]], metric: str) -> list[Series]:
+    return [_series("training", history, f"train_{metric}", 0), _series("validation", history, f"val_{metric}", 1)]
 
 
 def _series(name: str, history: Sequence[Mapping[str, Any]], key: str, style: int) -> Series:

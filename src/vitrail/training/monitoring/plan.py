@@ -14,8 +14,10 @@ from vitrail.training.engine.optimizer import describe_groups
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.setup import Setup
 from vitrail.utils.device import describe_precision
+from vitrail.utils.text import printable
 
 _ADVISE_BALANCE = 5.0  # ratio of largest to smallest class from which balancing is advised
+_NAMES_WIDTH = 80  # characters of the class names that are printed
 
 
 def plan_lines(setup: Setup, trainer: Trainer, steps_per_epoch: int, out: str) -> list[str]:
@@ -51,14 +53,14 @@ def balance_lines(dataset: Dataset, balance: str) -> list[str]:
         return []
     (largest, many), (smallest, few) = found.largest, found.smallest
     names = dataset.class_names
-    imbalance = f"imbalance {found.ratio:.3g}:1 ({names[largest]} {many:,}, {names[smallest]} {few:,})"
+    imbalance = f"{found.ratio:.3g}:1 ({names[largest]} {many:,}, {names[smallest]} {few:,})"
     weights = class_weights(labels, dataset.num_classes)
     remedy = {
         "none": "; consider --balance sample or --balance loss" * (found.ratio > _ADVISE_BALANCE),
         "sample": f"; classes sampled equally, images repeated up to {found.most_repeats} times per epoch",
         "loss": f"; class weights {weights[largest]:.3g} to {weights[smallest]:.3g} in the loss",
     }
-    return [f"classes {imbalance}{remedy[balance]}"]
+    return [f"balance {imbalance}{remedy[balance]}"]
 
 
 def _processes(trainer: Trainer) -> str:
@@ -68,11 +70,12 @@ def _processes(trainer: Trainer) -> str:
 
 
 def data_lines(dataset: Dataset) -> list[str]:
-    """Images by split, the number of classes and the first names, and the number of unreadable files."""
+    """Images by split, where the splits come from, the first class names, and the number of unreadable files."""
     counts = ", ".join(f"{count:,} {name}" for name, count in dataset.counts().items())
-    names = ", ".join(dataset.class_names[:8]) + (", ..." if dataset.num_classes > 8 else "")
     return [
-        f"data    {dataset.name}: {counts} images, {dataset.num_classes} classes: {names} ({dataset.how_split})",
+        f"data    {dataset.name}: {counts} images",
+        f"split   {dataset.how_split}",
+        f"classes {dataset.num_classes}: {printable(', '.join(dataset.class_names), _NAMES_WIDTH)}",
         *([f"skipped {len(dataset.skipped)} unreadable files, listed in summary.json"] if dataset.skipped else []),
     ]
 

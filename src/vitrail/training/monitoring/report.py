@@ -70,8 +70,11 @@ def report_values(folder: RunFolder) -> dict[str, Any]:
         "matrix": confusion_matrix(summary, details["confused"])
         if details and len(classes) <= _MATRIX_CLASSES
         else None,
-        "pairs": confused_pairs(summary, details.get("confused", []), classes),
-        "errors": confident_errors(details, classes),
+        "pairs": pair_rows(summary, details.get("confused", []), classes),
+        "errors": [
+            {**row, "label": classes[row["label"]], "predicted": classes[row["guess"]], "name": row["name"] or ""}
+            for row in details.get("mistakes", [])
+        ],
         "wrong": sum(row["images"] - row["correct"] for row in summary["per_class"]),
         "calibration": reliability_diagram(details, summary),
         "bins": [_bin_row(row) for row in details.get("calibration", [])],
@@ -220,7 +223,7 @@ def _strength(share: float, correct: bool) -> float:
     return round(share if correct else (0.12 + 0.88 * share**0.5 if share else 0.0), 3)
 
 
-def confused_pairs(
+def pair_rows(
     summary: Mapping[str, Any], confused: Sequence[Sequence[int]], classes: Sequence[str]
 ) -> list[tuple[str, str, str, str]]:
     """True label, predicted label, images and share of the true label's images, most images first."""
@@ -228,14 +231,6 @@ def confused_pairs(
     return [
         (classes[label], classes[predicted], f"{count:,}", f"{100 * count / max(images[label], 1):.1f} %")
         for label, predicted, count in confused[:_MAX_PAIRS]
-    ]
-
-
-def confident_errors(details: Mapping[str, Any], classes: Sequence[str]) -> list[dict[str, Any]]:
-    """The stored errors with class names."""
-    return [
-        {**row, "label": classes[row["label"]], "predicted": classes[row["guess"]], "name": row["name"] or ""}
-        for row in details.get("mistakes", [])
     ]
 
 

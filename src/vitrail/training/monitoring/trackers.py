@@ -7,12 +7,13 @@ trackers.json stores the last step logged by each tracker, for resumed runs.
 import json
 import os
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from vitrail.errors import DeviceError
 from vitrail.training.checkpoints.run_folder import RunFolder
@@ -23,23 +24,23 @@ _FINAL = ("top1", "top5", "loss", "ece", "best_epoch", "epochs", "seconds", "ima
 _PROJECT = "vitrail"  # default project of Weights & Biases and Trackio
 
 
-class Tracker(Protocol):
+class Tracker(ABC):
     """Logs scalars by name, such as train/loss and lr/head."""
 
+    @abstractmethod
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Log the values after `step` optimizer steps; on return they are written or handed to another process."""
-        ...
 
     def finish(self, values: Mapping[str, float], step: int) -> None:
         """Log the final metrics."""
-        ...
+        self.log({f"final/{name}": value for name, value in values.items()}, step)
 
+    @abstractmethod
     def close(self) -> None:
         """Close the tracker at the end of a session."""
-        ...
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
     """Event files in RUN/tensorboard; `tensorboard --logdir runs` shows all runs."""
 
     def __init__(self, folder: RunFolder, config: Mapping[str, Any], state: dict[str, Any]) -> None:
@@ -56,14 +57,11 @@ class TensorBoard:
             self._writer.add_scalar(name.replace(" ", "_"), value, step)
         self._writer.flush()
 
-    def finish(self, values: Mapping[str, float], step: int) -> None:
-        self.log({f"final/{name}": value for name, value in values.items()}, step)
-
     def close(self) -> None:
         self._writer.close()
 
 
-class WandB:
+class WandB(Tracker):
     """A Weights & Biases run; reads its environment variables (WANDB_PROJECT, WANDB_MODE=offline, ...)."""
 
     def __init__(self, folder: RunFolder, config: Mapping[str, Any], state: dict[str, Any]) -> None:
@@ -88,7 +86,7 @@ class WandB:
         self._run.finish()
 
 
-class Trackio:
+class Trackio(Tracker):
     """A Trackio run, local or in the Space TRACKIO_SPACE_ID."""
 
     def __init__(self, folder: RunFolder, config: Mapping[str, Any], state: dict[str, Any]) -> None:
@@ -103,9 +101,6 @@ class Trackio:
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)
-
-    def finish(self, values: Mapping[str, float], step: int) -> None:
-        self.log({f"final/{name}": value for name, value in values.items()}, step)
 
     def close(self) -> None:
         self._run.finish()
@@ -137,7 +132,7 @@ class Trackers:
         self._names = tracker_names(track)
         self._folder = folder
         self._config = config
-        self._log_text = log
+        self._print = log
         self._open: dict[str, Tracker] = {}
         self._state: dict[str, dict[str, Any]] = {}
 
@@ -161,23 +156,18 @@ class Trackers:
 
     def epoch(self, record: Mapping[str, Any], rates: Mapping[str, float]) -> None:
         """Log a line of metrics.jsonl, and the learning rates by group at its last step."""
-        self._log(scalars(record, rates), record["steps"], lambda tracker: tracker.log)
+        self._call("log", scalars(record, rates), record["steps"], "steps")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Log the final metrics of the summary."""
         values = {name: summary[name] for name in _FINAL if isinstance(summary.get(name), int | float)}
-        self._log(values, summary["steps"], lambda tracker: tracker.finish, key="finished")
+        self._call("finish", values, summary["steps"], "finished")
 
-    def _log(
-        self,
-        values: Mapping[str, float],
-        step: int,
-        how: Callable[[Tracker], Callable[[Mapping[str, float], int], None]],
-        key: str = "steps",
-    ) -> None:
+    def _call(self, method: str, values: Mapping[str, float], step: int, key: str) -> None:
+        """Call a method of each tracker, unless it was called at this step; `key` stores its last step."""
         for name, tracker in list(self._open.items()):
             state = self._state[name]
-            if step > state.get(key, -1) and self._try(name, partial(how(tracker), values, step)):
+            if step > state.get(key, -1) and self._try(name, partial(getattr(tracker, method), values, step)):
                 state[key] = step
         self._save_state()
 
@@ -187,7 +177,7 @@ class Trackers:
             call()
         except Exception as error:  # no failure of a tracker may end the run
             self._open.pop(name, None)
-            self._log_text(f"warning: {name} failed, training continues without it: {one_line(error)}")
+            self._print(f"warning: {name} failed, training continues without it: {one_line(error)}")
             return False
         return True
 

@@ -5,6 +5,7 @@ factor of `_MAX_FACTOR` of the recipe's.
 """
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 from vitrail.images.preprocess import Preprocess
@@ -16,7 +17,7 @@ from vitrail.training.resources.trial import (
     fits_in_memory,
     free_step_memory,
     preserve_state,
-    synchronize,
+    timed_step,
 )
 from vitrail.utils.memory import available_memory, peak_memory, reset_peak_memory
 from vitrail.utils.text import format_bytes
@@ -97,30 +98,17 @@ def candidate_sizes(low: int, high: int) -> list[int]:
 
 def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
     """The largest of ascending sizes that fits, by bisection; the smallest is assumed to fit."""
-    low, high = 0, len(sizes) - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if fits(sizes[middle]):
-            low = middle
-        else:
-            high = middle - 1
-    return sizes[low]
+    return sizes[bisect_left(sizes, True, lo=1, key=lambda size: not fits(size)) - 1]
 
 
 def _images_per_second(trainer: Trainer, preprocess: Preprocess, size: int) -> float:
     """The rate of the fastest of several steps after a warm-up step."""
     batch = blank_batch(size, preprocess)
-    trainer.step(batch)
-    synchronize(trainer.device)
-    start, times = time.perf_counter(), []
-    while True:
-        begin = time.perf_counter()
-        trainer.step(batch)
-        synchronize(trainer.device)
-        now = time.perf_counter()
-        times.append(now - begin)
-        if now - start >= (_MIN_SECONDS if len(times) >= _MIN_STEPS else _MAX_SECONDS):
-            return size / min(times)
+    timed_step(trainer, batch)
+    times: list[float] = []
+    while sum(times) < (_MIN_SECONDS if len(times) >= _MIN_STEPS else _MAX_SECONDS):
+        times.append(timed_step(trainer, batch))
+    return size / min(times)
 
 
 def memory_advice(trainer: Trainer, preprocess: Preprocess) -> str:

@@ -5,10 +5,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
+from statistics import median_low
 
 from vitrail.data.loader import Batch, TrainLoader
 from vitrail.training.engine.trainer import Trainer
-from vitrail.training.resources.trial import estimate_peak_memory, preserve_state, synchronize
+from vitrail.training.resources.trial import estimate_peak_memory, preserve_state, timed_step
 from vitrail.utils.memory import available_memory, peak_memory, reset_peak_memory
 from vitrail.utils.text import format_bytes, format_duration
 
@@ -111,13 +112,8 @@ def _step_seconds(trainer: Trainer, batches: list[Batch]) -> float:
     """The median duration of the steps after the first. With a budget, stops after `_MAX_SHARE` of it."""
     times: list[float] = []
     budget = trainer.schedule.budget or math.inf
-    start = time.perf_counter()
     for batch in batches:
-        begin = time.perf_counter()
-        trainer.step(batch)
-        synchronize(trainer.device)
-        times.append(time.perf_counter() - begin)
-        if time.perf_counter() - start + times[-1] > _MAX_SHARE * budget:
+        times.append(timed_step(trainer, batch))
+        if sum(times) + times[-1] > _MAX_SHARE * budget:
             break
-    later = sorted(times[1:] or times)
-    return later[(len(later) - 1) // 2]
+    return median_low(times[1:] or times)

@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H W height and width.
 
 import copy
 import gc
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -70,20 +71,24 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def timed_step(trainer: Trainer, batch: Batch) -> float:
+    """Make a step, and return the seconds until the device has finished it."""
+    start = time.perf_counter()
+    trainer.step(batch)
+    synchronize(trainer.device)
+    return time.perf_counter() - start
+
+
 def fits_in_memory(trainer: Trainer, batch: Batch) -> bool:
     """Make a step on this batch, and return whether there was enough memory."""
     try:
-        trainer.step(batch)
-        synchronize(trainer.device)
+        timed_step(trainer, batch)
+        return True
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        full = True
-    else:
-        full = False
-    if full:  # outside of `except`, where the error no longer references the step's tensors
-        free_step_memory(trainer)
-    return not full
+    free_step_memory(trainer)  # outside of `except`, where the error no longer references the step's tensors
+    return False
 
 
 def estimate_peak_memory(trainer: Trainer, preprocess: Preprocess, batch_size: int) -> int:
