@@ -52,7 +52,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call: int) 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the run leaves when nothing interrupts it."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
+    folder = tmp_path_factory.mktemp("reference") / "run"
     with pytest.MonkeyPatch.context() as patch:
         tiny.add_variant(patch)
         run(folder)
@@ -137,13 +137,21 @@ def test_going_on_is_refused_where_it_would_be_another_run(tmp_path: Path, monke
 
 
 _VICTIM = """
-import sys
+import itertools, sys, threading
 sys.path.insert(0, {tests!r})
 from training import tiny
 from training.runs import KEYS
+from vitrail.training.engine.trainer import Trainer
 from vitrail.training.run import train
 tiny.VARIANTS[tiny.VARIANT.name] = tiny.VARIANT
 keys = {{**KEYS, "epochs": 30, "checkpoint_every": 4}}
+step = Trainer.step
+calls = itertools.count(1)
+def limited(self, batch):
+    step(self, batch)
+    if next(calls) == {limit!r}:
+        threading.Event().wait()
+Trainer.step = limited
 if {resume!r}:
     train(tiny.dataset(), resume={out!r}, progress=False)
 else:
@@ -153,26 +161,26 @@ else:
 
 @pytest.mark.slow
 def test_sigkill_at_random_moments(tmp_path: Path) -> None:
-    """A real process, really killed, again and again until a run is finished."""
+    """A process is killed, again and again until a run of 150 steps is finished. Each stops after 30 steps, so at
+    least four are killed, however fast the machine is."""
 
-    def start(out: Path) -> subprocess.Popen[bytes]:
+    def start(out: Path, limit: int | None = None) -> subprocess.Popen[bytes]:
         resume = (out / "config.toml").exists()
-        code = _VICTIM.format(tests=str(Path(__file__).parents[1]), out=str(out), resume=resume)
+        code = _VICTIM.format(tests=str(Path(__file__).parents[1]), out=str(out), resume=resume, limit=limit)
         with (tmp_path / "errors.txt").open("a") as errors:
             return subprocess.Popen([sys.executable, "-c", code], stderr=errors)
 
-    assert start(tmp_path / "whole").wait() == 0
+    assert start(tmp_path / "reference").wait() == 0
     draw, killed, folder = random.Random(0), 0, tmp_path / "run"
     while not (folder / "summary.json").exists():
-        process, before = start(folder), sorted(folder.glob("checkpoint/step-*"))
+        process, before = start(folder, limit=30), sorted(folder.glob("checkpoint/step-*"))
         while process.poll() is None and sorted(folder.glob("checkpoint/step-*")) == before:
-            time.sleep(0.005)  # until it has begun and come further: else a slow start would never end
+            time.sleep(0.005)  # it has written a new checkpoint, so every start makes progress
         time.sleep(draw.random() * 0.5)
         process.kill()
-        process.wait()
-        killed += 1
+        killed += process.wait() == -signal.SIGKILL
     assert killed > 3, (tmp_path / "errors.txt").read_text()
-    assert_same(outcome(folder), outcome(tmp_path / "whole"))
+    assert_same(outcome(folder), outcome(tmp_path / "reference"))
 
 
 @pytest.mark.slow
