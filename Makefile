@@ -4,7 +4,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO := runs/demo
 
-.PHONY: demo test test-slow test-instruction-sets check format bench clean
+OLDEST := .venv-oldest
+
+.PHONY: demo test test-slow test-instruction-sets test-oldest check format bench clean
 
 demo: .venv/core
 	rm -rf $(DEMO) $(DEMO)-images
@@ -23,6 +25,10 @@ test-slow: .venv/dev
 test-instruction-sets: .venv/dev
 	$(BIN)/python scripts/test_instruction_sets.py
 
+# The quick tests with the lowest versions that pyproject.toml allows, in an environment of their own.
+test-oldest: $(OLDEST)/dev
+	$(OLDEST)/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
+
 check: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -36,7 +42,7 @@ bench: .venv/dev
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf .venv build *.egg-info src/*.egg-info
+	rm -rf .venv $(OLDEST) build *.egg-info src/*.egg-info
 
 .venv/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vitrail needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
@@ -50,3 +56,8 @@ clean:
 .venv/dev: .venv/python pyproject.toml constraints.txt
 	$(PIP) -e ".[dev]"
 	touch $@ .venv/core
+
+$(OLDEST)/dev: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[dev]"
+	touch $@

@@ -48,3 +48,22 @@ def test_dependencies_are_imported() -> None:
 def test_core_dependencies_are_pinned(requirement: str) -> None:
     pins = {module(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     assert module(requirement).lower() in {pin.lower() for pin in pins}
+
+
+def test_constraints_oldest_has_the_lowest_versions() -> None:
+    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    pinned = {module(line).lower(): line.partition("==")[2] for line in lines if "==" in line}
+    requirements = PROJECT["dependencies"] + [line for lines in EXTRAS.values() for line in lines if ">=" in line]
+    lowest = {module(line).lower(): line.partition(">=")[2] for line in requirements}
+    assert pinned.keys() >= {module(line).lower() for line in PROJECT["dependencies"]}
+    assert {name: _release(version) for name, version in pinned.items()} == {
+        name: _release(lowest[name]) for name in pinned
+    }
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """3.0 and 3.0.0 are the same release."""
+    numbers = [int(part) for part in version.split(".")]
+    while numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)

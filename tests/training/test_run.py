@@ -105,7 +105,7 @@ def test_foreign_folders_and_second_writers_are_refused(tmp_path: Path) -> None:
     (tmp_path / "busy").mkdir()
     with RunFolder(tmp_path / "busy").lock(), pytest.raises(RunError, match="another run"):
         run(tmp_path / "busy")
-    assert [path.name for path in (tmp_path / "busy").iterdir()] == [".lock"]
+    assert {path.name for path in (tmp_path / "busy").iterdir()} <= {".lock"}  # filelock 3.21 deletes it
 
 
 def test_runs_without_a_place_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
