@@ -54,16 +54,16 @@ class PixelCache:
         self._lock = threading.Lock()
         self._verified = bytearray(len(shapes))  # 1: the checksum was verified, or written, by this process
         self._writable = True
-        size = int(self._ends[-1])
         files = [_lock_shared(folder)]
         self.close = weakref.finalize(self, _close, files)  # arrays that `get` has returned stay valid
-        for name in ("pixels", "checksums"):
+        maps = []
+        for name, length in (("pixels", int(self._ends[-1])), ("checksums", 4 * len(shapes))):
             files.append(os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666))
+            if os.fstat(files[-1]).st_size < length:
+                os.ftruncate(files[-1], length)  # the new bytes are 0, and use no space until they are written
+            maps.append(mmap.mmap(files[-1], length, access=mmap.ACCESS_READ))
         _, self._pixels, self._checksums = files
-        _extend(self._pixels, size)
-        _extend(self._checksums, 4 * len(shapes))
-        self._pixel_map = mmap.mmap(self._pixels, size, access=mmap.ACCESS_READ)
-        self._checksum_map = mmap.mmap(self._checksums, 4 * len(shapes), access=mmap.ACCESS_READ)
+        self._pixel_map, self._checksum_map = maps
         os.utime(folder)  # the time of the last use
 
     def get(self, i: int) -> Pixels | None:
@@ -137,17 +137,16 @@ def max_total_size() -> int:
     root = _root()
     disk = next(path for path in (root, *root.parents) if path.exists())
     free = max(0, shutil.disk_usage(disk).free - RESERVE)
-    return int(_MAX_FRACTION * (free + sum(map(_disk_usage, _folders()))))
+    return int(_MAX_FRACTION * (free + sum(size for _, size, _ in _caches())))
 
 
 def _evict(size: int, keep: Path) -> None:
     """Remove the least recently used caches until `keep` may use `size` bytes. Caches that are open are not removed."""
-    others = sorted((folder for folder in _folders() if folder != keep), key=_last_used)
-    excess = sum(map(_disk_usage, others)) + size - max_total_size()
-    for folder in others:
+    others = sorted(cache for cache in _caches() if cache[2] != keep)
+    excess = sum(used for _, used, _ in others) + size - max_total_size()
+    for _, used, folder in others:
         if excess <= 0:
             return
-        used = _disk_usage(folder)
         if _remove(folder):
             excess -= used
 
@@ -156,23 +155,13 @@ def _root() -> Path:
     return cache_dir() / "decoded"
 
 
-def _folders() -> list[Path]:
-    with suppress(OSError):
-        return [path for path in _root().iterdir() if path.is_dir()]
-    return []
-
-
-def _disk_usage(folder: Path) -> int:
-    """Bytes on the disk: the file is sparse, images that are not stored use no space."""
-    with suppress(OSError):
-        return (folder / "pixels").stat().st_blocks * 512
-    return 0
-
-
-def _last_used(folder: Path) -> float:
-    with suppress(OSError):
-        return folder.stat().st_mtime
-    return 0.0
+def _caches() -> list[tuple[float, int, Path]]:
+    """Time of the last use, bytes on the disk (images that are not stored use none), and folder of each cache."""
+    found = []
+    for pixels in _root().glob("*/pixels"):
+        with suppress(OSError):  # removed by another process
+            found.append((pixels.parent.stat().st_mtime, pixels.stat().st_blocks * 512, pixels.parent))
+    return found
 
 
 def _close(files: list[int]) -> None:
@@ -211,12 +200,6 @@ def _remove(folder: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def _extend(file: int, size: int) -> None:
-    """Extend a file to at least `size` bytes. The new bytes are 0, and use no space until they are written."""
-    if os.fstat(file).st_size < size:
-        os.ftruncate(file, size)
 
 
 def _write(file: int, content: memoryview, offset: int) -> None:
