@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vitrail.data.dataset import Dataset
@@ -18,8 +18,8 @@ from vitrail.data.formats.cifar import open_cifar
 from vitrail.data.formats.digits import open_digits
 from vitrail.data.formats.folder import open_folder
 from vitrail.data.formats.idx import open_idx
-from vitrail.data.named import DatasetFile, DatasetRow, open_named
-from vitrail.data.splits import SplitOptions
+from vitrail.data.named import DatasetFile, DatasetRow
+from vitrail.data.splits import SplitOptions, make_dataset
 from vitrail.errors import DataError, did_you_mean
 from vitrail.utils.download import Progress
 
@@ -67,7 +67,9 @@ def open_dataset(
     row = DATASETS.get(str(data).lower()) if isinstance(data, str) else None
     format_row, rest = _format_of(data)
     if row is not None:
-        dataset = open_named(row, Path(data_dir) if data_dir else None, options, progress)
+        splits = row.opener(row, Path(data_dir) if data_dir else None, progress)
+        dataset = make_dataset(row.name, row.class_names, splits, options)
+        dataset = replace(dataset, channels=row.channels, mean=row.mean, std=row.std)
     elif format_row.prefix or Path(data).expanduser().is_dir():
         dataset = format_row.opener(rest, options, progress)
     else:

@@ -1,14 +1,12 @@
-"""Datasets with a name in the catalog: a row of the catalog, and the dataset that is opened from it."""
+"""The rows of the catalog of datasets."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vitrail.data.dataset import ArraySplit, Dataset
-from vitrail.data.splits import SplitOptions, make_dataset
+from vitrail.data.dataset import ArraySplit
 from vitrail.utils.download import Progress, cache_dir, fetch
 
 
@@ -53,10 +51,3 @@ class DatasetRow:
     @property
     def cache_dir(self) -> Path:
         return cache_dir() / self.name
-
-
-def open_named(row: DatasetRow, data_dir: Path | None, options: SplitOptions, progress: Progress | None) -> Dataset:
-    """The dataset of a row; val is held out of its train split."""
-    splits = row.opener(row, data_dir, progress)
-    dataset = make_dataset(row.name, row.class_names, splits, options, names_of=lambda split: None)
-    return dataclasses.replace(dataset, channels=row.channels, mean=row.mean, std=row.std)

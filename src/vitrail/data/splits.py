@@ -115,7 +115,7 @@ def make_dataset(
     splits: Mapping[str, S],
     options: SplitOptions,
     *,
-    names_of: Callable[[S], list[str] | None],
+    names_of: Callable[[S], list[str]] | None = None,
     skipped: list[SkippedImage] | None = None,
 ) -> Dataset:
     """A dataset from the given splits; val and test are held out of train if they are missing.
@@ -138,7 +138,7 @@ def make_dataset(
     )
 
 
-def _hold_out_missing(splits: dict[str, S], options: SplitOptions, names_of: Callable[[S], list[str] | None]) -> str:
+def _hold_out_missing(splits: dict[str, S], options: SplitOptions, names_of: Callable[[S], list[str]] | None) -> str:
     """Hold out the missing splits of train, in place. Returns a description of where all splits come from."""
     given = [name for name in SPLITS if name in splits]
     notes = [f"{', '.join(given)}: the dataset's own"]
@@ -155,7 +155,8 @@ def _hold_out_missing(splits: dict[str, S], options: SplitOptions, names_of: Cal
             continue
         train = splits["train"]
         share = fraction * total / len(train)
-        kept, held_out = stratified(train.labels, share, options.seed, split, names=names_of(train))
+        names = names_of(train) if names_of else None
+        kept, held_out = stratified(train.labels, share, options.seed, split, names=names)
         if len(held_out):
             splits[split], splits["train"] = train.take(held_out), train.take(kept)
             notes.append(f"{split}: {len(held_out)} of {total} images held out, stratified, split seed {options.seed}")

@@ -41,9 +41,6 @@ class DropPath(nn.Module):
         keep = torch.rand(x.shape[0], *(1 for _ in x.shape[1:]), device=x.device) >= self.rate
         return x * (keep.to(x.dtype) / (1 - self.rate))
 
-    def extra_repr(self) -> str:
-        return f"rate={self.rate:g}"
-
 
 class LayerScale(nn.Module):
     """A learnable factor per channel of a residual branch, initialised near zero (Touvron et al., "Going deeper with

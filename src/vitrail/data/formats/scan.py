@@ -93,7 +93,7 @@ def make_labelled_dataset(
     class_names: Sequence[str] | None,
     skipped: list[SkippedImage],
     options: SplitOptions,
-    names_of: Callable[[S], list[str] | None],
+    names_of: Callable[[S], list[str]],
 ) -> Dataset:
     """A dataset from splits and their labels, which are class indices or class names.
 
