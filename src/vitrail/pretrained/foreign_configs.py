@@ -156,11 +156,9 @@ def _transformers(config: Config, processor: Config | None, where: str) -> Archi
 
 
 def _common(config: Config, patch: int) -> dict[str, Any]:
-    sides = config.get("image_size", 224)
-    size = (sides, sides) if isinstance(sides, int) else tuple(sides)
-    patch = config.get("patch_size", patch)
+    size, patch = config.get("image_size", 224), config.get("patch_size", patch)
     return {
-        "img_size": size,
+        "img_size": (size, size) if isinstance(size, int) else tuple(size),
         "in_chans": config.get("num_channels", 3),
         "patch_size": patch if isinstance(patch, int) else patch[0],
         "qkv_bias": config.get("qkv_bias", True),

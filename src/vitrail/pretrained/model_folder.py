@@ -143,8 +143,7 @@ def name_of(config: ModelConfig) -> str:
         for row in VARIANTS.values()
         if type(row.config) is type(config) and key.items() <= dataclasses.asdict(row.config).items()
     ]
-    rows.sort(key=lambda row: row.config.img_size != config.img_size)
-    return rows[0].name if rows else family_of(config)
+    return max(rows, key=lambda row: row.config.img_size == config.img_size).name if rows else family_of(config)
 
 
 def read_model_folder(folder: Path) -> Contents:

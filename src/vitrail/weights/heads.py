@@ -63,7 +63,7 @@ def decide_head(
         reason = f"{new} classes in place of {old}" if old else "the file has no head"
         if policy == "keep":
             raise WeightsError(f"cannot keep the head: {reason}")
-        return HeadDecision(keep=requested is None, reason=reason, problem=requested is None)
+        return HeadDecision(keep=False, reason=reason, problem=requested is None)
     return _by_names(old_names, new_names, policy)
 
 

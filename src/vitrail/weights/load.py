@@ -134,7 +134,7 @@ class _Plan:
     def load_head(self, decision: HeadDecision) -> None:
         """Keep the file's head (both heads if there are two), or a new one."""
         in_file, in_model = head_names(self.remaining), head_names(self.expected)
-        if decision.keep and not decision.problem:
+        if decision.keep:
             for name in in_file:
                 if decision.rows is not None and name in self.expected and self.remaining[name].ndim:
                     self.load(name, self.remaining[name][list(decision.rows)], how=decision.reason)

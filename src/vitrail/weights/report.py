@@ -6,8 +6,6 @@ from typing import Any
 
 from vitrail.utils.text import format_shape, join_names, printable
 
-STATES = ("loaded", "resized", "adapted", "new", "unused")
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -33,7 +31,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
 
     def of(self, state: str) -> list[Entry]:
-        """The entries of one of `STATES`."""
+        """The entries that are "loaded", "resized", "adapted", "new" or "unused"."""
         return [entry for entry in self.entries if entry.state == state]
 
     def __str__(self) -> str:
@@ -57,9 +55,7 @@ class Report:
                 entry.state,
                 printable(entry.name),
                 _shapes(entry),
-                "; ".join(
-                    part for part in (entry.how, entry.file and f"in the file {printable(entry.file, 200)}") if part
-                ),
+                "; ".join(filter(None, (entry.how, entry.file and f"in the file {printable(entry.file, 200)}"))),
             )
             for entry in self.entries
         ]

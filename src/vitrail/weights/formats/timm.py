@@ -6,14 +6,11 @@ Taken from timm 1.0.31, facebookresearch/deit, dino, dinov2 and ConvNeXt, micros
 from vitrail.weights.formats.keymap import BUFFERS, PARAM, WHY_BUFFER, Rules, rename, shift_merging, without_pre_logits
 from vitrail.weights.tensors import Tensors
 
-_VIT_BLOCK: Rules = {
-    rf"(blocks\.\d+)\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2){PARAM}": r"\1.\2.\3",
-    r"(blocks\.\d+)\.(ls[12])\.gamma": r"\1.\2.gamma",
-}
 TIMM_VIT: Rules = {
     rf"patch_embed\.(proj|convs\.\d+){BUFFERS}": r"patch_embed.\1.\2",
     r"(cls_token|dist_token|reg_token|pos_embed)": r"\1",
-    **_VIT_BLOCK,
+    rf"(blocks\.\d+)\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2){PARAM}": r"\1.\2.\3",
+    r"(blocks\.\d+)\.(ls[12])\.gamma": r"\1.\2.gamma",
     rf"(norm|fc_norm|head|head_dist){PARAM}": r"\1.\2",
     rf"pre_logits(\.fc)?{PARAM}": r"pre_logits.\2",
 }
