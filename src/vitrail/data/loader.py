@@ -30,7 +30,7 @@ from vitrail.images.preprocess import Preprocess
 from vitrail.images.resize import resize_part
 from vitrail.utils.counter_rng import uniform
 
-_IN_MEMORY = 256 << 20  # bytes up to which an array's cropped images are kept, rather than cropped anew every epoch
+_IN_MEMORY = 256 << 20  # bytes up to which an array's cropped images are kept, rather than cropped again in every epoch
 _PREFETCH = 3  # batches that are read while one is used
 
 

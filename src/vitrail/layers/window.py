@@ -140,7 +140,7 @@ class _AttendWithBias(torch.autograd.Function):
     """softmax(q k^T / sqrt(D) + bias) v with a gradient for the bias, on the CPU.
 
     `scaled_dot_product_attention` has no fused CPU kernel for a bias that needs a gradient, and allocates the scores
-    anew for every operation. Here operations are in place.
+    again for every operation. Here operations are in place.
     """
 
     @staticmethod

@@ -103,7 +103,7 @@ def _load_tables(name: str) -> dict[str, Any]:
     elif name and os.path.isdir(path):
         raise DataError(f"{name} contains no parquet file and was not written by save_to_disk")
     elif not name or is_path(name) or glob.has_magic(name):
-        raise DataError(f"there is no {name!r}: hf-dataset: needs parquet files, a saved dataset, or a hub name")
+        raise DataError(f"could not find {name!r}: hf-dataset: needs parquet files, a saved dataset, or a hub name")
     else:
         loaded = _load_from_hub(name)
     return dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}

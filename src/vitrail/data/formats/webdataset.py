@@ -71,7 +71,9 @@ def expand(pattern: str) -> list[str]:
         else:
             matches = [path] if os.path.isfile(path) else []
         if not matches:
-            raise DataError(f"{path} contains no .tar file" if os.path.isdir(path) else f"there is no shard {path}")
+            raise DataError(
+                f"{path} contains no .tar file" if os.path.isdir(path) else f"could not find the shard {path}"
+            )
         found += matches
     return list(dict.fromkeys(found))
 
@@ -141,7 +143,7 @@ def _names_of(split: ShardSplit) -> list[str]:
 
 
 def _scan_all(paths: list[str], progress: Progress | None) -> dict[str, Scan]:
-    """The scan of each shard, from the cache if it is there."""
+    """The scan of each shard, from the cache if its file is unchanged."""
     found: dict[str, Scan] = {}
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
         for path, scan in zip(paths, pool.map(_scan, paths), strict=True):
