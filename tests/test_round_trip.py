@@ -86,14 +86,14 @@ def test_vitrail_to_timm_to_vitrail(config: ModelConfig, tmp_path: Path) -> None
     """Saved again by timm, as its push_to_hf_hub saves: nothing of ours is left in the folder."""
     classifier = make(config)
     classifier.save(tmp_path / "ours")
-    guest = timm.create_model(f"local-dir:{tmp_path / 'ours'}", pretrained=True).eval()
-    args = {key: value for key, value in guest.pretrained_cfg.items() if key == "label_names"}
+    other = timm.create_model(f"local-dir:{tmp_path / 'ours'}", pretrained=True).eval()
+    args = {key: value for key, value in other.pretrained_cfg.items() if key == "label_names"}
     args["model_args"] = _json(tmp_path / "ours")["model_args"]  # timm does not remember what it was built with
-    save_for_hf(guest, tmp_path / "timm", model_config=args, safe_serialization=True)
+    save_for_hf(other, tmp_path / "timm", model_config=args, safe_serialization=True)
     assert "vitrail" not in _json(tmp_path / "timm")
     back = load(tmp_path / "timm")
     expected = logits(classifier.model, config)
-    assert_equal(expected, logits(guest, config))
+    assert_equal(expected, logits(other, config))
     assert_equal(expected, logits(back.model, config))
     assert back.class_names == NAMES
     assert back.preprocess == classifier.preprocess
@@ -107,11 +107,11 @@ def test_vitrail_to_transformers(config: ModelConfig, tmp_path: Path) -> None:
     folder = classifier.save(tmp_path / "m")
     expected = logits(classifier.model, config)
     for kind in (TimmWrapperForImageClassification, AutoModelForImageClassification):
-        guest = kind.from_pretrained(folder)
-        assert isinstance(guest, TimmWrapperForImageClassification)
-        assert_equal(expected, logits(guest, config))
-        assert guest.config.id2label == dict(enumerate(NAMES))
-        assert guest.config.label2id["owl"] == 2
+        other = kind.from_pretrained(folder)
+        assert isinstance(other, TimmWrapperForImageClassification)
+        assert_equal(expected, logits(other, config))
+        assert other.config.id2label == dict(enumerate(NAMES))
+        assert other.config.label2id["owl"] == 2
 
 
 @pytest.mark.parametrize("preprocess", SETTINGS, ids=lambda p: f"{p.crop_mode} {p.size[0]}x{p.size[1]}")
@@ -133,15 +133,15 @@ def test_from_photograph_to_label_all_three_agree(tmp_path: Path) -> None:
     config = CONFIGS["deit, distilled"]
     classifier = make(config)
     folder = classifier.save(tmp_path / "m")
-    processor, guest = (
+    processor, other = (
         AutoImageProcessor.from_pretrained(folder),
         AutoModelForImageClassification.from_pretrained(folder),
     )
     for name, image in photographs():
         ours = {score.label: score.score for score in classifier.predict(image, top=7)[0].top}
         with torch.inference_mode():
-            theirs = guest(**processor(image)).logits.softmax(1)[0].tolist()
-        assert ours == pytest.approx({guest.config.id2label[k]: score for k, score in enumerate(theirs)}, rel=1e-3), (
+            theirs = other(**processor(image)).logits.softmax(1)[0].tolist()
+        assert ours == pytest.approx({other.config.id2label[k]: score for k, score in enumerate(theirs)}, rel=1e-3), (
             name
         )
 

@@ -83,10 +83,10 @@ def photos(tmp_path: Path) -> Path:
 
 
 def test_help_has_every_command_and_an_example_for_each(run: Run) -> None:
-    whole = run("--help")
-    assert whole.status == 0
+    overview = run("--help")
+    assert overview.status == 0
     for command in ("train", "evaluate", "predict", "models"):
-        assert f" {command} " in whole.out
+        assert f" {command} " in overview.out
         one = run(command, "--help")
         assert one.status == 0
         assert f"Example: vitrail {command} " in one.out

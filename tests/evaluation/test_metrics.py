@@ -1,4 +1,4 @@
-"""Figures against scikit-learn's, torch's and hand-counted ones."""
+"""Metrics against scikit-learn's, torch's and hand-counted ones."""
 
 import numpy as np
 import pytest
