@@ -20,7 +20,7 @@ from typing import Any
 
 from vitrail.training.checkpoints.checkpoint import load_checkpoint
 from vitrail.training.config.schema import parse_overrides
-from vitrail.training.resume_harness import AfterSeconds, AtCall, Ending, Job, NthCall, differences_of_runs, run_job
+from vitrail.training.resume_harness import AfterSeconds, AtCall, Job, JobResult, NthCall, differences_of_runs, run_job
 
 SETTINGS = {
     "epochs": 1.5,
@@ -55,7 +55,7 @@ def choose(kind: str, draw: random.Random, seconds: float, ranks: int) -> tuple[
     return f"in call {number} of {function.partition(':')[2]}", AtCall(function, NthCall(number)), 0
 
 
-def finish(ending: Ending) -> Ending:
+def finish(ending: JobResult) -> JobResult:
     if ending.failed:
         sys.exit(ending.errors)
     return ending

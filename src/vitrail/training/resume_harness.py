@@ -1,4 +1,4 @@
-"""Training runs in processes of their own, stopped or killed at a chosen moment, and the comparison of their results.
+"""Training runs in separate processes, stopped or killed at a chosen moment, and the comparison of their results.
 
 `--verify-resume` (verify_resume.py) and scripts/kill_and_resume.py are built on this. Run as a module it is one of the
 processes: it reads a pickled `Job` from the file that its argument names.
@@ -85,18 +85,18 @@ class AfterSeconds:
 
 @dataclass(frozen=True)
 class Job:
-    """Arguments of `train`, and when the process of which rank sends itself a signal."""
+    """Arguments of `train`, and when the process of a rank sends itself a signal."""
 
     data: str | Path | Dataset | None
     arguments: Mapping[str, Any]
-    moment: AtCall | AfterSeconds | None = None
+    trigger: AtCall | AfterSeconds | None = None
     signal: int = signal.SIGKILL
     rank: int = 0
 
 
 @dataclass(frozen=True)
-class Ending:
-    """How processes ended: exit statuses, or minus a signal; what they wrote to stderr; seconds of the first one."""
+class JobResult:
+    """Exit statuses of the processes, negative for a signal; their stderr; seconds that rank 0 trained."""
 
     statuses: list[int]
     errors: str
@@ -113,7 +113,7 @@ class Ending:
         return any(self.statuses)
 
 
-def run_job(job: Job, processes: int = 1) -> Ending:
+def run_job(job: Job, processes: int = 1) -> JobResult:
     """Train in new processes; several are one group, as under torchrun.
 
     Raises:
@@ -134,7 +134,7 @@ def run_job(job: Job, processes: int = 1) -> Ending:
         seconds = time.perf_counter() - begin
         if (folder / "seconds").exists():
             seconds = float((folder / "seconds").read_text())
-        return Ending(statuses, (folder / "errors").read_text(errors="replace"), seconds)
+        return JobResult(statuses, (folder / "errors").read_text(errors="replace"), seconds)
 
 
 def _start(folder: Path, rank: int, processes: int, port: int) -> "subprocess.Popen[bytes]":
@@ -147,12 +147,12 @@ def _start(folder: Path, rank: int, processes: int, port: int) -> "subprocess.Po
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
 
 
-def _work(folder: Path) -> None:
+def _run_process(folder: Path) -> None:
     """What one of the processes does."""
     job: Job = pickle.loads((folder / "job").read_bytes())
     rank = int(os.environ.get("RANK", "0"))
-    if job.moment and rank == job.rank:
-        job.moment.install(lambda: os.kill(os.getpid(), job.signal))
+    if job.trigger and rank == job.rank:
+        job.trigger.install(lambda: os.kill(os.getpid(), job.signal))
     begin = time.perf_counter()
     with contextlib.suppress(Stopped):
         train(job.data, progress=False, **job.arguments)
@@ -217,7 +217,7 @@ def _read_json(path: Path) -> Any:
 
 if __name__ == "__main__":
     try:
-        _work(Path(sys.argv[1]))
+        _run_process(Path(sys.argv[1]))
     except VitrailError as fault:
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(2)

@@ -125,16 +125,11 @@ def _read_run_config(folder: RunFolder) -> TrainConfig:
 def _parse(given: Mapping[str, Any]) -> tuple[TrainConfig, nn.Module | None, Classifier | nn.Module | None]:
     """The settings among the arguments of `train`, and the model and the teacher that were passed as objects."""
     values = dict(given)
-    model, teacher = values.get("model"), values.get("teacher")
-    if isinstance(model, nn.Module):
-        del values["model"]
+    model = values.pop("model") if isinstance(values.get("model"), nn.Module) else None
+    teacher = values.get("teacher")
     if teacher is not None:
         values["teacher"] = config_name(teacher)
-    return (
-        make_config(values),
-        model if isinstance(model, nn.Module) else None,
-        teacher if isinstance(teacher, Classifier | nn.Module) else None,
-    )
+    return make_config(values), model, teacher if isinstance(teacher, Classifier | nn.Module) else None
 
 
 def _new_setup(data: str | Path | Dataset | None, given: Mapping[str, Any], recipe_name: str | Path | None) -> Setup:
@@ -192,7 +187,10 @@ def _run(
         session = None if config.model.probe else _make_session(setup, reporter, device, distributed)
         setup = session.setup if session else setup
         if show_batch is not None:
-            return _show_batch(session, show_batch, reporter)
+            if session is None:
+                raise ConfigError("a probe has no training batches: leave out --show-batch")
+            reporter.log(draw_first_batch(session, show_batch))
+            return _classifier(setup, setup.model)
         folder = _folder(out, resume, setup, distributed)
         with folder.lock():
             if resume is None:
@@ -320,13 +318,6 @@ def _finish(
         except Exception as error:  # the run is finished and saved
             reporter.log(f"warning: the run is saved, but could not write its report: {one_line(error)}")
     return classifier
-
-
-def _show_batch(session: Session | None, path: str | Path, reporter: Reporter) -> Classifier:
-    if session is None:
-        raise ConfigError("a probe has no training batches: leave out --show-batch")
-    reporter.log(draw_first_batch(session, path))
-    return _classifier(session.setup, session.setup.model)
 
 
 def _classifier(setup: Setup, model: nn.Module, **about: Any) -> Classifier:

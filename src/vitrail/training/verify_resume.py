@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,23 +79,30 @@ def verify_resume(
     objects = _check(arguments)
     log, begin = Reporter(progress).log, time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="vitrail-verify-") as name:
-        whole, killed = Path(name) / "whole", Path(name) / "killed"
+        uninterrupted, resumed = Path(name) / "uninterrupted", Path(name) / "resumed"
         writing = {"checkpoint_every": 0, "checkpoint_minutes": 0.0, "track": "none"}
         if "teacher_outputs" in _settings(arguments):
             writing["teacher_outputs"] = str(Path(name) / "teacher")
-        _run(Job(data, {**arguments, **writing, "out": whole}, AtCall(_AFTER_STEP, _Enough(seconds)), signal.SIGTERM))
-        state = _state(whole)
+        _run(
+            Job(
+                data,
+                {**arguments, **writing, "out": uninterrupted},
+                AtCall(_AFTER_STEP, _TrainedEnough(seconds)),
+                signal.SIGTERM,
+            )
+        )
+        state = _state(uninterrupted)
         save_at, kill_at = kill_plan(state.steps, _steps_per_epoch(state) or state.steps + 1)
         log(f"{state.steps} steps without interruption; now again, killed after step {kill_at}")
-        killed.mkdir()
-        config = read_config(whole / "config.toml").updated({"checkpoint_every": save_at})
-        (killed / "config.toml").write_text(to_toml(config), encoding="utf-8")
-        again = {**objects, "resume": killed}
-        _run(Job(data, again, AtCall(_AFTER_STEP, _AtStep(kill_at))), killed=True)
-        log(f"killed; resuming from the checkpoint of step {_state(killed).steps}")
+        resumed.mkdir()
+        config = read_config(uninterrupted / "config.toml").updated({"checkpoint_every": save_at})
+        (resumed / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        again = {**objects, "resume": resumed}
+        _run(Job(data, again, AtCall(_AFTER_STEP, partial(_at_step, kill_at))), killed=True)
+        log(f"killed; resuming from the checkpoint of step {_state(resumed).steps}")
         again["checkpoint_every"] = 0
-        _run(Job(data, again, AtCall(_AFTER_STEP, _AtStep(state.steps)), signal.SIGTERM))
-        first, second = read_checkpoint(whole), read_checkpoint(killed)
+        _run(Job(data, again, AtCall(_AFTER_STEP, partial(_at_step, state.steps)), signal.SIGTERM))
+        first, second = read_checkpoint(uninterrupted), read_checkpoint(resumed)
     names, largest = differences(first, second)
     tensors = [tensor for part in first.tensors.values() for tensor in part.values()]
     numbers = sum(tensor.numel() for tensor in tensors)
@@ -117,7 +125,7 @@ def kill_plan(steps: int, steps_per_epoch: int) -> tuple[int, int]:
 
 
 def _check(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Refuse what cannot be verified; returns the arguments that a run's config does not hold."""
+    """Refuse what cannot be verified; returns the arguments that a config.toml does not store."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise DistributedError("--verify-resume needs a single process: leave out torchrun")
     settings = _settings(arguments)
@@ -138,11 +146,11 @@ def _settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _run(job: Job, *, killed: bool = False) -> None:
-    ending = run_job(job)
-    if ending.killed if killed else not ending.failed:
+    result = run_job(job)
+    if result.killed if killed else not result.failed:
         return
-    lines = ending.errors.strip().splitlines()
-    raise RunError((lines[-1] if lines else f"status {ending.statuses[0]}").removeprefix("error: "))
+    lines = result.errors.strip().splitlines()
+    raise RunError((lines[-1] if lines else f"status {result.statuses[0]}").removeprefix("error: "))
 
 
 def _state(run: Path) -> TrainState:
@@ -154,27 +162,22 @@ def _steps_per_epoch(state: TrainState) -> int:
     return (state.steps - state.step) // state.epoch if state.epoch else 0
 
 
-@dataclass
-class _AtStep:
+def _at_step(steps: int, _: Reporter, trainer: Trainer) -> bool:
     """Whether a run has done this many steps."""
-
-    steps: int
-
-    def __call__(self, _: Reporter, trainer: Trainer) -> bool:
-        return trainer.state.steps == self.steps
+    return trainer.state.steps == steps
 
 
 @dataclass
-class _Enough:
-    """Whether a run has lasted long enough, and is within an epoch."""
+class _TrainedEnough:
+    """Whether a run has taken enough seconds and steps, and is within an epoch."""
 
     seconds: float
-    began: float = 0.0
+    started: float = 0.0
 
     def __call__(self, _: Reporter, trainer: Trainer) -> bool:
-        self.began = self.began or time.perf_counter()
+        self.started = self.started or time.perf_counter()
         state, per_epoch = trainer.state, _steps_per_epoch(trainer.state)
-        late = state.steps >= _MIN_STEPS and time.perf_counter() - self.began >= self.seconds
+        late = state.steps >= _MIN_STEPS and time.perf_counter() - self.started >= self.seconds
         if not per_epoch:
             return late
         return state.steps >= max(_MIN_STEPS, round(_EPOCHS * per_epoch)) or (

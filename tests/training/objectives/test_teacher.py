@@ -189,7 +189,7 @@ def test_a_saved_model_a_timm_model_and_a_catalog_name(tmp_path: Path, monkeypat
     teacher = open_teacher(config_name(tmp_path / "m"))
     assert teacher.class_names == names
     assert teacher.preprocess == GREY
-    assert "sees 8x8 pixels in grey" in teacher.description
+    assert "input 8x8 grey" in teacher.description
     assert f"{sum(p.numel() for p in teacher.model.parameters()):,} parameters" in teacher.description
 
     made = timm.create_model("resnet10t", num_classes=3)

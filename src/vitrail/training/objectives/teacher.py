@@ -8,7 +8,7 @@ Shapes: B batch, C channels, H W height and width, K classes.
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from vitrail.utils.device import uses_bf16
 from vitrail.utils.fingerprint import model_fingerprint
 from vitrail.utils.text import one_line
 
-_GIVEN = "python:"  # prefix, in the config, of a teacher that was passed as an object
+_OBJECT = "python:"  # prefix, in the config, of a teacher that was passed as an object
 _NO_PREPROCESS = "it has no preprocessing: the student's is used"
 _GREY = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow converts RGB to grey
 
@@ -54,18 +54,18 @@ class Teacher:
     @property
     def description(self) -> str:
         """Name, size and input."""
-        sees = ""
+        size = ""
         if self.preprocess is not None:
             height, width = self.preprocess.size
-            sees = f", sees {height}x{width} pixels{' in grey' if self.preprocess.channels == 1 else ''}"
-        return f"{self.name}, {self.size}{sees}"
+            size = f", input {height}x{width}{' grey' if self.preprocess.channels == 1 else ''}"
+        return f"{self.name}, {self.size}{size}"
 
 
 def config_name(source: Source) -> str:
     """The teacher in a run's config: an absolute path, a name, or class and fingerprint of an object."""
     if isinstance(source, Classifier | nn.Module):
         model = source.model if isinstance(source, Classifier) else source
-        return f"{_GIVEN}{type(model).__name__}:{model_fingerprint(model)[:16]}"
+        return f"{_OBJECT}{type(model).__name__}:{model_fingerprint(model)[:16]}"
     return absolute_path(str(source), must_exist=not isinstance(source, Path))
 
 
@@ -73,24 +73,24 @@ def open_teacher(source: Source) -> Teacher:
     """Open a teacher: a MODEL, an .onnx file, or a classifier or module passed by the caller.
 
     Raises:
-        VitrailError: of the kind that fits the problem; ModelError if it has no classification head.
+        VitrailError: as for a MODEL; ModelError if it has no classification head.
     """
     if isinstance(source, nn.Module):
         return _of_module(copy.deepcopy(source))  # the caller's own may be trained, moved, or be the student itself
     if isinstance(source, Classifier):
         return _of_classifier(source, copy.deepcopy(source.model), source.architecture)
-    word = str(source)
-    if word.startswith(_GIVEN):
-        raise ConfigError(f"this run's teacher was passed from Python ({word}): pass it again, as teacher=")
+    name = str(source)
+    if name.startswith(_OBJECT):
+        raise ConfigError(f"this run's teacher was passed from Python ({name}): pass it again, as teacher=")
     try:
-        if word.lower().endswith(".onnx"):
-            return _of_onnx(word, OnnxModel(Path(word).expanduser(), torch.get_num_threads()))
-        if (guest := open_external_model(word)) is not None:
-            return _teacher(word, guest.model, guest.preprocess, guest.class_names)
+        if name.lower().endswith(".onnx"):
+            return _of_onnx(name, OnnxModel(Path(name).expanduser(), torch.get_num_threads()))
+        if (external := open_external_model(name)) is not None:
+            return _teacher(name, external.model, external.preprocess, external.class_names)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            classifier = resolve_model(word)
-        return _of_classifier(classifier, classifier.model, word, tuple(str(warning.message) for warning in caught))
+            classifier = resolve_model(name)
+        return _of_classifier(classifier, classifier.model, name, tuple(str(warning.message) for warning in caught))
     except VitrailError as error:
         raise type(error)(f"the teacher cannot be opened: {error}") from None
 
@@ -122,8 +122,6 @@ def _of_onnx(name: str, model: OnnxModel) -> Teacher:
 
 def _of_module(module: nn.Module) -> Teacher:
     """Any module; without timm's `pretrained_cfg`, the student's preprocessing is used."""
-    from collections.abc import Mapping
-
     record, names = getattr(module, "pretrained_cfg", None), getattr(module, "class_names", None)
     preprocess = Preprocess.from_timm(record) if isinstance(record, Mapping) else None
     notes = () if preprocess else (_NO_PREPROCESS,)
@@ -162,14 +160,14 @@ class Adapt:
             )
         mean, std = student.mean, student.std
         self.mixing: Tensor | None = None
-        if student.channels > teacher.channels:  # undone and mixed to grey: mean 0 and deviation 1 are left
+        if student.channels > teacher.channels:  # converted to grey without normalisation: mean 0, standard deviation 1
             self.mixing = column([grey * s for grey, s in zip(_GREY, std, strict=True)])
             mean, std = (sum(grey * m for grey, m in zip(_GREY, mean, strict=True)),), (1.0,)
         if len(mean) < teacher.channels:
             mean, std = mean * teacher.channels, std * teacher.channels
         same = (mean, std) == (teacher.mean, teacher.std)
         self.scale = None if same else column([s / t for s, t in zip(std, teacher.std, strict=True)])
-        shifts = [(m - mine) / t for m, mine, t in zip(mean, teacher.mean, teacher.std, strict=True)]
+        shifts = [(s - t) / deviation for s, t, deviation in zip(mean, teacher.mean, teacher.std, strict=True)]
         self.shift = column(shifts)
         self.channels = teacher.channels
         self.size = None if student.size == teacher.size else teacher.size
@@ -187,31 +185,32 @@ class Adapt:
 
 
 def match_classes(
-    known: tuple[str, ...] | None, count: int, wanted: Sequence[str], name: str
+    teacher_names: tuple[str, ...] | None, count: int, class_names: Sequence[str], name: str
 ) -> tuple[list[int] | None, str]:
-    """The columns of the teacher's logits for the wanted classes, None for all in their order; and a note.
+    """The columns of the teacher's logits for `class_names`, None for all in their order; and a note.
 
-    known: the teacher's `count` class names; None, or "0", "1", ..., if it has none.
+    teacher_names: the teacher's `count` class names; None, or "0", "1", ..., if it has none.
 
     Raises:
         ModelError: the teacher lacks a class, or has no class names and another number of classes.
     """
-    if known is None or (not set(wanted) <= set(known) and known == tuple(str(n) for n in range(count))):
-        if count != len(wanted):
+    numbered = teacher_names == tuple(str(n) for n in range(count))
+    if teacher_names is None or (numbered and not set(class_names) <= set(teacher_names)):
+        if count != len(class_names):
             raise ModelError(
-                f"the teacher {name} has {count} classes without names, and the data {len(wanted)}: "
+                f"the teacher {name} has {count} classes without names, and the data {len(class_names)}: "
                 "they cannot be matched"
             )
         return None, "its classes have no names; the data's order is assumed"
-    place = {label: i for i, label in enumerate(known)}
-    lacking = [label for label in wanted if label not in place]
-    if lacking:
-        more = f" and {len(lacking) - 1} more of the data's classes" if len(lacking) > 1 else ""
+    index = {label: i for i, label in enumerate(teacher_names)}
+    missing = [label for label in class_names if label not in index]
+    if missing:
+        more = f" and {len(missing) - 1} more of the data's classes" if len(missing) > 1 else ""
         raise ModelError(
-            f"the teacher {name} does not know the class {lacking[0]!r}{did_you_mean(lacking[0], known)}{more}: "
+            f"the teacher {name} has no class {missing[0]!r}{did_you_mean(missing[0], teacher_names)}{more}: "
             "it needs all classes of the data, with the same names"
         )
-    columns = [place[label] for label in wanted]
+    columns = [index[label] for label in class_names]
     if columns == list(range(count)):
         return None, ""
     return columns, "" if len(columns) == count else f"{len(columns)} of its {count} classes are used"
@@ -253,29 +252,29 @@ class TeacherLogits:
         blank = torch.zeros(1, self.student.channels, *self.student.size, device=self.device)
         name = self.teacher.name
         try:
-            answer = self._all(blank)
+            logits = self._all_logits(blank)
         except (RuntimeError, ValueError, TypeError) as error:
             shown = blank.shape if self.adapt is None else self.adapt(blank).shape
             what = f"{shown[1]} channels of {shown[2]}x{shown[3]} pixels"
             raise ModelError(f"the teacher {name} cannot take {what}: {one_line(error)}") from error
-        if not isinstance(answer, Tensor) or answer.dim() != 2 or len(answer) != 1 or answer.shape[1] < 1:
-            kind = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 1 or logits.shape[1] < 1:
+            kind = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ModelError(f"the teacher {name} gives {kind} for an image, not logits of shape (1, classes)")
-        count, known = answer.shape[1], self.teacher.class_names
+        count, known = logits.shape[1], self.teacher.class_names
         if known is not None and len(known) != count:
             raise ModelError(f"the teacher {name} gives {count} logits and has {len(known)} class names")
         columns, note = match_classes(known, count, self.class_names, name)
         self.columns = None if columns is None else torch.tensor(columns, device=self.device)
-        self.notes = "".join(f"; {words}" for words in (note, *self.teacher.notes) if words)
+        self.notes = "".join(f"; {text}" for text in (note, *self.teacher.notes) if text)
 
     def __call__(self, view: View) -> Tensor:
-        answer = self._all(view.images)
+        logits = self._all_logits(view.images)
         if self.columns is not None:
-            answer = answer.index_select(1, self.columns)
-        return answer.float()
+            logits = logits.index_select(1, self.columns)
+        return logits.float()
 
     @torch.no_grad()
-    def _all(self, images: Tensor) -> Tensor:
+    def _all_logits(self, images: Tensor) -> Tensor:
         with autocast(self.device, self.bf16):
-            answer: Tensor = self.model(images if self.adapt is None else self.adapt(images))
-        return answer
+            logits: Tensor = self.model(images if self.adapt is None else self.adapt(images))
+        return logits

@@ -85,8 +85,6 @@ def _images(split: Split) -> str:
 class StoredLogits:
     """Teacher logits from the store; missing ones are computed, and stored after `start_writing`.
 
-    asked, replayed: views that were computed, and read.
-
     Raises:
         RunError: the folder is a file, or contains another store under this name.
     """
@@ -103,7 +101,6 @@ class StoredLogits:
             raise RunError(f"{self.folder.parent} is a file: choose a folder for teacher_outputs")
         if self._about.exists() and self._about.read_text(encoding="utf-8") != self._key:
             raise RunError(f"{self._about} is of other settings: choose another folder for teacher_outputs")
-        self.asked = self.replayed = 0  # views
         self._writes = False
         self._open_epoch(-1)
 
@@ -131,19 +128,17 @@ class StoredLogits:
         tags = self._tags_of(view)
         places = np.searchsorted(self._tags, tags).clip(max=len(self._tags) - 1)
         found = self._tags[places] == tags
-        self.replayed += int(found.sum())
-        self.asked += int((~found).sum())
         if found.all():
             return torch.from_numpy(self._stored(places)).to(view.images.device)
-        answer = self.logits(view)
-        logits = answer.cpu().numpy()
+        computed = self.logits(view)
+        logits = computed.cpu().numpy()
         if self._writes:
             self._append(tags[~found], logits[~found])
         if not found.any():
-            return answer
+            return computed
         # Stored logits take precedence, as this device may round differently.
         logits = np.where(found[:, None], self._stored(places), logits)
-        return torch.from_numpy(logits).to(answer.device)
+        return torch.from_numpy(logits).to(computed.device)
 
     def _tags_of(self, view: View) -> Tags:
         """A tag for each view. A mixed image depends on its batch."""
@@ -157,27 +152,29 @@ class StoredLogits:
         self._epoch = epoch
         self._path: Path | None = None  # to which records of this epoch are appended
         paths = sorted(self.folder.glob(f"epoch-{epoch:05d}-*.bin"))
-        self._parts: list[Any] = [part for path in paths if len(part := self._open(path))]
+        counts = [path.stat().st_size // self.record.itemsize for path in paths]  # of complete records
+        self._parts: list[Any] = [
+            np.memmap(path, self.record, "r", shape=(count,))
+            for path, count in zip(paths, counts, strict=True)
+            if count
+        ]
         tags, where = [np.zeros(1, np.uint64)], [np.zeros((1, 2), np.int64)]
         for number, part in enumerate(self._parts):
-            rows = np.flatnonzero(np.concatenate([_intact(part[i : i + _CHUNK]) for i in range(0, len(part), _CHUNK)]))
+            chunks = (part[i : i + _CHUNK] for i in range(0, len(part), _CHUNK))
+            intact = [chunk["check"] == _checks(chunk["tag"], chunk["logits"]) for chunk in chunks]
+            rows = np.flatnonzero(np.concatenate(intact))
             tags.append(part["tag"][rows])
             where.append(np.stack([np.full(len(rows), number), rows], axis=1))
         self._tags, first = np.unique(np.concatenate(tags), return_index=True)
         self._where = np.concatenate(where)[first]
-
-    def _open(self, path: Path) -> Any:
-        """The complete records of a file, memory-mapped."""
-        count = path.stat().st_size // self.record.itemsize
-        return np.memmap(path, self.record, "r", shape=(count,)) if count else np.empty(0, self.record)
 
     def _stored(self, places: npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
         """Logits B K of the tags at these places; zeros for the tag 0."""
         logits = np.zeros((len(places), *self.record["logits"].shape), np.float32)
         known = self._tags[places] != 0
         for number, part in enumerate(self._parts):
-            mine = known & (self._where[places, 0] == number)
-            logits[mine] = part["logits"][self._where[places[mine], 1]]
+            in_part = known & (self._where[places, 0] == number)
+            logits[in_part] = part["logits"][self._where[places[in_part], 1]]
         return logits
 
     def _append(self, tags: Tags, logits: npt.NDArray[np.float32]) -> None:
@@ -195,12 +192,6 @@ class StoredLogits:
 def _weights(count: int) -> Tags:
     """Odd factors that make a sum depend on the order."""
     return mix(np.arange(1, count + 1, dtype=np.uint64)) | np.uint64(1)
-
-
-def _intact(records: Any) -> npt.NDArray[np.bool_]:
-    """Which records pass their check."""
-    intact: npt.NDArray[np.bool_] = records["check"] == _checks(records["tag"], records["logits"])
-    return intact
 
 
 def _checks(tags: Tags, logits: npt.NDArray[np.float32]) -> Tags:
