@@ -7,6 +7,7 @@ Shapes: N images, C features, K classes.
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,17 +110,17 @@ def run_probe(
         setup.model.to(device)
         remove_head(setup.model)
         features = _all_features(setup, reporter, throughput, skipped, check)
-        evaluator = _HeadEvaluator(setup, features, device)
-        chosen, history = _choose(evaluator, features, reporter, folder, check)
-    set_linear_head(setup.model, chosen.head, (setup.preprocess.channels, *setup.preprocess.size))
+        train, num_classes = features["train"], setup.dataset.num_classes
+        evaluate = partial(_evaluate_head, setup, features, device)
+        head, chosen, history = _choose(evaluate, train, num_classes, "val" in features, reporter, folder, check)
+    set_linear_head(setup.model, head, (setup.preprocess.channels, *setup.preprocess.size))
     name = setup.dataset.eval_split()
     if name not in features:
         raise DataError(f"none of the {name} images could be read")
-    result = evaluator.evaluate(chosen.head, name)
-    train = features["train"]
+    result = evaluate(head, name)
     probe = {
-        "l2": chosen.l2,
-        "val_top1": chosen.val_top1,
+        "l2": chosen["l2"],
+        "val_top1": chosen.get("val_top1"),
         "features": train.values.shape[1],
         "images": sum(len(part.labels) for part in features.values()),
         "knn_neighbours": min(NEIGHBOURS, len(train.labels)),
@@ -130,10 +131,10 @@ def run_probe(
         result,
         skipped,
         device,
-        val_top1=chosen.val_top1,
+        val_top1=chosen.get("val_top1"),
         train_images=len(train.labels),
         probe=probe,
-        knn_top1=_knn_top1(features, name, setup.dataset.num_classes),
+        knn_top1=_knn_top1(features, name, num_classes),
         fits=len(history),
         seconds=round(time.perf_counter() - started, 3),
         images_per_second=round(throughput.rate, 1),
@@ -231,59 +232,48 @@ def set_linear_head(model: nn.Module, head: Linear, image: tuple[int, int, int])
         raise ModelError(f"{type(model).__name__} has no linear head that a probe could replace")
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    """The head with the best validation metrics, or the only one; val_top1 in percent."""
-
-    head: Linear
-    l2: float
-    val_top1: float | None = None
-
-
-@dataclass(frozen=True)
-class _HeadEvaluator:
-    """Metrics of a head on features, in the precision in which the whole model is evaluated."""
-
-    setup: Setup
-    features: Mapping[str, Features]
-    device: torch.device
-
-    @torch.inference_mode()
-    def evaluate(self, head: Linear, name: str) -> Evaluation:
-        """Metrics on the features of the split `name`, without its skipped images."""
-        features, recorder = self.features[name], Recorder()
-        bf16 = uses_bf16(self.setup.model, self.device, self.setup.config.machine.amp)
-        parts = (part.split(_CHUNK) for part in (features.values, features.labels, features.indices))
-        for values, labels, indices in zip(*parts, strict=True):
-            with precision(self.device, bf16):
-                logits = F.linear(values, head.weight, head.bias)
-            recorder.add(logits, labels, indices)
-        return Evaluation(recorder.records(), self.setup.dataset.class_names, name)
+@torch.inference_mode()
+def _evaluate_head(
+    setup: Setup, features: Mapping[str, Features], device: torch.device, head: Linear, name: str
+) -> Evaluation:
+    """Metrics of a head on the features of the split `name`, in the precision in which the full model is evaluated."""
+    split, recorder = features[name], Recorder()
+    bf16 = uses_bf16(setup.model, device, setup.config.machine.amp)
+    parts = (part.split(_CHUNK) for part in (split.values, split.labels, split.indices))
+    for values, labels, indices in zip(*parts, strict=True):
+        with precision(device, bf16):
+            logits = F.linear(values, head.weight, head.bias)
+        recorder.add(logits, labels, indices)
+    return Evaluation(recorder.records(), setup.dataset.class_names, name)
 
 
 def _choose(
-    evaluator: _HeadEvaluator,
-    features: Mapping[str, Features],
+    evaluate: Callable[[Linear, str], Evaluation],
+    train: Features,
+    num_classes: int,
+    with_val: bool,
     reporter: Reporter,
     folder: RunFolder,
     check: Callable[[], None],
-) -> tuple[_Chosen, list[dict[str, Any]]]:
-    """Fit heads from strong to weak l2 and choose the highest validation top-1, then the lowest validation loss."""
-    train = features["train"]
-    regression = LogisticRegression(train.values, train.labels, evaluator.setup.dataset.num_classes)
+) -> tuple[Linear, dict[str, Any], list[dict[str, Any]]]:
+    """Fit heads from strong to weak l2 and choose the highest validation top-1, then the lowest validation loss.
+
+    Returns the head, its metrics, and those of all heads.
+    """
+    regression = LogisticRegression(train.values, train.labels, num_classes)
     history: list[dict[str, Any]] = []
     best: tuple[tuple[float, float], int, Linear] | None = None
     folder.write_metrics(history)
-    for index, l2 in enumerate(GRID if "val" in features else (_DEFAULT_L2,)):
+    for index, l2 in enumerate(GRID if with_val else (_DEFAULT_L2,)):
         check()
         begin = time.perf_counter()
         head = regression.fit(l2)
-        on_train = evaluator.evaluate(head, "train")
+        on_train = evaluate(head, "train")
         record = {"l2": l2, "train_loss": on_train.loss, "train_top1": on_train.top1}
         line = f"l2 {l2:<7g} loss {on_train.loss:.4f}"
         score = (0.0, 0.0)
-        if "val" in features:
-            on_val = evaluator.evaluate(head, "val")
+        if with_val:
+            on_val = evaluate(head, "val")
             record |= {f"val_{key}": getattr(on_val, key) for key in ("top1", "top5", "loss", "ece")}
             line += f"  val loss {on_val.loss:.4f}  val top-1 {on_val.top1:.2f} %"
             score = (on_val.top1, -on_val.loss)
@@ -296,8 +286,8 @@ def _choose(
         elif index - best[1] >= _PATIENCE:
             break
     assert best is not None
-    score, index, head = best
-    return _Chosen(head, history[index]["l2"], score[0] if "val" in features else None), history
+    _, index, head = best
+    return head, history[index], history
 
 
 def _knn_top1(features: Mapping[str, Features], name: str, num_classes: int) -> float:

@@ -3,7 +3,7 @@
 from vitrail.training.config.schema import TrainConfig
 from vitrail.training.engine.state import TrainState
 
-_DEFAULT_STEPS = 200  # between two checkpoints, if the config does not say
+_DEFAULT_STEPS = 200  # between two checkpoints, without checkpoint_every
 _MIN_COST_RATIO = 50  # then also this many times the duration of the last one: saving takes 2 % of the time at most
 
 

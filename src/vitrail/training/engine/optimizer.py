@@ -26,7 +26,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     and scalars (biases, norms, scales) have no weight decay, nor does what the model names in `no_weight_decay`.
 
     Raises:
-        ConfigError: layer_decay is set and the model does not say in which layer its parameters are.
+        ConfigError: layer_decay is set and the model has neither layer_ids nor group_matcher.
         ModelError: all parameters are frozen.
     """
     settings = config.optimizer

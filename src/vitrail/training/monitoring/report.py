@@ -110,7 +110,7 @@ def describe_evaluation(summary: Mapping[str, Any]) -> str:
     role = {
         "test": ", used neither for training nor for model selection",
         "val": ", also used for model selection, so the figures are slightly optimistic" if selected else "",
-        "train": ", the training images: the figures say nothing about other images",
+        "train": ", the training images: the figures do not apply to other images",
     }.get(split, "")
     measured = f"Measured on {summary['images']:,} {split} images{role}."
     if "probe" in summary:
