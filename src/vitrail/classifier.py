@@ -25,7 +25,7 @@ from vitrail.inference.torch_runtime import TorchRuntime
 from vitrail.models.base import ImageModel
 from vitrail.models.catalog import VARIANTS
 from vitrail.models.timm_compat import window_mismatch
-from vitrail.pretrained.model_folder import Contents, is_model_folder, name_of, read_model_folder, write_model_folder
+from vitrail.pretrained.model_folder import Contents, find_model_folder, name_of, read_model_folder, write_model_folder
 
 if TYPE_CHECKING:
     from vitrail.data.dataset import Dataset
@@ -272,22 +272,25 @@ def load(
         ModelError: the model cannot be built, or cannot take images of this size.
         ConfigError: not a size, or not a precision.
     """
-    classifier = resolve_model(source, precision).to(device)
-    if img_size is not None:
-        classifier.resize(img_size)
-    return classifier
-
-
-def resolve_model(source: str | Path, precision: str = "auto") -> Classifier:
-    """MODEL of the command line: see `load`."""
     path = Path(source).expanduser()
-    for folder, summary in ((path, None), (path / "model", path / "summary.json")):
-        if is_model_folder(folder):
-            return _from_folder(folder, summary and _summary(summary), precision)
-    from vitrail.pretrained.load import load_pretrained  # not needed for a model folder
+    if folder := find_model_folder(path):
+        found = read_model_folder(folder)
+        classifier = Classifier(
+            found.model,
+            found.preprocess,
+            found.class_names,
+            None if folder == path else _summary(path / "summary.json"),
+            architecture=found.architecture,
+            notes=found.notes,
+            precision=precision,
+        )
+    else:
+        from vitrail.pretrained.load import load_pretrained  # not needed for a model folder
 
-    name = str(source) if str(source) in VARIANTS else None
-    return _from_weights(load_pretrained("default" if name else source, name), precision)
+        name = str(source) if str(source) in VARIANTS else None
+        classifier = _from_weights(load_pretrained("default" if name else source, name), precision)
+    classifier.to(device)
+    return classifier if img_size is None else classifier.resize(img_size)
 
 
 def _from_weights(found: Pretrained, precision: str) -> Classifier:
@@ -304,7 +307,7 @@ def _from_weights(found: Pretrained, precision: str) -> Classifier:
                 "load it with vitrail.create_model, and make a Classifier with a Preprocess"
             )
         assumed = f"{found.loaded.source} has no preprocessing: ImageNet's mean and std are assumed"
-        warnings.warn(assumed, stacklevel=4)
+        warnings.warn(assumed, stacklevel=3)
         preprocess = Preprocess(size=config.img_size)
     return Classifier(
         found.model.eval(),
@@ -313,19 +316,6 @@ def _from_weights(found: Pretrained, precision: str) -> Classifier:
         found.report,
         architecture=found.name,
         notes={"source": found.loaded.source, "licence": found.loaded.licence},
-        precision=precision,
-    )
-
-
-def _from_folder(folder: Path, report: Any, precision: str) -> Classifier:
-    contents = read_model_folder(folder)
-    return Classifier(
-        contents.model,
-        contents.preprocess,
-        contents.class_names,
-        report,
-        architecture=contents.architecture,
-        notes=contents.notes,
         precision=precision,
     )
 

@@ -1,6 +1,6 @@
 """Arguments and options that several commands have, and MODEL's classifier."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,14 +15,10 @@ ModelArgument = Annotated[
         show_default=False,
     ),
 ]
-DataArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="DATA",
-        help="A folder of images, a table, a dataset's name, wds: shards or hf-dataset:.",
-        show_default=False,
-    ),
-]
+DATA: Any = typer.Argument(
+    metavar="DATA", help="A folder of images, a dataset's name, wds: shards or hf-dataset:.", show_default=False
+)
+DataArgument = Annotated[str, DATA]
 PathsArgument = Annotated[
     list[str],
     typer.Argument(metavar="PATH...", help="Images, folders (searched recursively), or patterns such as '*.jpg'."),

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitrail.cli.options import DataDirOption, DeviceOption, JsonOption, SizeOption
+from vitrail.cli.options import DATA, DataDirOption, DeviceOption, JsonOption, SizeOption
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -58,14 +58,6 @@ def _format(value: object) -> str:
 
 _NOT_PASSED_ON = {"data", "settings", "json", "help", "verify_resume"}  # parameters that the library does not have
 
-_Data = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="DATA",
-        help="A folder of images, CLASS/*.jpg; a dataset's name; wds: shards or hf-dataset:.",
-        show_default=False,
-    ),
-]
 _Settings = Annotated[
     list[str] | None, typer.Argument(metavar="key=value...", help="Any setting below, such as lr=1e-3.")
 ]
@@ -99,7 +91,7 @@ _Help = Annotated[  # typer's own --help has no settings
 
 def train(
     context: typer.Context,
-    data: _Data = None,
+    data: Annotated[str | None, DATA] = None,
     settings: _Settings = None,
     model: _Model = None,
     pretrained: _Pretrained = False,

@@ -54,14 +54,15 @@ class Contents:
     notes: dict[str, Any]
 
 
-def is_model_folder(path: Path) -> bool:
-    """Whether `path` is a folder with a config.json of vitrail, or with a damaged one."""
-    if not (path / CONFIG).is_file():
-        return False
-    try:
-        return "vitrail" in read_json(path / CONFIG)
-    except WeightsError:
-        return True
+def find_model_folder(path: Path) -> Path | None:
+    """`path`, or the folder "model" of a run folder: the one with a config.json of vitrail, or with a damaged one."""
+    for folder in (path, path / "model"):
+        try:
+            if (folder / CONFIG).is_file() and "vitrail" in read_json(folder / CONFIG):
+                return folder
+        except WeightsError:
+            return folder
+    return None
 
 
 def write_model_folder(folder: Path, contents: Contents) -> None:

@@ -13,7 +13,7 @@ from vitrail.errors import ConfigError, WeightsError
 from vitrail.pretrained.hub import endpoint, hub_error
 from vitrail.pretrained.local import CARD, CONFIG
 from vitrail.pretrained.model_card import without_paths
-from vitrail.pretrained.model_folder import WEIGHTS, is_model_folder, read_model_folder, to_card
+from vitrail.pretrained.model_folder import WEIGHTS, find_model_folder, read_model_folder, to_card
 from vitrail.utils.text import printable
 
 if TYPE_CHECKING:
@@ -48,7 +48,11 @@ def plan_upload(model: str | Path, repo: str) -> UploadPlan:
     """
     if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
         raise ConfigError(f"{printable(repo)!r} is not a repository name: use ORG/NAME or USER/NAME")
-    folder = _find_folder(Path(model).expanduser())
+    path = Path(model).expanduser()
+    folder = find_model_folder(path)
+    if folder is None:
+        what = "contains no model" if path.is_dir() else "is not a folder" if path.exists() else "does not exist"
+        raise WeightsError(f"{path} {what}: push takes a model folder or a run folder of `vitrail train`")
     contents = read_model_folder(folder)
     files: dict[str, bytes | Path] = {CARD: folder / CARD, CONFIG: folder / CONFIG, WEIGHTS: folder / WEIGHTS}
     if not (folder / CARD).is_file() or (folder / CARD).read_text(encoding="utf-8") == to_card(contents):
@@ -59,14 +63,6 @@ def plan_upload(model: str | Path, repo: str) -> UploadPlan:
         record["vitrail"]["notes"] = without_paths(notes)
         files[CONFIG] = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
     return UploadPlan(repo, files)
-
-
-def _find_folder(path: Path) -> Path:
-    for folder in (path, path / "model"):
-        if is_model_folder(folder):
-            return folder
-    what = "contains no model" if path.is_dir() else "is not a folder" if path.exists() else "does not exist"
-    raise WeightsError(f"{path} {what}: push takes a model folder or a run folder of `vitrail train`")
 
 
 def push(

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.classifier import Classifier, resolve_model
+from vitrail.classifier import Classifier, load
 from vitrail.errors import ConfigError, ModelError, VitrailError, did_you_mean
 from vitrail.images.preprocess import Preprocess
 from vitrail.inference.onnx_runtime import OnnxModel
@@ -89,7 +89,7 @@ def open_teacher(source: Source) -> Teacher:
             return _teacher(name, external.model, external.preprocess, external.class_names)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            classifier = resolve_model(name)
+            classifier = load(name)
         return _of_classifier(classifier, classifier.model, name, tuple(str(warning.message) for warning in caught))
     except VitrailError as error:
         raise type(error)(f"the teacher cannot be opened: {error}") from None
