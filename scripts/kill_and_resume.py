@@ -11,16 +11,29 @@ settings are given as key=value. A moment takes about ten seconds.
 """
 
 import argparse
+import json
 import random
 import shutil
 import sys
 import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vitrail.training.checkpoints.checkpoint import load_checkpoint
 from vitrail.training.config.schema import parse_overrides
-from vitrail.training.resume_harness import AfterSeconds, AtCall, Job, JobResult, NthCall, differences_of_runs, run_job
+from vitrail.training.resume_harness import (
+    AtCall,
+    Job,
+    JobResult,
+    Trigger,
+    differences,
+    read_checkpoint,
+    run_job,
+    without_timings,
+)
 
 SETTINGS = {
     "epochs": 1.5,
@@ -45,7 +58,32 @@ CALLS: dict[str, tuple[list[str], int]] = {
 KINDS = ("any", *CALLS)
 
 
-def choose(kind: str, draw: random.Random, seconds: float, ranks: int) -> tuple[str, AfterSeconds | AtCall, int]:
+@dataclass
+class NthCall:
+    """Whether this is call number `number`, from 1."""
+
+    number: int
+    calls: int = 0
+
+    def __call__(self, *_: Any) -> bool:
+        self.calls += 1
+        return self.calls == self.number
+
+
+@dataclass
+class AfterSeconds:
+    """Some time after `train` was called."""
+
+    seconds: float
+
+    def install(self, send: Callable[[], None]) -> None:
+        """Start a timer."""
+        timer = threading.Timer(self.seconds, send)
+        timer.daemon = True
+        timer.start()
+
+
+def choose(kind: str, draw: random.Random, seconds: float, ranks: int) -> tuple[str, Trigger, int]:
     """A moment of this kind: its description, itself, and the rank of the process that is killed."""
     if kind == "any":
         delay = draw.uniform(0.05, 0.95) * seconds
@@ -59,6 +97,21 @@ def finish(ending: JobResult) -> JobResult:
     if ending.failed:
         sys.exit(ending.errors)
     return ending
+
+
+def differences_of_runs(one: Path, two: Path) -> tuple[list[str], float]:
+    """As `differences`, of the checkpoints, models, metrics and summaries of two finished runs."""
+    names, largest = differences(read_checkpoint(one), read_checkpoint(two))
+    for name in ("metrics.jsonl", "summary.json"):
+        first, second = (without_timings(_read_json(folder / name)) for folder in (one, two))
+        names += [name] if first != second else []
+    first, second = ((folder / "model" / "model.safetensors").read_bytes() for folder in (one, two))
+    return names + (["model"] if first != second else []), largest
+
+
+def _read_json(path: Path) -> Any:
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
 
 
 def main() -> None:
@@ -100,4 +153,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    import kill_and_resume  # so that the other processes can import the classes above
+
+    kill_and_resume.main()

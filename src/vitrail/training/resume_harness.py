@@ -1,12 +1,11 @@
 """Training runs in separate processes, stopped or killed at a chosen moment, and the comparison of their results.
 
-`--verify-resume` (verify_resume.py) and scripts/kill_and_resume.py are built on this. Run as a module it is one of the
-processes: it reads a pickled `Job` from the file that its argument names.
+Used by `--verify-resume` (verify_resume.py) and scripts/kill_and_resume.py. Run as a module it is one of the processes:
+it reads a pickled `Job` from the folder that its argument names.
 """
 
 import contextlib
 import importlib
-import json
 import os
 import pickle
 import signal
@@ -14,12 +13,11 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +32,13 @@ from vitrail.training.run import train
 _TIMINGS = ("seconds", "images_per_second", "waiting_for_data")  # endings of the names of timings
 
 
+class Trigger(Protocol):
+    """When a process sends itself a signal. It is pickled."""
+
+    def install(self, send: Callable[[], None]) -> None:
+        """Arrange in this process that `send` is called."""
+
+
 @dataclass
 class AtCall:
     """When a function, "module:Class.name", is called and `due(*args)` is true."""
@@ -42,7 +47,6 @@ class AtCall:
     due: Callable[..., bool]
 
     def install(self, send: Callable[[], None]) -> None:
-        """Wrap the function in this process, so that `send` is called first."""
         module, _, path = self.function.partition(":")
         *parents, name = path.split(".")
         owner: Any = importlib.import_module(module)
@@ -58,38 +62,13 @@ class AtCall:
         setattr(owner, name, wrapped)
 
 
-@dataclass
-class NthCall:
-    """Whether this is call number `number`, from 1."""
-
-    number: int
-    calls: int = 0
-
-    def __call__(self, *_: Any) -> bool:
-        self.calls += 1
-        return self.calls == self.number
-
-
-@dataclass
-class AfterSeconds:
-    """Some time after `train` was called."""
-
-    seconds: float
-
-    def install(self, send: Callable[[], None]) -> None:
-        """Start a timer."""
-        timer = threading.Timer(self.seconds, send)
-        timer.daemon = True
-        timer.start()
-
-
 @dataclass(frozen=True)
 class Job:
     """Arguments of `train`, and when the process of a rank sends itself a signal."""
 
     data: str | Path | Dataset | None
     arguments: Mapping[str, Any]
-    trigger: AtCall | AfterSeconds | None = None
+    trigger: Trigger | None = None
     signal: int = signal.SIGKILL
     rank: int = 0
 
@@ -186,16 +165,6 @@ def differences(one: Checkpoint, two: Checkpoint) -> tuple[list[str], float]:
     return names + [f"figures: {key}" for key in sorted(keys)], largest
 
 
-def differences_of_runs(one: Path, two: Path) -> tuple[list[str], float]:
-    """As `differences`, of the checkpoints, models, metrics and summaries of two finished runs."""
-    names, largest = differences(read_checkpoint(one), read_checkpoint(two))
-    for name in ("metrics.jsonl", "summary.json"):
-        first, second = (without_timings(_read_json(folder / name)) for folder in (one, two))
-        names += [name] if first != second else []
-    first, second = ((folder / "model" / "model.safetensors").read_bytes() for folder in (one, two))
-    return names + (["model"] if first != second else []), largest
-
-
 def without_timings(value: Any) -> Any:
     """JSON values without timings."""
     if isinstance(value, Mapping):
@@ -208,11 +177,6 @@ def _identical(one: Tensor, two: Tensor) -> bool:
     if one.shape != two.shape or one.dtype != two.dtype:
         return False
     return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, two)))
-
-
-def _read_json(path: Path) -> Any:
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
 
 
 if __name__ == "__main__":
