@@ -23,13 +23,13 @@ from vitrail.models.base import ImageModel
 from vitrail.training.checkpoints.run_folder import RunFolder
 from vitrail.training.config.schema import Use, keys_for
 from vitrail.training.engine.interrupt import Interrupt, Stopped
+from vitrail.training.engine.state import TrainState
 from vitrail.training.monitoring.plan import data_lines
 from vitrail.training.monitoring.progress import Reporter
 from vitrail.training.monitoring.summary import run_summary
 from vitrail.training.setup import Setup
 from vitrail.utils.device import describe_precision, precision, uses_bf16
 from vitrail.utils.eval_view import eval_view
-from vitrail.utils.text import format_duration
 from vitrail.weights.heads import HEADS
 
 GRID = tuple(10.0**-power for power in range(7))  # l2 penalties from which validation chooses, strong to weak
@@ -46,36 +46,6 @@ class Features:
     values: Tensor
     labels: Tensor
     indices: Tensor
-
-
-@dataclass
-class _Throughput:
-    """Images that went through the model, those skipped included in `done`, and the time spent, in seconds."""
-
-    done: int = 0
-    images: int = 0
-    seconds: float = 0.0
-    wait_seconds: float = 0.0
-
-    def add(self, batch: BatchResult[int], seconds: float) -> None:
-        self.done += len(batch.items)
-        self.images += len(batch.outputs)
-        self.seconds += seconds
-        self.wait_seconds += batch.wait_seconds
-
-    @property
-    def rate(self) -> float:
-        """Images per second."""
-        return self.images / self.seconds if self.seconds else 0.0
-
-    @property
-    def waiting(self) -> float:
-        """The share of time spent waiting for data, 0 to 1."""
-        return self.wait_seconds / self.seconds if self.seconds else 0.0
-
-    def describe(self, total: int) -> str:
-        left = format_duration((total - self.done) / self.rate) if self.rate else "?"
-        return f"{self.done / total:4.0%}  {self.rate:,.0f} images/s  {left} left  data wait {self.waiting:.0%}"
 
 
 def check_probe_keys(given: Mapping[str, Any]) -> None:
@@ -99,7 +69,7 @@ def run_probe(
     for line in _plan_lines(setup, folder, device):
         reporter.log(line)
     skipped: dict[str, str] = {}
-    throughput = _Throughput()
+    state = TrainState()  # its times and images are those of all splits
     with Interrupt() as interrupt:
 
         def check() -> None:
@@ -109,7 +79,7 @@ def run_probe(
 
         setup.model.to(device)
         remove_head(setup.model)
-        features = _all_features(setup, reporter, throughput, skipped, check)
+        features = _all_features(setup, reporter, state, skipped, check)
         train, num_classes = features["train"], setup.dataset.num_classes
         evaluate = partial(_evaluate_head, setup, features, device)
         head, chosen, history = _choose(evaluate, train, num_classes, "val" in features, reporter, folder, check)
@@ -126,9 +96,11 @@ def run_probe(
         "knn_neighbours": min(NEIGHBOURS, len(train.labels)),
         "knn_temperature": TEMPERATURE,
     }
+    state.seconds = time.perf_counter() - started
     summary = run_summary(
         setup,
         result,
+        state,
         skipped,
         device,
         val_top1=chosen.get("val_top1"),
@@ -136,34 +108,33 @@ def run_probe(
         probe=probe,
         knn_top1=_knn_top1(features, name, num_classes),
         fits=len(history),
-        seconds=round(time.perf_counter() - started, 3),
-        images_per_second=round(throughput.rate, 1),
-        waiting_for_data=round(throughput.waiting, 4),
     )
     return summary, result
 
 
 def _all_features(
-    setup: Setup, reporter: Reporter, throughput: _Throughput, skipped: dict[str, str], check: Callable[[], None]
+    setup: Setup, reporter: Reporter, state: TrainState, skipped: dict[str, str], check: Callable[[], None]
 ) -> dict[str, Features]:
     """Features of each split with readable images: train, val, and the one whose metrics are reported."""
     machine, dataset = setup.config.machine, setup.dataset
     names = dict.fromkeys(name for name in ("train", "val", dataset.eval_split()) if name in dataset.splits)
     total = sum(len(dataset.split(name)) for name in names)
     runtime = TorchRuntime(setup.model, setup.preprocess, machine.amp)
-    found = {}
+    found, done, last = {}, 0, time.perf_counter()
     with reporter:
         for name in names:
             reader = SplitReader(dataset.split(name), setup.preprocess)
-            begin = time.perf_counter()
 
             def on_batch(batch: BatchResult[int], name: str = name, reader: SplitReader = reader) -> None:
-                nonlocal begin
+                nonlocal done, last
                 now = time.perf_counter()
-                throughput.add(batch, now - begin)
-                begin = now
+                state.step_seconds, last = state.step_seconds + now - last, now
+                state.seconds = state.step_seconds
+                state.wait_seconds += batch.wait_seconds
+                state.images += len(batch.outputs)
+                done += len(batch.items)
                 skipped.update({item["path"]: item["reason"] for item in reader.skipped(batch)})
-                reporter.update(f"{name} features", throughput.done / total, lambda: throughput.describe(total))
+                reporter.update(f"{name} features", done / total, state)
                 check()
 
             features = compute_features(runtime, reader, machine.eval_batch_size, machine.workers, on_batch)

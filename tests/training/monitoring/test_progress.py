@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from training import tiny
+from vitrail.training.engine.state import TrainState
 from vitrail.training.monitoring import progress
 from vitrail.training.monitoring.progress import Reporter, describe
 
@@ -16,26 +17,22 @@ def _variant(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_line_says_it_all() -> None:
-    trainer = tiny.session(epochs=2).trainer
-    state = trainer.state
-    state.steps, state.images, state.seconds, state.step_seconds, state.wait_seconds = 5, 50, 10.0, 5.0, 1.0
-    state.epoch_images = 50
-    assert describe(trainer) == " 50%  loss 0.0000  10 images/s  10 s left  data wait 20%"
+    state = TrainState(images=50, seconds=10.0, step_seconds=5.0, wait_seconds=1.0)
+    assert describe(0.5, state, "  loss 0.1") == " 50%  loss 0.1  10 images/s  10 s left  data wait 20%"
 
 
 def test_nothing_done_yet() -> None:
-    assert "0 s left" in describe(tiny.session().trainer)
+    assert "0 s left" in describe(0.0, TrainState())
 
 
 def test_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(progress, "_LINE_SECONDS", 0.0)
-    trainer = tiny.session().trainer
     with Reporter() as reporter:
-        reporter.step(trainer)
+        reporter.step(tiny.session().trainer)
         reporter.epoch("an epoch [1/2]", last=False)
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.splitlines() == [f"epoch 1  {describe(trainer)}", "an epoch [1/2]"]
+    assert err.splitlines() == [f"epoch 1  {describe(0.0, TrainState(), '  loss nan')}", "an epoch [1/2]"]
 
 
 def test_of_many_short_epochs_some_are_told(capsys: pytest.CaptureFixture[str]) -> None:

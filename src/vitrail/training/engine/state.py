@@ -28,6 +28,11 @@ class TrainState:
         return self.images / self.step_seconds if self.step_seconds else 0.0
 
     @property
+    def waiting_for_data(self) -> float:
+        """The share of the time of training steps that was spent waiting for images, 0 to 1."""
+        return self.wait_seconds / self.step_seconds if self.step_seconds else 0.0
+
+    @property
     def spent(self) -> float:
         """Seconds of a budget that are used up or reserved for the last validation."""
         return self.seconds + self.validation_seconds

@@ -10,9 +10,9 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.text import Text
+from rich.progress import BarColumn, Progress, TextColumn
 
+from vitrail.training.engine.state import TrainState
 from vitrail.training.engine.trainer import Trainer
 from vitrail.utils.text import format_duration
 
@@ -42,7 +42,7 @@ class Reporter:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=6),
-                _Status(),
+                TextColumn("{task.fields[status]}", markup=False),
                 console=self.console,
                 auto_refresh=False,
                 transient=True,
@@ -62,18 +62,22 @@ class Reporter:
         """Call after every training step."""
         state = trainer.state
         done = trainer.schedule.progress(state.steps, state.spent)
-        self.update(f"epoch {state.epoch + 1}", done, lambda: describe(trainer))
+        self.update(f"epoch {state.epoch + 1}", done, state, lambda: f"  loss {trainer.mean_loss():.4f}")
 
-    def update(self, title: str, done: float, status: Callable[[], str]) -> None:
-        """Show the progress, 0 to 1; at most every `_BAR_SECONDS`, or every `_LINE_SECONDS` without a terminal."""
+    def update(self, title: str, done: float, state: TrainState, extra: Callable[[], str] = lambda: "") -> None:
+        """Show the progress `done`, 0 to 1; at most every `_BAR_SECONDS`, or every `_LINE_SECONDS` without a terminal.
+
+        extra: further text, which is computed only when it is shown.
+        """
         now = time.perf_counter()
         if not self._enabled or now - self._last < self._every:
             return
         self._last = now
+        status = describe(done, state, extra())
         if self._bar:
-            self._bar.update(self._bar.task_ids[0], description=title, completed=done, status=status(), refresh=True)
+            self._bar.update(self._bar.task_ids[0], description=title, completed=done, status=status, refresh=True)
         else:
-            self.log(f"{title}  {status()}")
+            self.log(f"{title}  {status}")
 
     def epoch(self, line: str, last: bool) -> None:
         """Print the line of a finished epoch; without a terminal, at most one every two seconds, and the last one."""
@@ -83,21 +87,8 @@ class Reporter:
             self.log(line)
 
 
-def describe(trainer: Trainer) -> str:
-    """Progress, loss, throughput, remaining time and share of the time spent waiting for data, in one line."""
-    state = trainer.state
-    done = trainer.schedule.progress(state.steps, state.spent)
-    left = state.seconds * (1 - done) / done if done else 0.0
-    rate = state.images / state.step_seconds if state.step_seconds else 0.0
-    waited = state.wait_seconds / state.step_seconds if state.step_seconds else 0.0
-    return (
-        f"{done:4.0%}  loss {trainer.mean_loss():.4f}  {rate:,.0f} images/s  {format_duration(left)} left"
-        f"  data wait {waited:.0%}"
-    )
-
-
-class _Status(ProgressColumn):
-    """The line of `describe`."""
-
-    def render(self, task: Task) -> Text:
-        return Text(task.fields["status"])
+def describe(done: float, state: TrainState, extra: str = "") -> str:
+    """Progress, throughput, remaining time and share of the time spent waiting for data, in one line."""
+    left = format_duration(state.seconds * (1 - done) / done if done else 0.0)
+    rate = f"{state.images_per_second:,.0f} images/s"
+    return f"{done:4.0%}{extra}  {rate}  {left} left  data wait {state.waiting_for_data:.0%}"

@@ -8,6 +8,7 @@ import torch
 from vitrail.evaluation.metrics import Evaluation, is_imbalanced
 from vitrail.evaluation.statistics import wilson
 from vitrail.training.checkpoints.provenance import environment
+from vitrail.training.engine.state import TrainState
 from vitrail.training.session import Session
 from vitrail.training.setup import Setup
 from vitrail.utils.text import format_duration
@@ -16,11 +17,16 @@ _SMALL = 100  # images below which the confidence interval is printed
 
 
 def run_summary(
-    setup: Setup, result: Evaluation, skipped: Mapping[str, str], device: torch.device, **metrics: Any
+    setup: Setup,
+    result: Evaluation,
+    state: TrainState,
+    skipped: Mapping[str, str],
+    device: torch.device,
+    **metrics: Any,
 ) -> dict[str, Any]:
     """The content of summary.json: metrics on the evaluated split, what was trained on what, and further `metrics`.
 
-    skipped: reason by path, of images that could not be read.
+    state: for time and throughput. skipped: reason by path, of images that could not be read.
     """
     dataset = setup.dataset
     reasons = {item["path"]: item["reason"] for item in (*dataset.skipped, *result.skipped)} | dict(skipped)
@@ -28,6 +34,9 @@ def run_summary(
     return {
         **result.to_dict(),
         **metrics,
+        "seconds": round(state.seconds, 3),
+        "images_per_second": round(state.images_per_second, 1),
+        "waiting_for_data": round(state.waiting_for_data, 4),
         "params": sum(p.numel() for p in setup.model.parameters()),
         "model": setup.config.model.model,
         **weights,
@@ -46,6 +55,7 @@ def training_summary(session: Session, result: Evaluation) -> dict[str, Any]:
     return run_summary(
         session.setup,
         result,
+        state,
         session.skipped,
         session.trainer.device,
         val_top1=best.top1 if best.epoch else None,
@@ -55,9 +65,6 @@ def training_summary(session: Session, result: Evaluation) -> dict[str, Any]:
         skipped_steps=state.skipped,
         rollbacks=state.rollbacks,
         train_images=state.images,
-        seconds=round(state.seconds, 3),
-        images_per_second=round(state.images_per_second, 1),
-        waiting_for_data=round(state.wait_seconds / state.step_seconds, 4) if state.step_seconds else 0.0,
         processes=session.distributed.world_size,
     )
 

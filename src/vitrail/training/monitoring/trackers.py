@@ -61,49 +61,33 @@ class TensorBoard(Tracker):
         self._writer.close()
 
 
-class WandB(Tracker):
-    """A Weights & Biases run; reads its environment variables (WANDB_PROJECT, WANDB_MODE=offline, ...)."""
-
-    def __init__(self, folder: RunFolder, config: Mapping[str, Any], state: dict[str, Any]) -> None:
-        wandb = import_module("wandb")
-        state.setdefault("id", secrets.token_hex(4))
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", _PROJECT),
-            name=folder.path.name,
-            id=state["id"],
-            resume="allow",
-            dir=str(folder.path),
-            config=dict(config),
-        )
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(values), step=step)
-
-    def finish(self, values: Mapping[str, float], step: int) -> None:
-        self._run.summary.update({f"final/{name}": value for name, value in values.items()})
-
-    def close(self) -> None:
-        self._run.finish()
-
-
 class Trackio(Tracker):
     """A Trackio run, local or in the Space TRACKIO_SPACE_ID."""
 
     def __init__(self, folder: RunFolder, config: Mapping[str, Any], state: dict[str, Any]) -> None:
-        trackio = import_module("trackio")
-        state.setdefault("name", f"{folder.path.name}-{secrets.token_hex(4)}")
-        self._run = trackio.init(
-            project=os.environ.get("TRACKIO_PROJECT", _PROJECT),
-            name=state["name"],
-            resume="allow",
-            config=dict(config),
-        )
+        name = state.setdefault("name", f"{folder.path.name}-{secrets.token_hex(4)}")
+        self._init("trackio", config, name=name)
+
+    def _init(self, package: str, config: Mapping[str, Any], **options: Any) -> None:
+        project = os.environ.get(f"{package.upper()}_PROJECT", _PROJECT)
+        self._run = import_module(package).init(project=project, resume="allow", config=dict(config), **options)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
         self._run.finish()
+
+
+class WandB(Trackio):
+    """A Weights & Biases run; reads its environment variables (WANDB_PROJECT, WANDB_MODE=offline, ...)."""
+
+    def __init__(self, folder: RunFolder, config: Mapping[str, Any], state: dict[str, Any]) -> None:
+        run_id = state.setdefault("id", secrets.token_hex(4))
+        self._init("wandb", config, name=folder.path.name, id=run_id, dir=str(folder.path))
+
+    def finish(self, values: Mapping[str, float], step: int) -> None:
+        self._run.summary.update({f"final/{name}": value for name, value in values.items()})
 
 
 _KINDS: dict[str, Callable[[RunFolder, Mapping[str, Any], dict[str, Any]], Tracker]] = {
