@@ -3,6 +3,9 @@
 from dataclasses import fields, replace
 from typing import Any
 
+import torch
+from torch.overrides import TorchFunctionMode
+
 from vitrail.errors import ModelError, did_you_mean
 from vitrail.models.base import ImageModel
 from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig
@@ -11,6 +14,7 @@ from vitrail.models.deit import DistilledVisionTransformer
 from vitrail.models.resnet import ResNet
 from vitrail.models.swin import SwinTransformer
 from vitrail.models.vit import VisionTransformer
+from vitrail.utils.text import one_line
 
 
 def build_model(config: ModelConfig) -> ImageModel:
@@ -34,6 +38,34 @@ def build_model(config: ModelConfig) -> ImageModel:
     except ValueError as error:
         raise ModelError(f"invalid {type(config).__name__}: {error}") from error
     raise TypeError(f"unknown config type {type(config).__name__}")
+
+
+def build_on_meta(config: ModelConfig, max_blocks: int, where: str) -> ImageModel:
+    """The model on the meta device, without memory for its tensors: for a config that is not trusted.
+
+    Raises:
+        ModelError: it is not valid, or has more than `max_blocks` blocks, which take long to build.
+    """
+    blocks = [getattr(config, name, 0) for name in ("depth", "depths", "layers")]
+    if max(sum(b) if isinstance(b, tuple) else b for b in blocks) > max_blocks:
+        raise ModelError(f"{where} describes a different model from the weights next to it: it has too many blocks")
+    try:
+        with torch.device("meta"), _SkipInit():
+            return build_model(config)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise ModelError(f"{where} does not describe a valid model: {one_line(error)}") from None
+
+
+class _SkipInit(TorchFunctionMode):
+    """Skips random initialisation, which on the meta device would import torch's compiler."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def configure(config: ModelConfig, **changes: Any) -> ModelConfig:

@@ -12,6 +12,7 @@ from torch import Tensor
 from vitrail.errors import ModelError
 from vitrail.images.preprocess import Preprocess
 from vitrail.models import config_io
+from vitrail.models.build import build_on_meta
 from vitrail.models.catalog import VARIANTS
 from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig
 from vitrail.models.timm_compat import family_of
@@ -19,6 +20,7 @@ from vitrail.utils.text import one_line, printable
 from vitrail.weights.record import WeightsRecord
 
 Config = Mapping[str, Any]
+_SMALL = 2**20  # elements: models below this size are built without a comparison with the file
 # Options of timm that do not change the output for an image of the model's size.
 _IGNORED = {
     "always_partition",
@@ -63,29 +65,15 @@ def read_config(config: Config, processor: Config | None, where: str) -> Archite
 
 
 def check(config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Check that an untrusted config is valid and not larger than its tensors, before a model is allocated.
+    """Check that an untrusted config is valid and not much larger than its tensors, before a model is allocated.
 
     Raises:
         ModelError: it is invalid, or describes another model.
     """
     config_io.from_json(family_of(config), asdict(config), where)
-    sizes = {size for tensor in tensors.values() for size in tensor.shape} | {1}
-    largest = max(sizes)
-    match config:
-        case ViTConfig():
-            blocks, widths = config.depth, [config.embed_dim, int(config.embed_dim * config.mlp_ratio)]
-            patches = (config.img_size[0] // config.patch_size) * (config.img_size[1] // config.patch_size)
-            small = [patches, config.patch_size, config.reg_tokens, config.num_heads]
-        case SwinConfig():
-            blocks, widths = sum(config.depths), [config.embed_dim * 2 ** min(len(config.depths) - 1, 30)]
-            small = [config.patch_size, config.window_size, *config.num_heads]
-        case ConvNeXtConfig():
-            blocks, widths, small = sum(config.depths), [*config.dims], []
-        case ResNetConfig():
-            blocks, widths, small = sum(config.layers), [], []
-        case _:
-            raise TypeError(f"unknown config {type(config).__name__}")
-    if blocks > len(tensors) or not set(widths) <= sizes or max([*small, config.in_chans]) > largest:
+    model = build_on_meta(replace(config, num_classes=0), len(tensors), where)
+    size = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    if size > 2 * sum(tensor.numel() for tensor in tensors.values()) + _SMALL:
         raise ModelError(f"{where} describes a different model from the weights next to it")
 
 
@@ -230,13 +218,13 @@ def _labels(config: Config) -> tuple[str, ...] | None:
 
 def _processor(config: Config) -> Preprocess | None:
     """The preprocessing of a transformers image processor; None if `Preprocess` cannot express it."""
-    size, crop = _sides(config.get("size")), _sides(config.get("crop_size"))
-    center = bool(config.get("do_center_crop")) and crop is not None
+    size = _sides(config.get("size"))
+    crop = _sides(config.get("crop_size")) if config.get("do_center_crop") else None
     if not config.get("do_resize", True) or size is None:
         return None
     if abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
         return None
-    final = crop if center and crop is not None else size
+    final = crop or size
     normalise = config.get("do_normalize", True)
     by_shortest = isinstance(config.get("size"), Mapping) and "shortest_edge" in config["size"]
     return Preprocess(

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.overrides import TorchFunctionMode
 
 from vitrail._version import __version__
 from vitrail.errors import ConfigError, WeightsError
 from vitrail.images.preprocess import Preprocess
 from vitrail.models import config_io
 from vitrail.models.base import ImageModel
-from vitrail.models.build import build_model
+from vitrail.models.build import build_model, build_on_meta
 from vitrail.models.catalog import VARIANTS
 from vitrail.models.configs import ModelConfig
 from vitrail.models.timm_compat import (
@@ -198,7 +197,7 @@ def _load_model(source: Path, config: ModelConfig) -> ImageModel:
     try:
         with safe_open(source, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  no dict
-            model = _meta_model(config, len(shapes), source)
+            model = build_on_meta(config, len(shapes), str(source.with_name(CONFIG)))
             expected = model.state_dict()
             _check_tensors(expected, shapes, source)
             tensors = {name: file.get_tensor(name).to(expected[name].dtype) for name in shapes}
@@ -210,30 +209,6 @@ def _load_model(source: Path, config: ModelConfig) -> ImageModel:
     else:
         model.load_state_dict(tensors, assign=True)
     return model.eval()
-
-
-def _meta_model(config: ModelConfig, num_tensors: int, source: Path) -> ImageModel:
-    """The model on the meta device."""
-    blocks = [getattr(config, name, 0) for name in ("depth", "depths", "layers")]
-    if max(sum(b) if isinstance(b, tuple) else b for b in blocks) > num_tensors:
-        raise WeightsError(f"{source} contains {num_tensors} tensors, too few for the depth in its config")
-    try:
-        with torch.device("meta"), _SkipInit():
-            return build_model(config)
-    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-        raise WeightsError(f"{source.with_name(CONFIG)} does not describe a valid model: {one_line(error)}") from None
-
-
-class _SkipInit(TorchFunctionMode):
-    """Skips random initialisation, which on the meta device would import torch's compiler."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
 
 
 def _check_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, tuple[int, ...]], source: Path) -> None:
