@@ -6,12 +6,11 @@ from torch import Tensor
 
 from vitrail.errors import WeightsError
 from vitrail.utils.text import join_names
-from vitrail.weights.formats.keymap import Rules, join_qkv, rename, without_pre_logits
+from vitrail.weights.formats.keymap import Format, Rules, join_qkv, without_pre_logits
 from vitrail.weights.tensors import Tensors
 
 _NPZ = r"(?:opt/target/|params/(?:img/)?)?"
-_NPZ_BLOCK = rf"{_NPZ}Transformer/encoderblock_(\d+)/"
-GOOGLE_VIT: Rules = {
+_RULES: Rules = {
     rf"{_NPZ}embedding/kernel": "patch_embed.proj.weight",
     rf"{_NPZ}embedding/bias": "patch_embed.proj.bias",
     rf"{_NPZ}cls": "cls_token",
@@ -31,23 +30,18 @@ for _jax, _ours in (
     (r"Transformer/encoderblock_(\d+)/MultiHeadDotProductAttention_[01]/value", r"blocks.\1.attn.v"),
     (r"Transformer/encoderblock_(\d+)/MultiHeadDotProductAttention_[01]/out", r"blocks.\1.attn.proj"),
 ):
-    GOOGLE_VIT |= {rf"{_NPZ}{_jax}/(?:kernel|scale)": f"{_ours}.weight", rf"{_NPZ}{_jax}/bias": f"{_ours}.bias"}
+    _RULES |= {rf"{_NPZ}{_jax}/(?:kernel|scale)": f"{_ours}.weight", rf"{_NPZ}{_jax}/bias": f"{_ours}.bias"}
 
 
-def google_vit(tensors: Tensors) -> Tensors:
-    """ViT of google-research/vision_transformer and big_vision, whose kernels have the inputs first.
-
-    Raises:
-        WeightsError: a hybrid of ResNet and ViT.
-    """
+def _transpose_all(tensors: Tensors) -> Tensors:
+    """Move the outputs of kernels first. Raises WeightsError for a hybrid of ResNet and ViT."""
     if hybrid := [name for name in tensors if re.match(rf"{_NPZ}(conv_root|block\d+)/", name)]:
         raise WeightsError(
             f"a hybrid of ResNet and ViT is not supported ({join_names(hybrid, 2)}): use weights of a plain ViT"
         )
-    out = rename(tensors, GOOGLE_VIT)
-    for name, tensor in out.items():
-        out[name] = _transpose(name, tensor)
-    return without_pre_logits(join_qkv(out))
+    for name, tensor in tensors.items():
+        tensors[name] = _transpose(name, tensor)
+    return tensors
 
 
 def _transpose(name: str, tensor: Tensor) -> Tensor:
@@ -65,3 +59,6 @@ def _transpose(name: str, tensor: Tensor) -> Tensor:
         case (None, _), 2 if name.endswith(".weight"):
             return tensor.T
     return tensor
+
+
+VIT = Format("Google ViT", _RULES, conversions=(_transpose_all, join_qkv, without_pre_logits))

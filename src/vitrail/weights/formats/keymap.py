@@ -1,6 +1,8 @@
-"""Shared by all checkpoint formats: rules that rename tensors, and conversions of several tensors."""
+"""What a checkpoint format consists of: rules that rename tensors, and conversions of several tensors."""
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,23 +18,39 @@ BUFFERS = r"\.(weight|bias|running_mean|running_var|num_batches_tracked)"
 WHY_BUFFER = "a constant that the model computes"
 
 
-def rename(tensors: Tensors, rules: Rules, why_unused: str = "this model has no such layer") -> Tensors:
-    """Apply the first rule that matches each name.
+@dataclass(frozen=True)
+class Format:
+    """A checkpoint format.
 
-    Raises:
-        WeightsError: two tensors get the same name.
+    rules: the first one that matches a name applies. why_unused: for rules without a new name. conversions: applied
+    after the rules, in order.
     """
-    compiled = [(re.compile(pattern), new) for pattern, new in rules.items()]
-    out = tensors.empty_copy()
-    for name, tensor in tensors.items():
-        match, new = next(((m, new) for p, new in compiled if (m := p.fullmatch(name))), (None, name))
-        if new is None:
-            out.unused[tensors.file_name(name)] = why_unused
-            continue
-        put(out, match.expand(new) if match else name, tensor, tensors.file_name(name))
-        if match is None and name in tensors.outside:
-            out.outside.add(name)
-    return out
+
+    name: str
+    rules: Rules
+    why_unused: str = ""
+    conversions: tuple[Callable[[Tensors], Tensors], ...] = ()
+
+    def count_known(self, names: list[str]) -> int:
+        """How many of the names its rules match."""
+        pattern = re.compile("|".join(f"(?:{pattern})" for pattern in self.rules))
+        return sum(pattern.fullmatch(name) is not None for name in names)
+
+    def convert(self, tensors: Tensors) -> Tensors:
+        """The tensors under our names. Raises WeightsError if two get the same name."""
+        compiled = [(re.compile(pattern), new) for pattern, new in self.rules.items()]
+        out = tensors.empty_copy()
+        for name, tensor in tensors.items():
+            match, new = next(((m, new) for p, new in compiled if (m := p.fullmatch(name))), (None, name))
+            if new is None:
+                out.unused[tensors.file_name(name)] = self.why_unused
+                continue
+            put(out, match.expand(new) if match else name, tensor, tensors.file_name(name))
+            if match is None and name in tensors.outside:
+                out.outside.add(name)
+        for conversion in self.conversions:
+            out = conversion(out)
+        return out
 
 
 def put(out: Tensors, name: str, tensor: Tensor, origin: str) -> None:
