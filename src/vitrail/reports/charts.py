@@ -8,6 +8,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import TypeVar
+
+T = TypeVar("T")
 
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 24, 34  # margins for tick labels and axis titles
@@ -67,11 +70,11 @@ def _tick_labels(values: Sequence[float]) -> list[str]:
     return [format_number(value) if small or abs(value) >= 1e4 else f"{value:.6g}" for value in values]
 
 
-def subsample(points: Sequence[tuple[float, float]], limit: int) -> list[tuple[float, float]]:
-    """At most `limit` evenly spaced points, including the first and the last."""
-    if len(points) <= limit:
-        return list(points)
-    return [points[round(i * (len(points) - 1) / (limit - 1))] for i in range(limit)]
+def subsample(items: Sequence[T], limit: int) -> list[T]:
+    """At most `limit` evenly spaced items, including the first and the last."""
+    if len(items) <= limit:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
 
 
 @dataclass(frozen=True)

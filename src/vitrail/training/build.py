@@ -1,11 +1,8 @@
 """What a session trains with, made from a setup: loaders, trainer, schedule."""
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from vitrail.data.cache.readers import ReadImage
-from vitrail.data.dataset import Dataset
 from vitrail.data.loader import TrainLoader
 from vitrail.data.sampling import class_weights
 from vitrail.errors import ConfigError
@@ -46,7 +43,9 @@ def make_trainer(setup: Setup, steps_per_epoch: int, device: torch.device, distr
     config, dataset = setup.config, setup.dataset
     if config.machine.grad_checkpointing:
         _enable_grad_checkpointing(setup.model)
-    weights = _class_weights(config, dataset)
+    weights = None
+    if config.regularize.balance == "loss":
+        weights = class_weights(dataset.split("train").labels, dataset.num_classes)
     return Trainer(
         setup.model,
         make_task(setup, device),
@@ -73,13 +72,6 @@ def make_schedule(config: TrainConfig, steps_per_epoch: int) -> Schedule:
     if schedule.min_lr > lr:
         raise ConfigError(f"min_lr={schedule.min_lr:g} is above lr={lr:g}")
     return Schedule(steps, warmup, schedule.min_lr / lr, schedule.budget)
-
-
-def _class_weights(config: TrainConfig, dataset: Dataset) -> npt.NDArray[np.float64] | None:
-    """The weight of each class in the loss, for balance=loss."""
-    if config.regularize.balance != "loss":
-        return None
-    return class_weights(dataset.split("train").labels, dataset.num_classes)
 
 
 def _enable_grad_checkpointing(model: torch.nn.Module) -> None:

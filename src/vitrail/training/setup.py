@@ -199,8 +199,7 @@ def _load(options: TrainConfig, dataset: Dataset) -> Pretrained:
 
 
 def _model_options(config: TrainConfig) -> dict[str, Any]:
-    values = {f"{key}_rate": config.flat[key] for key in keys_for(Use.BUILD)}
-    return {name: value for name, value in values.items() if value is not None}
+    return {f"{key}_rate": value for key in keys_for(Use.BUILD) if (value := config.flat[key]) is not None}
 
 
 @torch.no_grad()

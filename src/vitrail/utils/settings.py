@@ -71,3 +71,12 @@ Range = Annotated[tuple[Positive, Positive], Pair, Ascending]
 Size = Annotated[tuple[Count, Count] | None, BeforeValidator(_height_width)]
 Seconds = Annotated[Positive | None, BeforeValidator(_seconds)]
 PathText = Annotated[str | None, BeforeValidator(_path_text)]
+
+
+def format_value(value: object) -> str:
+    """A value as on the command line."""
+    if isinstance(value, list | tuple):
+        return ",".join(format_value(part) for part in value)
+    if value is None:
+        return "none"
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)

@@ -105,7 +105,7 @@ def test_colour_images_and_large_ones(tmp_path: Path) -> None:
 def test_labels_say_the_shares() -> None:
     names = ["cat", "dog", "bird"]
     assert label_text(torch.tensor(1), names) == ["dog"]
-    assert label_text(torch.tensor([0.3, 0.7, 0.0]), names) == ["dog 0.70", "cat 0.30"]
+    assert label_text(torch.tensor([0.3, 0.7, 0.0]), names) == ["0.70 dog", "0.30 cat"]
     assert label_text(torch.tensor([0.0, 1.0, 0.0]), names) == ["dog"]
 
 

@@ -65,10 +65,7 @@ class NonFiniteGuard:
         pending, self._pending = self._pending, []
         if not pending:
             return
-        if len(pending) == 1:
-            finite = [bool(pending[0].finite)]
-        else:
-            finite = torch.stack([step.finite for step in pending]).tolist()
+        finite = torch.stack([step.finite for step in pending]).tolist()
         for step, good in zip(pending, finite, strict=True):
             state = step.state
             if good:

@@ -30,7 +30,8 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
         ModelError: all parameters are frozen.
     """
     settings = config.optimizer
-    keep = no_decay_names(model)
+    own: Any = model
+    no_decay = own.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # names or patterns
     layers = layer_ids(model) if settings.layer_decay < 1 else None
     deepest = max(layers.values()) if layers else 0
     groups: dict[str, dict[str, Any]] = {}
@@ -43,7 +44,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
         if layers is not None:
             peak *= settings.layer_decay ** (deepest - layers[name])
             key += f" layer {layers[name]}"
-        decays = parameter.ndim > 1 and not any(fnmatchcase(name, pattern) for pattern in keep)
+        decays = parameter.ndim > 1 and not any(fnmatchcase(name, pattern) for pattern in no_decay)
         key += "" if decays else ", no decay"
         empty = {
             "name": key,
@@ -56,12 +57,6 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     if not groups:
         raise ModelError("the model has no trainable parameters: all of them are frozen")
     return list(groups.values())
-
-
-def no_decay_names(model: nn.Module) -> set[str]:
-    """Names or patterns of the parameters that the model excludes from weight decay; empty if it has no such method."""
-    own: Any = model
-    return set(own.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
 
 
 def layer_ids(model: nn.Module) -> dict[str, int]:

@@ -4,6 +4,7 @@ Shapes: B images, C channels, H W height and width, K classes.
 """
 
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from vitrail.training.config.schema import TrainConfig
 from vitrail.training.engine.batch_augmenter import View
 from vitrail.training.session import Session
 from vitrail.utils.files import atomic_write_bytes
+from vitrail.utils.settings import format_value
 from vitrail.utils.text import printable
 
 _COLUMNS = 8
@@ -29,7 +31,7 @@ _MAX_SIDE = 256  # larger images are reduced to this side
 _GAP = 10
 _FONT = 12
 _LINE = 16  # pixels from one line of text to the next
-_WHITE, _BLACK, _GREY = (255, 255, 255), (20, 20, 20), (110, 110, 110)
+_WHITE, _BLACK = (255, 255, 255), (20, 20, 20)
 _FONTS = (
     "DejaVuSans.ttf",
     "NotoSans-Regular.ttf",
@@ -59,15 +61,9 @@ def draw_first_batch(session: Session, path: str | Path) -> str:
 
 
 def describe_augmentation(config: TrainConfig) -> str:
-    """The augmentation, with its strengths: "crop_scale 0.08 to 1, flip 0.5, mixup 0.8"."""
+    """The augmentation as on the command line: "crop_scale=0.08,1 flip=0.5 mixup=0.8"."""
     values = {name: getattr(config.augment, name) for name in config.augment.active}
-    return ", ".join(f"{name} {_value(value)}" for name, value in values.items()) or "no augmentation"
-
-
-def _value(value: object) -> str:
-    if isinstance(value, tuple):
-        return " to ".join(_value(part) for part in value)
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return " ".join(f"{name}={format_value(value)}" for name, value in values.items()) or "no augmentation"
 
 
 def _save(picture: Image.Image, path: Path) -> None:
@@ -85,14 +81,14 @@ def pixels(images: Tensor, preprocess: Preprocess) -> npt.NDArray[np.uint8]:
 
 
 def label_text(target: Tensor, class_names: Sequence[str]) -> list[str]:
-    """The label, or "cat 0.70" and "dog 0.30" for mixed labels. target: a class index, or K probabilities."""
+    """The label, or "0.70 cat" and "0.30 dog" for mixed labels. target: a class index, or K probabilities."""
     if not target.ndim:
         return [printable(class_names[int(target)])]
     shares = target.detach().float().cpu().numpy()
     order = [int(k) for k in np.argsort(-shares, kind="stable")[:3] if shares[k] > 0.005]
     if len(order) == 1:
         return [printable(class_names[order[0]])]
-    return [f"{printable(class_names[k])} {shares[k]:.2f}" for k in order]
+    return [f"{shares[k]:.2f} {printable(class_names[k])}" for k in order]
 
 
 def zoom_factor(height: int, width: int) -> float:
@@ -112,25 +108,22 @@ def draw(
     images = pixels(view.images[:shown], preprocess)
     labels = [label_text(target, class_names) for target in view.targets[:shown]]
     font = _font("".join([*class_names, *heads]))
-    lines = [_fit(label, font, wide) for label in labels]
-    below = _LINE * max(len(part) for part in lines) + 2
+    cell_height = high + _LINE * max(len(label) for label in labels) + 2
     columns = min(_COLUMNS, shown)
     rows = -(-shown // columns)
-    heads = [part for text in heads for part in _wrap(text, font, columns * (wide + _GAP) - _GAP)]
-    top = _GAP + _LINE * len(heads) + (_GAP if heads else 0)
-    size = (_GAP + columns * (wide + _GAP), top + rows * (high + below + _GAP))
-    sheet = Image.new("RGB", size, _WHITE)
-    pen = ImageDraw.Draw(sheet)
-    for number, text in enumerate(heads):
-        pen.text((_GAP, _GAP + number * _LINE), text, _BLACK if number == 0 else _GREY, font)
+    sheet_width = _GAP + columns * (wide + _GAP)
+    characters = int((sheet_width - 2 * _GAP) / font.getlength("0"))
+    lines = [line for head in heads for line in textwrap.wrap(head, characters)]
+    top = _GAP + _LINE * len(lines) + (_GAP if lines else 0)
+    sheet = Image.new("RGB", (sheet_width, top + rows * (cell_height + _GAP)), _WHITE)
+    ImageDraw.Draw(sheet).multiline_text((_GAP, _GAP), "\n".join(lines), _BLACK, font)
     resample = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
-    for number, (image, part) in enumerate(zip(images, lines, strict=True)):
-        x = _GAP + number % columns * (wide + _GAP)
-        y = top + number // columns * (high + below + _GAP)
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-        sheet.paste(picture.resize((wide, high), resample), (x, y))
-        for row, text in enumerate(part):
-            pen.text((x, y + high + 3 + row * _LINE), text, _BLACK, font)
+        cell = Image.new("RGB", (wide, cell_height), _WHITE)  # cuts off long names
+        cell.paste(picture.resize((wide, high), resample))
+        ImageDraw.Draw(cell).multiline_text((0, high + 3), "\n".join(label), _BLACK, font)
+        sheet.paste(cell, (_GAP + number % columns * (wide + _GAP), top + number // columns * (cell_height + _GAP)))
     return sheet, shown
 
 
@@ -143,30 +136,3 @@ def _font(text: str) -> Any:
             except OSError:
                 continue
     return ImageFont.load_default(_FONT)
-
-
-def _fit(label: Sequence[str], font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """The parts of a label in one line if they fit, else one line each, truncated to the width."""
-    line = " / ".join(label)
-    return [line] if font.getlength(line) <= width else [_truncate(part, font, width) for part in label]
-
-
-def _truncate(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """The text truncated to the width; a number at its end is kept."""
-    if font.getlength(text) <= width:
-        return text
-    name, space, share = text.rpartition(" ")
-    name, end = (name, space + share) if share.replace(".", "").isdigit() and name else (text, "")
-    while name and font.getlength(name + "..." + end) > width:
-        name = name[:-1]
-    return name.rstrip() + "..." + end
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    lines: list[str] = []
-    for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return lines

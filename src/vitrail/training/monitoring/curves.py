@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vitrail.reports.charts import STYLES, Series, line_chart
+from vitrail.reports.charts import STYLES, Series, line_chart, subsample
 
 _MAX_EPOCHS = 200  # rows of the table
 _MAX_RATES = 6  # lines in the chart of learning rates
@@ -52,8 +52,6 @@ def _rates(history: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, A
     order = sorted(peaks, reverse=True)
     if not order:
         return [_series("largest", history, "lr", 0)]
-    if len(order) > _MAX_RATES:
-        order = [order[round(i * (len(order) - 1) / (_MAX_RATES - 1))] for i in range(_MAX_RATES)]
     single = len(peaks) == 1
     return [
         Series(
@@ -61,7 +59,7 @@ def _rates(history: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, A
             [(float(row["epoch"]), row["lr"] * peak / max(peaks)) for row in history if "lr" in row],
             style,
         )
-        for style, peak in enumerate(order)
+        for style, peak in enumerate(subsample(order, _MAX_RATES))
     ]
 
 

@@ -30,7 +30,6 @@ class Reporter:
         self._every = _BAR_SECONDS if self.console.is_terminal else _LINE_SECONDS
         self._last = 0.0
         self._last_epoch = float("-inf")
-        self._enabled = enabled
 
     def log(self, text: str) -> None:
         """Print a line above the bar."""
@@ -38,7 +37,7 @@ class Reporter:
 
     def __enter__(self) -> Self:
         self._last = time.perf_counter()
-        if self._enabled and self.console.is_terminal:
+        if not self.console.quiet and self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=6),
@@ -70,7 +69,7 @@ class Reporter:
         extra: further text, which is computed only when it is shown.
         """
         now = time.perf_counter()
-        if not self._enabled or now - self._last < self._every:
+        if self.console.quiet or now - self._last < self._every:
             return
         self._last = now
         status = describe(done, state, extra())

@@ -18,7 +18,8 @@ from vitrail.training.checkpoints.run_folder import RunFolder
 from vitrail.training.config.schema import FIELDS, read_config
 from vitrail.training.monitoring.curves import charts, history_table
 from vitrail.utils.files import atomic_write_text
-from vitrail.utils.text import format_duration
+from vitrail.utils.settings import format_value
+from vitrail.utils.text import format_duration, printable
 
 _MATRIX_CLASSES = 20  # up to so many classes, the confusion matrix is shown; above, the most confused pairs
 _MAX_PAIRS = 20
@@ -52,7 +53,7 @@ def report_values(folder: RunFolder) -> dict[str, Any]:
     summary = _read_json(folder.summary)
     details = _read_json(folder.details) if folder.details.is_file() else {}
     history = _read_json_lines(folder.metrics)
-    config = {key: _format_value(value) for key, value in read_config(folder.config).given.items()}
+    config = {key: format_value(value) for key, value in read_config(folder.config).given.items()}
     classes = details.get("classes") or [row["label"] for row in summary["per_class"]]
     groups = details.get("groups", [])
     return {
@@ -81,26 +82,13 @@ def report_values(folder: RunFolder) -> dict[str, Any]:
         "sessions": _read_json_lines(folder.sessions) if folder.sessions.is_file() else [],
         "facts": run_facts(summary, config),
         "config": config,
-        "changed": {key for key in config if config[key] != _format_value(FIELDS[key].default)},
+        "changed": {key for key in config if config[key] != format_value(FIELDS[key].default)},
         "skipped": [(row["path"], row["reason"]) for row in summary["skipped"][:_MAX_SKIPPED]],
         "has_details": bool(details),
     }
 
 
 # --- text and numbers
-
-
-def _shorten(name: str) -> str:
-    return name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1].rstrip() + "…"
-
-
-def _format_value(value: object) -> str:
-    """A config value as written on the command line."""
-    if isinstance(value, list | tuple):
-        return ",".join(_format_value(part) for part in value)
-    if value is None:
-        return "none"
-    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def describe_evaluation(summary: Mapping[str, Any]) -> str:
@@ -185,7 +173,7 @@ def class_table(
     """The classes with images, lowest accuracy first, each with its most frequent confusions; and those without."""
     confusions: dict[int, list[str]] = {}
     for label, predicted, count in confused or []:
-        confusions.setdefault(label, []).append(f"{_shorten(classes[predicted])} ({count:,})")
+        confusions.setdefault(label, []).append(f"{printable(classes[predicted], _NAME_LENGTH)} ({count:,})")
     rows = [{**row, "confused": ", ".join(confusions.get(k, [])[:3])} for k, row in enumerate(summary["per_class"])]
     with_images = sorted((row for row in rows if row["images"]), key=lambda row: (row["top1"], -row["images"]))
     return {

@@ -63,19 +63,12 @@ def blank_batch(size: int, preprocess: Preprocess) -> Batch:
     return Batch(images, torch.zeros(size, dtype=torch.int64), torch.arange(size))
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
 def timed_step(trainer: Trainer, batch: Batch) -> float:
     """Make a step, and return the seconds until the device has finished it."""
     start = time.perf_counter()
     trainer.step(batch)
-    synchronize(trainer.device)
+    if trainer.device.type != "cpu":
+        torch.accelerator.synchronize(trainer.device)
     return time.perf_counter() - start
 
 
