@@ -1,14 +1,10 @@
-"""Stochastic depth, LayerScale, initialisation, and the block with fewer queries."""
-
-from functools import partial
+"""Stochastic depth, LayerScale and initialisation."""
 
 import pytest
-import timm.models.vision_transformer as timm_vit
 import torch
 from torch import nn
 
-from tolerance import assert_near
-from vitrail.layers.block import Block, DropPath, LayerScale, drop_path_rates, init_linear
+from vitrail.layers.block import DropPath, LayerScale, drop_path_rates, init_linear
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
@@ -47,32 +43,6 @@ def test_layer_scale_multiplies_each_channel() -> None:
     layer = LayerScale(3, 0.5)
     layer.gamma.data = torch.tensor([1.0, 2.0, 0.0])
     assert torch.equal(layer(torch.ones(2, 4, 3)), torch.tensor([1.0, 2.0, 0.0]).expand(2, 4, 3))
-
-
-@pytest.mark.parametrize("init_values", [None, 0.3])
-def test_block_is_timms(init_values: float | None) -> None:
-    ours = Block(12, 3, mlp_ratio=2.5, init_values=init_values)
-    theirs = timm_vit.Block(
-        12, 3, mlp_ratio=2.5, qkv_bias=True, init_values=init_values, norm_layer=partial(nn.LayerNorm, eps=1e-6)
-    )
-    theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(2, 5, 12)
-    assert_near(ours(x), theirs(x))
-
-
-def test_a_block_with_fewer_queries_is_exact_in_its_gradients_too() -> None:
-    block = Block(12, 3, init_values=0.3).double()
-    x = torch.randn(2, 5, 12, dtype=torch.double, requires_grad=True)
-    inputs = [x, *block.parameters()]
-    full, pruned = block(x)[:, :2], block(x, 2)
-    torch.testing.assert_close(pruned, full)
-    target = torch.randn_like(full)
-    for ours, expected in zip(
-        torch.autograd.grad((pruned * target).sum(), inputs),
-        torch.autograd.grad((full * target).sum(), inputs),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, expected)
 
 
 def test_linear_layers_are_initialised_truncated_normal() -> None:

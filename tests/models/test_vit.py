@@ -1,13 +1,17 @@
 """ViT alone: the pruned last block, image sizes, tokens, initial weights."""
 
+from functools import partial
 from typing import Any
 
 import pytest
+import timm.models.vision_transformer as timm_vit
 import torch
+from torch import nn
 
+from tolerance import assert_near
 from vitrail.errors import ModelError
 from vitrail.models.configs import ViTConfig
-from vitrail.models.vit import VisionTransformer
+from vitrail.models.vit import Block, VisionTransformer
 
 SMALL: dict[str, Any] = {
     "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5, "img_size": (32, 32)
@@ -84,3 +88,29 @@ def test_positions_dropout_only_in_training() -> None:
     assert not torch.equal(model(x), model(x))
     model.eval()
     assert torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("init_values", [None, 0.3])
+def test_block_is_timms(init_values: float | None) -> None:
+    ours = Block(0.0, ViTConfig(embed_dim=12, num_heads=3, mlp_ratio=2.5, init_values=init_values))
+    theirs = timm_vit.Block(
+        12, 3, mlp_ratio=2.5, qkv_bias=True, init_values=init_values, norm_layer=partial(nn.LayerNorm, eps=1e-6)
+    )
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 5, 12)
+    assert_near(ours(x), theirs(x))
+
+
+def test_a_block_with_fewer_queries_is_exact_in_its_gradients_too() -> None:
+    block = Block(0.0, ViTConfig(embed_dim=12, num_heads=3, init_values=0.3)).double()
+    x = torch.randn(2, 5, 12, dtype=torch.double, requires_grad=True)
+    inputs = [x, *block.parameters()]
+    full, pruned = block(x)[:, :2], block(x, 2)
+    torch.testing.assert_close(pruned, full)
+    target = torch.randn_like(full)
+    for ours, expected in zip(
+        torch.autograd.grad((pruned * target).sum(), inputs),
+        torch.autograd.grad((full * target).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, expected)

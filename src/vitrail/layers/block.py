@@ -1,12 +1,10 @@
-"""The pre-norm transformer block, and its layers that other architectures use too.
+"""Layers of a residual block, and their initialisation.
 
-Shapes: B batch, N tokens, Q query tokens (Q <= N), C width, H heads.
+Shapes: C width.
 """
 
 import torch
 from torch import Tensor, nn
-
-from vitrail.layers.attention import Attention
 
 
 class Mlp(nn.Module):
@@ -52,49 +50,6 @@ class LayerScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)): equations 2 and 3 of ViT (https://arxiv.org/abs/2010.11929)."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        *,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        init_values: float | None = None,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        drop_path: float = 0.0,
-        norm_eps: float = 1e-6,
-    ) -> None:
-        super().__init__()
-
-        def scale() -> nn.Module:
-            return nn.Identity() if init_values is None else LayerScale(dim, init_values)
-
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attn = Attention(dim, num_heads, qkv_bias, attn_drop, proj_drop)
-        self.ls1 = scale()
-        self.drop_path1 = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop)
-        self.ls2 = scale()
-        self.drop_path2 = DropPath(drop_path)
-
-    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
-        """B N C -> B Q C. With `queries`, only the first `queries` tokens are computed; they attend to all N."""
-        x = x[:, :queries] + self.drop_path1(self.ls1(self.attn(self.norm1(x), queries)))
-        out: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return out
-
-    def forward_with_weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward` without dropout or drop path: the output B N C and the attention weights B H N N."""
-        attended, weights = self.attn.attend_with_weights(self.norm1(x))
-        x = x + self.ls1(attended)
-        return x + self.ls2(self.mlp(self.norm2(x))), weights
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:

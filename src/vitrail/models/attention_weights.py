@@ -7,9 +7,8 @@ M windows of an image, n tokens of a window.
 from torch import Tensor, nn
 
 from vitrail.errors import ModelError
-from vitrail.layers.block import Block
 from vitrail.models.swin import PatchMerging, SwinBlock, SwinTransformer
-from vitrail.models.vit import VisionTransformer
+from vitrail.models.vit import Block, VisionTransformer
 from vitrail.utils.eval_view import eval_view
 
 

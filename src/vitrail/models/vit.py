@@ -4,7 +4,7 @@ With its options this is also DeiT (https://arxiv.org/abs/2012.12877; the distil
 (https://arxiv.org/abs/2204.07118) and DINOv2 (https://arxiv.org/abs/2304.07193).
 
 Shapes: B batch, I channels of the image, H W its height and width, h w height and width of the grid of patches,
-N = prefix tokens + h w, C width, K classes.
+N = prefix tokens + h w, Q query tokens (Q <= N), C width, A heads, K classes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,10 +14,43 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.errors import ModelError
-from vitrail.layers.block import Block, drop_path_rates, init_linear
+from vitrail.layers.attention import Attention
+from vitrail.layers.block import DropPath, LayerScale, Mlp, drop_path_rates, init_linear
 from vitrail.layers.embed import ConvStem, PatchEmbed, check_divides, resample_positions
 from vitrail.models.base import ImageModel, head_layer
 from vitrail.models.configs import ViTConfig
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)): equations 2 and 3 of ViT (https://arxiv.org/abs/2010.11929)."""
+
+    def __init__(self, drop_path: float, config: ViTConfig) -> None:
+        super().__init__()
+        dim = config.embed_dim
+
+        def scale() -> nn.Module:
+            return nn.Identity() if config.init_values is None else LayerScale(dim, config.init_values)
+
+        self.norm1 = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.attn = Attention(dim, config.num_heads, config.qkv_bias, config.attn_drop_rate, config.proj_drop_rate)
+        self.ls1 = scale()
+        self.drop_path1 = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.mlp = Mlp(dim, int(dim * config.mlp_ratio), config.proj_drop_rate)
+        self.ls2 = scale()
+        self.drop_path2 = DropPath(drop_path)
+
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """B N C -> B Q C. With `queries`, only the first `queries` tokens are computed; they attend to all N."""
+        x = x[:, :queries] + self.drop_path1(self.ls1(self.attn(self.norm1(x), queries)))
+        out: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return out
+
+    def forward_with_weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` without dropout or drop path: the output B N C and the attention weights B A N N."""
+        attended, weights = self.attn.attend_with_weights(self.norm1(x))
+        x = x + self.ls1(attended)
+        return x + self.ls2(self.mlp(self.norm2(x))), weights
 
 
 class VisionTransformer(ImageModel):
@@ -52,20 +85,7 @@ class VisionTransformer(ImageModel):
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, dim))
         self.pos_drop = nn.Dropout(config.pos_drop_rate)
         self.blocks = nn.Sequential(
-            *(
-                Block(
-                    dim,
-                    config.num_heads,
-                    mlp_ratio=config.mlp_ratio,
-                    qkv_bias=config.qkv_bias,
-                    init_values=config.init_values,
-                    attn_drop=config.attn_drop_rate,
-                    proj_drop=config.proj_drop_rate,
-                    drop_path=rate,
-                    norm_eps=config.norm_eps,
-                )
-                for rate in drop_path_rates(config.drop_path_rate, config.depth)
-            )
+            *(Block(rate, config) for rate in drop_path_rates(config.drop_path_rate, config.depth))
         )
         norm = nn.LayerNorm(dim, eps=config.norm_eps)
         self.norm = nn.Identity() if config.fc_norm else norm
