@@ -215,7 +215,7 @@ def test_a_truncated_shard(tmp_path: Path, length: int) -> None:
     dataset = open_dataset(f"wds:{tmp_path}/{{0,1}}.tar", val_fraction=0, test_fraction=0)
     kept = len(dataset.split("train")) - 10
     assert kept == len(scan_shard(str(tmp_path / "1.tar")).samples)
-    whole_samples = [row for row in scan_shard(str(whole)).samples if row[1] + row[2] <= length]
+    whole_samples = [row for row in scan_shard(str(whole)).samples if row.offset + row.length <= length]
     assert kept == len(whole_samples)
     about = [item["reason"] for item in dataset.skipped if item["path"] == f"{tmp_path}/1.tar"]
     assert len(about) == 1

@@ -8,25 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import dropwhile, groupby
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from vitrail.data.dataset import Dataset, FileSplit, SkippedImage
-from vitrail.data.formats.scan import checked_header
+from vitrail.data.formats.scan import Label, Sample, Scan
 from vitrail.data.splits import SPLIT_NAMES, SPLITS, SplitOptions, make_dataset, natural
 from vitrail.errors import DataError, did_you_mean
 from vitrail.images.decode import BadImage, decode, image_extensions
 from vitrail.utils.download import Progress
 
 _CHUNK = 64  # files per task of the scan
-File = tuple[str, int]  # path, index in the classes of its split
-
-
-class _Image(NamedTuple):
-    path: str
-    label: int
-    size: tuple[int, int]  # height, width
+File = tuple[str, str]  # path, class
 
 
 @dataclass
@@ -50,17 +43,17 @@ def open_folder(folder: str, options: SplitOptions, progress: Progress | None = 
     first = next(iter(listings))
     class_names = _common_classes(root, listings)
     options.check_classes(root, class_names)
-    index = {name: i for i, name in enumerate(class_names)}
+    index: dict[Label, int] = {name: i for i, name in enumerate(class_names)}
     skipped: list[SkippedImage] = []
     splits: dict[str, FileSplit] = {}
     for split, listing in listings.items():
         skipped += [{"path": path, "reason": "is not in a class folder"} for path in listing.unclassified]
-        images = _scan(listing.files, skipped, progress)
+        scan = _scan(listing.files, progress)
         if split == first:
-            images = _check_each_class(root, listing, images, skipped)
-        labels = np.array([index[listing.classes[image.label]] for image in images], dtype=np.int64)
-        sizes = np.array([image.size for image in images], dtype=np.int64).reshape(-1, 2)
-        splits[split] = FileSplit([image.path for image in images], labels, sizes=sizes)
+            _check_each_class(root, listing, scan)
+        skipped += scan.skipped
+        labels = np.array([index[label] for label in scan.labels], dtype=np.int64)
+        splits[split] = FileSplit([sample.name for sample in scan.samples], labels, sizes=scan.sizes)
 
     def names_of(split: FileSplit) -> list[str]:
         return [Path(os.path.relpath(path, root)).as_posix() for path in split.paths]
@@ -114,7 +107,7 @@ def _list_classes(folder: Path) -> _Listing:
     if not classes:
         found = "images but no class folders" if unclassified else "no class folders"
         raise DataError(f"{folder} contains {found}: put the images of each class into a folder named after the class")
-    files = [(path, c) for c, name in enumerate(classes) for path in _walk(str(folder / name), set())]
+    files = [(path, name) for name in classes for path in _walk(str(folder / name), set())]
     return _Listing(classes, files, unclassified)
 
 
@@ -146,47 +139,43 @@ def _common_classes(root: Path, listings: dict[str, _Listing]) -> list[str]:
     return names
 
 
-def _scan(files: Sequence[File], skipped: list[SkippedImage], progress: Progress | None) -> list[_Image]:
-    """Read all headers. Unreadable files go to `skipped`."""
+def _scan(files: Sequence[File], progress: Progress | None) -> Scan:
+    """Read all headers."""
 
-    def read_headers(chunk: Sequence[File]) -> list[_Image | SkippedImage]:
-        return [_read_header(path, label) for path, label in chunk]
+    def scan_chunk(chunk: Sequence[File]) -> Scan:
+        scan = Scan()
+        for path, label in chunk:
+            scan.add(path, path, Path(path), label)
+        return scan
 
-    images: list[_Image] = []
-    done = 0
+    found = Scan()
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        for results in pool.map(read_headers, [files[i : i + _CHUNK] for i in range(0, len(files), _CHUNK)]):
-            images += [result for result in results if isinstance(result, _Image)]
-            skipped += [result for result in results if isinstance(result, dict)]
-            done += len(results)
+        for part in pool.map(scan_chunk, [files[i : i + _CHUNK] for i in range(0, len(files), _CHUNK)]):
+            found.samples += part.samples
+            found.skipped += part.skipped
             if progress:
-                progress(done, len(files))
-    return images
+                progress(len(found.samples) + len(found.skipped), len(files))
+    return found
 
 
-def _read_header(path: str, label: int) -> _Image | SkippedImage:
-    try:
-        header = checked_header(Path(path))
-    except BadImage as bad:
-        return {"path": path, "reason": bad.reason}
-    return _Image(path, label, (header.height, header.width))
-
-
-def _check_each_class(root: Path, listing: _Listing, images: list[_Image], skipped: list[SkippedImage]) -> list[_Image]:
+def _check_each_class(root: Path, listing: _Listing, scan: Scan) -> None:
     """Decode images of each class until one succeeds; those that fail are left out. Raises if a class has none."""
 
-    def fails(image: _Image) -> bool:
+    def fails(sample: Sample) -> bool:
         try:
-            decode(image.path)
+            decode(sample.name)
         except BadImage as bad:
-            skipped.append({"path": image.path, "reason": bad.reason})
+            scan.skip(sample.name, bad.reason)
             return True
         return False
 
-    usable = {label: [*dropwhile(fails, of_class)] for label, of_class in groupby(images, lambda image: image.label)}
-    for label, name in enumerate(listing.classes):
-        if not usable.get(label):
-            tried = {path for path, c in listing.files if c == label}
-            why = next((f": {os.path.basename(s['path'])} {s['reason']}" for s in skipped if s["path"] in tried), "")
+    by_class = groupby(scan.samples, lambda sample: sample.label)
+    usable = {label: [*dropwhile(fails, of_class)] for label, of_class in by_class}
+    for name in listing.classes:
+        if not usable.get(name):
+            tried = {path for path, label in listing.files if label == name}
+            why = next(
+                (f": {os.path.basename(s['path'])} {s['reason']}" for s in scan.skipped if s["path"] in tried), ""
+            )
             raise DataError(f"the class {name!r} in {root} has no readable image ({len(tried)} files{why})")
-    return [image for of_class in usable.values() for image in of_class]
+    scan.samples = [sample for of_class in usable.values() for sample in of_class]

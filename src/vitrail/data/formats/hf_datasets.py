@@ -204,7 +204,7 @@ def _scan_table(table: Any, image: str, label: str, prefix: str, progress: Progr
         return scan
 
     scan = cached_scan(f"{prefix}\t{image}\t{label}", f"{fingerprint}\t{len(table)}", scan_rows)
-    rows = np.array([sample[1] for sample in scan.samples], dtype=np.int64)
+    rows = np.array([sample.offset for sample in scan.samples], dtype=np.int64)
     return TableSplit(table, image, rows, np.zeros(len(rows), dtype=np.int64), scan.sizes, prefix, fingerprint), scan
 
 
@@ -223,7 +223,7 @@ def _add(scan: Scan, row: int, path: str, value: Any, label: Any) -> None:
         except OSError as error:
             scan.skip(path, f"could not be read: {error.strerror or error}")
         else:
-            scan.add(str(row), path, content, row, label)
+            scan.add(str(row), path, content, label, row)
 
 
 def _source(value: Any) -> bytes | str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from vitrail.data.dataset import Dataset, SkippedImage, Split
 from vitrail.data.splits import SPLIT_NAMES, SPLITS, SplitOptions, make_dataset, natural, split_of
 from vitrail.errors import DataError, VitrailError
-from vitrail.images.decode import BadImage, Header, decode, read_header
+from vitrail.images.decode import BadImage, decode, read_header
 from vitrail.utils.download import cache_dir
 from vitrail.utils.files import atomic_write_text
 
@@ -25,41 +25,47 @@ S = TypeVar("S", bound=Split)
 _VERSION = 2  # of the cached JSON
 
 
+class Sample(NamedTuple):
+    """A readable image. offset, length: of its content in a shard; in a table, offset is its row."""
+
+    name: str
+    offset: int
+    length: int
+    label: Label
+    height: int
+    width: int
+
+
 @dataclass
 class Scan:
-    """Usable samples, each (name, offset, length, label, height, width), and images that were left out."""
+    """Usable samples, and images that were left out."""
 
-    samples: list[tuple[str, int, int, Label, int, int]] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
     skipped: list[SkippedImage] = field(default_factory=list)
 
     @property
     def labels(self) -> list[Label]:
-        return [sample[3] for sample in self.samples]
+        return [sample.label for sample in self.samples]
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
         """(N, 2): heights and widths."""
-        return np.array([sample[4:6] for sample in self.samples], dtype=np.int64).reshape(-1, 2)
+        return np.array([(sample.height, sample.width) for sample in self.samples], dtype=np.int64).reshape(-1, 2)
 
-    def add(self, name: str, path: str, content: bytes, offset: int, label: Label) -> None:
-        """Add a sample if `content` is a readable image, else skip it."""
+    def add(self, name: str, path: str, source: Path | bytes, label: Label, offset: int = 0) -> None:
+        """Add a sample if `source` is a readable image, else skip it."""
         try:
-            header = checked_header(content)
+            header = read_header(source)
+            if header.may_fail:
+                decode(source)
         except BadImage as bad:
             self.skip(path, bad.reason)
         else:
-            self.samples.append((name, offset, len(content), label, header.height, header.width))
+            length = len(source) if isinstance(source, bytes) else 0
+            self.samples.append(Sample(name, offset, length, label, header.height, header.width))
 
     def skip(self, path: str, reason: str) -> None:
         self.skipped.append({"path": path, "reason": reason})
-
-
-def checked_header(source: Path | bytes) -> Header:
-    """The header of an image; the image is decoded if the header shows that this may fail. Raises BadImage."""
-    header = read_header(source)
-    if header.may_fail:
-        decode(source)
-    return header
 
 
 def cached_scan(key: str, fingerprint: str, scan: Callable[[], Scan]) -> Scan:
@@ -69,7 +75,7 @@ def cached_scan(key: str, fingerprint: str, scan: Callable[[], Scan]) -> Scan:
     try:
         record = json.loads(path.read_bytes())
         if record["version"] == _VERSION and record["fingerprint"] == fingerprint:
-            return Scan([tuple(sample) for sample in record["samples"]], record["skipped"])
+            return Scan([Sample(*sample) for sample in record["samples"]], record["skipped"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # missing or damaged
     found = scan()

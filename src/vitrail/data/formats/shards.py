@@ -36,12 +36,12 @@ class ShardSplit(EncodedSplit):
     @classmethod
     def from_scans(cls, scans: Sequence[tuple[str, Scan]]) -> ShardSplit:
         """The samples of several shards, each (path, scan), in order. Labels are all 0."""
-        samples = [(i, *sample) for i, (_, scan) in enumerate(scans) for sample in scan.samples]
-        locations = np.array([(i, offset, length) for i, _, offset, length, *_ in samples], dtype=np.int64)
-        sizes = np.array([sample[5:7] for sample in samples], dtype=np.int64)
-        names = [sample[1] for sample in samples]
+        samples = [(i, sample) for i, (_, scan) in enumerate(scans) for sample in scan.samples]
+        locations = np.array([(i, sample.offset, sample.length) for i, sample in samples], dtype=np.int64)
+        names = [sample.name for _, sample in samples]
         labels = np.zeros(len(samples), dtype=np.int64)
-        return cls([path for path, _ in scans], names, locations.reshape(-1, 3), labels, sizes.reshape(-1, 2))
+        sizes = np.concatenate([scan.sizes for _, scan in scans])
+        return cls([path for path, _ in scans], names, locations.reshape(-1, 3), labels, sizes)
 
     def encoded(self, i: int) -> bytes:
         shard, offset, length = self.locations[i].tolist()
@@ -159,7 +159,7 @@ class _Sample:
         elif self.label is None:
             scan.skip(where, self.label_error or 'has no label (.cls, or .json with "label")')
         else:
-            scan.add(f"{self.key}.{extension}", where, self.image[1], self.image[2], self.label)
+            scan.add(f"{self.key}.{extension}", where, self.image[1], self.label, self.image[2])
 
 
 def _read(file: IO[bytes], offset: int, length: int) -> bytes:
