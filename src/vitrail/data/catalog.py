@@ -2,7 +2,7 @@
 
 To add a dataset format (a kind of table, archive, ...): one file in data/formats/ and one row in FORMATS.
 To add a dataset that users open by name: one row in DATASETS; its opener is in data/formats/.
-What an image file is (JPEG, PNG, WebP, ...) is not decided here but in images/decode.py.
+Which files are images is not decided here but in images/decode.py, and for shards in data/formats/shards.py.
 """
 
 from __future__ import annotations

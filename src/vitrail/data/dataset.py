@@ -81,10 +81,8 @@ class ArraySplit:
     def image(self, i: int, at_least: AtLeast | None = None) -> Image.Image:
         from PIL import Image
 
-        pixels = self.images[i]
-        return Image.fromarray(
-            pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else np.ascontiguousarray(pixels)
-        )
+        images = self.images[..., 0] if self.images.ndim == 4 and self.channels == 1 else self.images
+        return Image.fromarray(images[i])
 
     def name(self, i: int) -> str:
         return f"{self.prefix}/{i if self.indices is None else self.indices[i]}"

@@ -31,11 +31,10 @@ _EXCLUDED_FORMATS = frozenset({"EPS", "WMF", "MPEG", "HDF5", "BUFR", "GRIB", "PD
 
 @dataclass(frozen=True)
 class Header:
-    """What is known without decoding: size after orientation, Pillow's format, and whether decoding may fail."""
+    """What is known without decoding: size after orientation, and whether decoding may fail."""
 
     height: int
     width: int
-    format: str
     may_fail: bool
 
 
@@ -143,7 +142,7 @@ def _decode_file(file: IO[bytes], size: int, channels: int, at_least: AtLeast | 
 
 
 def read_header(source: Path | bytes) -> Header:
-    """Size and format, from the first and last bytes of a file or of its content. Raises BadImage."""
+    """The header, from the first and last bytes of a file or of its content. Raises BadImage."""
     with quiet_pillow(), _bad_image_errors(), _opened(source) as (file, size), _open(file, size) as image:
         width, height = image.size
         # For TIFF, Pillow applies the orientation itself and reports the size after it.
@@ -151,7 +150,7 @@ def read_header(source: Path | bytes) -> Header:
             width, height = height, width
         # Wide integers and floats may be refused for their values.
         may_fail = image.mode in ("I", "F") or _lacks_end_marker(file, size, image.format or "")
-        return Header(height, width, image.format or "", may_fail)
+        return Header(height, width, may_fail)
 
 
 def _lacks_end_marker(file: IO[bytes], size: int, kind: str) -> bool:

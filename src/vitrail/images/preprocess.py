@@ -55,12 +55,9 @@ class Preprocess:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.size) != 2 or not all(isinstance(x, int) and x > 0 for x in self.size):
             raise ConfigError(f"preprocessing: size must be two positive integers (height, width), not {self.size}")
-        if self.interpolation not in INTERPOLATIONS:
-            raise ConfigError(
-                f"preprocessing: interpolation {self.interpolation!r} must be one of {', '.join(INTERPOLATIONS)}"
-            )
-        if self.crop_mode not in CROP_MODES:
-            raise ConfigError(f"preprocessing: crop_mode {self.crop_mode!r} must be one of {', '.join(CROP_MODES)}")
+        for name, known in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
+            if (value := getattr(self, name)) not in known:
+                raise ConfigError(f"preprocessing: {name} {value!r} must be one of {', '.join(known)}")
         if not (isinstance(self.crop_pct, int | float) and 0 < self.crop_pct <= 1):
             raise ConfigError(f"preprocessing: crop_pct must be above 0 and at most 1, not {self.crop_pct}")
         if self.channels < 1 or len(self.mean) != self.channels or len(self.std) != self.channels:

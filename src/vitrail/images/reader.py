@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from vitrail.images.convert import Pixels
 from vitrail.images.decode import BadImage, decode, image_extensions
 from vitrail.images.preprocess import Preprocess
 
-Pixels = npt.NDArray[np.uint8]
 Input = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any]
 Inputs = Input | Iterable[Input]
 

@@ -30,6 +30,7 @@ Progress = Callable[[int, int | None], None]  # bytes so far, total bytes (None:
 
 _CHUNK = 1 << 18
 _ATTEMPTS = 4  # requests in one call, if connections break
+_TIMEOUT = 30.0  # seconds without a byte from the server
 _PAUSE = 0.2  # seconds before the second attempt, doubled each time
 
 
@@ -48,7 +49,6 @@ def fetch(
     md5: str | None = None,
     unchecked: bool = False,
     progress: Progress | None = None,
-    timeout: float = 30.0,
 ) -> Path:
     """Download to `path` unless it exists; `urls` are mirrors, tried in order. Returns `path`.
 
@@ -64,7 +64,7 @@ def fetch(
         raise ValueError("a download needs a checksum")
     if path.exists():
         return path
-    download = _Download(path, checksums, progress, timeout)
+    download = _Download(path, checksums, progress)
     errors: list[DownloadError] = []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,6 @@ class _Download:
     path: Path
     checksums: Mapping[str, str]
     progress: Progress | None
-    timeout: float
 
     @property
     def part(self) -> Path:
@@ -160,7 +159,7 @@ class _Download:
             headers["Range"] = f"bytes={start}-"
             if not self.checksums:
                 headers["If-Range"] = unchanged
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=self.timeout) as response:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT) as response:
             is_rest = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
             if not is_rest:  # the server sends the full file
                 start = 0

@@ -58,13 +58,9 @@ def _read_split(images: Path, labels: Path, num_classes: int, prefix: str) -> Ar
 def read_idx(path: Path) -> npt.NDArray[np.uint8]:
     """Read an array of unsigned bytes. Raises DataError if the header does not match the content."""
     try:
-        with path.open("rb") as raw:
-            gzipped = raw.read(2) == b"\x1f\x8b"
-            raw.seek(0)
-            if not gzipped:
-                return _read(raw, path)
-            with gzip.GzipFile(fileobj=raw) as file:
-                return _read(file, path)
+        with path.open("rb") as file:
+            gzipped = file.peek(2).startswith(b"\x1f\x8b")
+            return _read(gzip.GzipFile(fileobj=file) if gzipped else file, path)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is damaged ({error}): download it again") from None
     except OSError as error:
