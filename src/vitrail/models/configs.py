@@ -3,7 +3,7 @@
 Importing this module does not import torch, so that listing the catalog is fast.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 Pool = Literal["token", "avg"]
@@ -104,3 +104,8 @@ class ConvNeXtConfig(ModelConfig):
     dims: tuple[int, int, int, int] = (96, 192, 384, 768)
     ls_init_value: float = 1e-6
     norm_eps: float = 1e-6
+
+
+def differences(one: ModelConfig, other: ModelConfig) -> set[str]:
+    """The fields of `one` that `other` has not, or with another value."""
+    return {field.name for field in fields(one) if getattr(one, field.name) != getattr(other, field.name, None)}

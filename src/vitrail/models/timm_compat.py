@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitrail.images.preprocess import Preprocess
-from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig
+from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig, differences
 
 # They affect training only; timm's own config files omit them too.
 RATES = {"drop_rate", "drop_path_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate"}
@@ -111,10 +111,8 @@ def _nearest_sides(config: SwinConfig, side: int, built: int | None) -> list[int
 
 def differ_only_in_args(one: ModelConfig, other: ModelConfig) -> bool:
     """Whether timm's constructor for `one` can build `other` by its `model_args`."""
-    if type(one) is not type(other):
-        return False
     fixed = FAMILIES[family_of(one)].not_args - {"img_size"}
-    return all(getattr(one, name) == getattr(other, name) for name in fixed)
+    return type(one) is type(other) and not fixed & differences(one, other)
 
 
 def model_args(config: ModelConfig, preprocess: Preprocess) -> dict[str, Any]:

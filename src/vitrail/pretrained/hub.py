@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from vitrail.errors import WeightsError
-from vitrail.pretrained.local import CARD, CONFIG, PROCESSOR, choose_weights, shard_names
+from vitrail.pretrained.local import CARD, CONFIG, PROCESSOR, SUFFIXES, choose_weights, shard_names
 from vitrail.utils.files import atomic_write_text
 from vitrail.utils.text import one_line, printable
 
@@ -56,7 +56,7 @@ def _files(repo: str, revision: str) -> tuple[str, set[str]]:
     cached = _cached(repo, revision)
     if cached and cached.name == revision:  # a commit, which cannot change
         files = {file.name for file in cached.iterdir()}
-        if any(file.endswith((".safetensors", ".bin", ".npz", ".pth", ".pt", ".index.json")) for file in files):
+        if any(file.endswith((*SUFFIXES, ".index.json")) for file in files):
             return revision, files
     try:
         info = HfApi(endpoint=endpoint()).model_info(repo, revision=revision, timeout=10)

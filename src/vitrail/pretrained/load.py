@@ -1,7 +1,7 @@
 """Build the model that a source describes and load its weights."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from vitrail.images.preprocess import Preprocess
 from vitrail.models.base import ImageModel
 from vitrail.models.build import build_model, configure
 from vitrail.models.catalog import variant
-from vitrail.models.configs import ModelConfig
+from vitrail.models.configs import ModelConfig, differences
 from vitrail.models.timm_compat import RATES
 from vitrail.pretrained.resolve import Loaded, load_source
 from vitrail.weights.report import Report
@@ -61,7 +61,7 @@ def load_pretrained(
     loaded = load_source(source, name)
     known = loaded.architecture
     config = _check_config(known.config, name, str(source))
-    if name is None and known.name and _first_difference(config, known.name) is None:
+    if name is None and known.name and _difference(config, known.name) is None:
         name = known.name
     # The head in the file determines the number of classes: configs of other libraries often lack it.
     config = configure(
@@ -93,13 +93,11 @@ def _check_config(found: ModelConfig | None, name: str | None, source: str) -> M
         return row
     if type(found) is not type(row):
         raise ModelError(f"{source} contains a {type(found).__name__.removesuffix('Config')}, not {name}")
-    if field := _first_difference(found, name):
+    if field := _difference(found, name):
         raise ModelError(f"{source} is not {name}: its {field} is {getattr(found, field)}, not {getattr(row, field)}")
     return found
 
 
-def _first_difference(config: ModelConfig, name: str) -> str | None:
-    """The first field in which `config` is another architecture than the variant `name`; None if there is none."""
-    row = variant(name).config
-    names = [field.name for field in fields(row) if field.name not in _MAY_DIFFER]
-    return next((field for field in names if getattr(config, field, None) != getattr(row, field)), None)
+def _difference(config: ModelConfig, name: str) -> str | None:
+    """A field in which `config` is another architecture than the variant `name`; None if there is none."""
+    return min(differences(config, variant(name).config) - _MAY_DIFFER, default=None)

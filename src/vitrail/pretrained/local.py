@@ -13,7 +13,7 @@ from vitrail.weights.unwrap import unwrap
 
 CONFIG, PROCESSOR, CARD = "config.json", "preprocessor_config.json", "README.md"
 USUAL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin", ".ckpt")
+SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin", ".ckpt")
 _NOT_WEIGHTS = {"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt"}
 
 
@@ -27,13 +27,13 @@ def choose_weights(names: Iterable[str], where: str) -> str:
     for name in USUAL:
         if name in names:
             return name
-    others = sorted(name for name in names if name.endswith(_SUFFIXES) and name not in _NOT_WEIGHTS and "/" not in name)
+    others = sorted(name for name in names if name.endswith(SUFFIXES) and name not in _NOT_WEIGHTS and "/" not in name)
     if len(others) == 1:
         return others[0]
     if others:
         raise WeightsError(f"{where} contains several checkpoints ({join_names(others, 4)}): give the path of one file")
     raise WeightsError(
-        f"{where} contains no weights: looked for {USUAL[0]}, {USUAL[2]} or any of {', '.join(_SUFFIXES)}"
+        f"{where} contains no weights: looked for {USUAL[0]}, {USUAL[2]} or any of {', '.join(SUFFIXES)}"
     )
 
 

@@ -22,7 +22,7 @@ from vitrail.models import config_io
 from vitrail.models.base import ImageModel
 from vitrail.models.build import build_model, build_on_meta
 from vitrail.models.catalog import VARIANTS
-from vitrail.models.configs import ModelConfig
+from vitrail.models.configs import ModelConfig, differences
 from vitrail.models.timm_compat import (
     RATES,
     differ_only_in_args,
@@ -137,12 +137,8 @@ def _timm_architecture(name: str, config: ModelConfig, size: tuple[int, int]) ->
 def name_of(config: ModelConfig) -> str:
     """The catalog's name for a config, regardless of image size, channels, classes and drop rates; else its family."""
     ignored = {"img_size", "in_chans", "num_classes", *RATES}
-    key = {name: value for name, value in dataclasses.asdict(config).items() if name not in ignored}
-    rows = [
-        row
-        for row in VARIANTS.values()
-        if type(row.config) is type(config) and key.items() <= dataclasses.asdict(row.config).items()
-    ]
+    same_type = [row for row in VARIANTS.values() if type(row.config) is type(config)]
+    rows = [row for row in same_type if differences(row.config, config) <= ignored]
     return max(rows, key=lambda row: row.config.img_size == config.img_size).name if rows else family_of(config)
 
 

@@ -16,7 +16,7 @@ from vitrail.errors import WeightsError, did_you_mean
 from vitrail.models.configs import ViTConfig
 from vitrail.pretrained.foreign_configs import Architecture, check, from_record
 from vitrail.pretrained.hub import hub_weights
-from vitrail.pretrained.local import CONFIG, USUAL, find_weights, licence_of, read_architecture, read_tensors
+from vitrail.pretrained.local import CONFIG, SUFFIXES, USUAL, find_weights, licence_of, read_architecture, read_tensors
 from vitrail.utils.download import cache_dir, fetch
 from vitrail.utils.text import printable
 from vitrail.weights.formats.detect import convert_names
@@ -28,7 +28,6 @@ from vitrail.weights.record import WeightsRecord
 from vitrail.weights.report import Report
 from vitrail.weights.tensors import Tensors
 
-_FILES = (".safetensors", ".npz", ".pth", ".pt", ".bin", ".ckpt", ".index.json")
 _TORCHVISION = {  # torchvision's name -> ours
     "vit_b_16": ("vit_base_patch16_224", "vit_base_patch16_384"),
     "vit_b_32": ("vit_base_patch32_224",),
@@ -46,14 +45,13 @@ _UNKNOWN = Architecture()
 class Loaded:
     """Weights under our names, with their metadata.
 
-    source: for messages, with the commit if there is one. layout: the checkpoint format. record: for published weights.
-    architecture: config, preprocessing and class names, as far as known.
+    source: for messages, with the commit if there is one. layout: the checkpoint format. architecture: config,
+    preprocessing and class names, as far as known.
     """
 
     tensors: Tensors
     layout: str
     source: str
-    record: WeightsRecord | None = None
     architecture: Architecture = _UNKNOWN
     licence: str | None = None
 
@@ -113,7 +111,7 @@ def load_source(source: str | Path, model: str | None = None) -> Loaded:
             return _published(_by_torchvision_name(rest))
         case "http" | "https":
             return _url(source)
-    if path.exists() or "/" in source or "\\" in source or source.endswith(_FILES):
+    if path.exists() or "/" in source or "\\" in source or source.endswith((*SUFFIXES, ".index.json")):
         return _local(path)
     raise WeightsError(_unknown(source, model))
 
@@ -178,14 +176,14 @@ def _published(record: WeightsRecord) -> Loaded:
     else:
         found = _url(f"{record.source}#sha256={record.sha256}")
     known = from_record(record)
-    architecture = Architecture(
-        name=record.model,
-        config=found.architecture.config or known.config,
-        preprocess=record.preprocess,
-        class_names=found.architecture.class_names or label_names(record.labels),
+    in_file = found.architecture
+    architecture = replace(
+        known,
+        config=in_file.config or known.config,
+        class_names=in_file.class_names or label_names(record.labels),
     )
     source = f"{record.name} ({found.source})"
-    return replace(found, source=source, record=record, architecture=architecture, licence=record.licence)
+    return replace(found, source=source, architecture=architecture, licence=record.licence)
 
 
 def _hub(name: str, sha256: str | None = None) -> Loaded:
