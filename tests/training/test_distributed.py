@@ -15,7 +15,7 @@ from torch import nn
 from training import tiny
 from training.ranks import PLAIN, main
 from training.runs import assert_same, outcome, timeless
-from vitrail.errors import DistributedError, VitrailError
+from vitrail.errors import DeviceError, DistributedError
 from vitrail.models.build import build_model
 from vitrail.training.checkpoints.checkpoint import load_checkpoint
 from vitrail.training.engine.parallel import blocks
@@ -233,7 +233,7 @@ def test_each_process_takes_the_device_of_its_number(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device("auto", 1) == pick_device("cuda", 1) == torch.device("cuda:1")
-    with pytest.raises(VitrailError, match="cuda:2"):
+    with pytest.raises(DeviceError, match="cuda:2"):
         pick_device("auto", 2)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from training import tiny
 from training.runs import KEYS, assert_same, outcome, run
-from vitrail.errors import RunError, VitrailError
+from vitrail.errors import ConfigError, RunError
 from vitrail.training.checkpoints.checkpoint import load_checkpoint
 from vitrail.training.engine.interrupt import Stopped
 from vitrail.training.engine.trainer import Trainer
@@ -121,16 +121,16 @@ def test_going_on_is_refused_where_it_would_be_another_run(tmp_path: Path, monke
         kill_at(patch, Trainer, "step", 5)
         with pytest.raises(Killed):
             run(folder)
-    with pytest.raises(VitrailError, match=r"epochs=2\.4"):
+    with pytest.raises(ConfigError, match=r"epochs=2\.4"):
         train(tiny.dataset(), resume=folder, epochs=5, progress=False)
     other = tiny.dataset()
     other.splits["train"] = tiny.images(53, 0)
     with pytest.raises(RunError, match=f"{folder}.*images"):
         train(other, resume=folder, progress=False)
-    with pytest.raises(VitrailError, match=f"--resume {folder}"):
+    with pytest.raises(RunError, match=f"--resume {folder}"):
         run(folder)
     train(tiny.dataset(), resume=folder, progress=False, workers=1)
-    with pytest.raises(VitrailError, match="is finished"):
+    with pytest.raises(RunError, match="is finished"):
         train(tiny.dataset(), resume=folder, progress=False)
     with pytest.raises(RunError, match="finished run"):
         run(folder)

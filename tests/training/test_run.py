@@ -17,7 +17,7 @@ import vitrail
 from tolerance import LOSS
 from training import tiny
 from training.runs import KEYS, outcome, run
-from vitrail.errors import ConfigError, DeviceError, RunError, VitrailError
+from vitrail.errors import ConfigError, DeviceError, ModelError, RunError, VitrailError
 from vitrail.training.config.schema import read_config
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.run import train
@@ -100,7 +100,7 @@ def test_foreign_folders_and_second_writers_are_refused(tmp_path: Path) -> None:
     (tmp_path / "photos" / "a.jpg").write_text("")
     with pytest.raises(RunError, match="is not empty"):
         run(tmp_path / "photos")
-    with pytest.raises(VitrailError, match="is a file"):
+    with pytest.raises(RunError, match="is a file"):
         run(tmp_path / "photos" / "a.jpg")
     (tmp_path / "busy").mkdir()
     with RunFolder(tmp_path / "busy").lock(), pytest.raises(RunError, match="another run"):
@@ -132,7 +132,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", save)
-        with pytest.raises(VitrailError, match="disk is full") as error:
+        with pytest.raises(RunError, match="disk") as error:
             run(folder)
     assert "\n" not in str(error.value)
     assert [path.name for path in (folder / "checkpoint").iterdir()] == ["step-00000003"]
@@ -157,9 +157,9 @@ def test_a_budget_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
     mistakes: list[tuple[dict[str, Any], type[VitrailError], str]] = [
-        ({"model": "vit_test_patch2"}, VitrailError, "did you mean 'vit_test_patch2_8'"),
-        ({"lrr": 1}, ConfigError, "did you mean 'lr'"),
-        ({"img_size": 9}, VitrailError, "9x9"),
+        ({"model": "vit_test_patch2"}, ModelError, "vit_test_patch2_8"),
+        ({"lrr": 1}, ConfigError, "'lr'"),
+        ({"img_size": 9}, ModelError, "9x9"),
         ({"min_lr": 1.0}, ConfigError, "min_lr=1"),
         ({"warmup_epochs": 9}, ConfigError, "warmup_epochs=9"),
         ({"device": "quantum"}, DeviceError, "auto, cpu"),

@@ -7,7 +7,7 @@ import torch
 
 from training import tiny
 from training.guests_for_verify import Drifting, Steady
-from vitrail.errors import ConfigError, RunError, VitrailError
+from vitrail.errors import ConfigError, RunError
 from vitrail.training.checkpoints.checkpoint import Checkpoint
 from vitrail.training.resume_harness import differences
 from vitrail.training.verify_resume import kill_plan, verify_resume
@@ -45,7 +45,7 @@ def test_differences_are_named() -> None:
     [({"resume": "x"}, "a new run"), ({"probe": True}, "a new run"), ({"show_batch": "a.png"}, "a new run")],
 )
 def test_what_cannot_be_verified_is_refused(keys: dict[str, object], words: str) -> None:
-    with pytest.raises(VitrailError, match=words):
+    with pytest.raises(ConfigError, match=words):
         verify_resume("digits", progress=False, **keys)
 
 
@@ -74,7 +74,7 @@ def test_a_setup_that_draws_anew_each_time_is_found_out(tmp_path: Path, monkeypa
 def test_a_budget_and_a_mistake_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="budget"):
         verify_resume("digits", budget="10s", progress=False)
-    with pytest.raises(VitrailError, match="'vit_nonsense'"):
+    with pytest.raises(RunError, match="'vit_nonsense'"):
         verify_resume("digits", model="vit_nonsense", progress=False)
 
 

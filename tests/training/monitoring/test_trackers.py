@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from training import tiny
 from training.runs import KEYS, assert_same, outcome, run
-from vitrail.errors import DeviceError, VitrailError
+from vitrail.errors import ConfigError, DeviceError
 from vitrail.training.config.schema import make_config, read_config
 from vitrail.training.engine.interrupt import Stopped
 from vitrail.training.engine.trainer import Trainer
@@ -210,7 +210,7 @@ def test_the_config_takes_several_names(given: Any, kept: str) -> None:
 
 
 def test_a_misspelt_name_is_an_error() -> None:
-    with pytest.raises(VitrailError, match=r"'tensorbord' \(did you mean 'tensorboard'\?\)"):
+    with pytest.raises(ConfigError, match=r"'tensorbord' \(did you mean 'tensorboard'\?\)"):
         make_config({"data": "-", "model": "-", "track": "tensorbord"})
 
 

@@ -8,7 +8,7 @@ import torch
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from vitrail.errors import VitrailError
+from vitrail.errors import ConfigError
 from vitrail.training.engine.batch_augmenter import View
 from vitrail.training.objectives.classification import Classify
 
@@ -94,5 +94,5 @@ def test_class_weights_count_images_in_binary_cross_entropy() -> None:
 
 
 def test_a_threshold_is_for_binary_cross_entropy() -> None:
-    with pytest.raises(VitrailError, match="loss=bce"):
+    with pytest.raises(ConfigError, match="loss=bce"):
         Classify(threshold=0.2)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from inference.onnx_file import onnx_file
 from training import tiny
 from vitrail.classifier import Classifier
-from vitrail.errors import VitrailError
+from vitrail.errors import ConfigError, ModelError, VitrailError, WeightsError
 from vitrail.images.preprocess import Preprocess
 from vitrail.models.build import build_model
 from vitrail.models.configs import ResNetConfig
@@ -102,7 +102,7 @@ def test_another_size_is_pillows_up_to_rounding(how: str, size: tuple[int, int])
 
 def test_other_channels_are_refused() -> None:
     five = Preprocess(size=(8, 8), mean=(0.5,) * 5, std=(0.5,) * 5, channels=5)
-    with pytest.raises(VitrailError, match="5 channels and the student 3"):
+    with pytest.raises(ModelError, match=r"5 channels .* 3"):
         Adapt(COLOUR, five, CPU)
     assert Adapt(five, five, CPU)(torch.ones(1, 5, 8, 8)).shape == (1, 5, 8, 8)
 
@@ -115,7 +115,7 @@ def test_classes_are_matched_by_name() -> None:
     assert match_classes(known, 4, known, "t") == (None, "")
     assert match_classes(known, 4, ("dog", "cat", "bee", "ant"), "t") == ([3, 2, 1, 0], "")
     assert match_classes(known, 4, ("cat", "ant"), "t") == ([2, 0], "2 of its 4 classes are used")
-    with pytest.raises(VitrailError, match=r"'cats' \(did you mean 'cat'.*\) and 1 more"):
+    with pytest.raises(ModelError, match=r"'cats' \(did you mean 'cat'.*\) and 1 more"):
         match_classes(known, 4, ("cats", "ant", "dogs"), "t")
 
 
@@ -126,7 +126,7 @@ def test_classes_without_names_are_told() -> None:
     assert "data's order" in match_classes(numbers, 3, ("ant", "bee", "cat"), "t")[1]
     assert match_classes(numbers, 3, ("2", "0"), "t")[0] == [2, 0], "numbers are names where the data have them"
     for known, count in ((None, 3), (numbers, 3)):
-        with pytest.raises(VitrailError, match="3 classes without names, and the data 2"):
+        with pytest.raises(ModelError, match=r"3 classes .* 2"):
             match_classes(known, count, ("ant", "bee"), "t")
 
 
@@ -200,7 +200,7 @@ def test_a_saved_model_a_timm_model_and_a_catalog_name(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert config_name("m") == str(tmp_path / "m")
     assert config_name("resnet18") == "resnet18"
-    with pytest.raises(VitrailError, match=r"the teacher cannot be opened: .*\(did you mean '?resnet"):
+    with pytest.raises(WeightsError, match=r"teacher .*resnet"):
         open_teacher("resnet99")
 
 
@@ -215,7 +215,7 @@ def test_models_of_timm_and_torchvision_beyond_the_catalog(monkeypatch: pytest.M
     assert guests.open_external_model("timm:resnet50.a1_in1k") is None, "it is in the catalog"
     assert guests.open_external_model("torchvision:vit_b_16") is None
     assert guests.open_external_model("resnet18") is None
-    with pytest.raises(VitrailError, match=r"timm has no model 'regnety_16' \(did you mean 'regnety_160'"):
+    with pytest.raises(ModelError, match=r"regnety_16'.*regnety_160'"):
         open_teacher("timm:regnety_16")
 
     import torchvision
@@ -226,7 +226,7 @@ def test_models_of_timm_and_torchvision_beyond_the_catalog(monkeypatch: pytest.M
     assert teacher.preprocess == Preprocess(size=(224, 224), interpolation="bilinear", crop_pct=224 / 256)
     assert teacher.class_names is not None
     assert len(teacher.class_names) == 1000
-    with pytest.raises(VitrailError, match=r"squeezenet1_1.*'X'.*IMAGENET1K_V1"):
+    with pytest.raises(WeightsError, match=r"squeezenet1_1.*'X'.*IMAGENET1K_V1"):
         open_teacher("torchvision:squeezenet1_1.X")
 
 
@@ -235,22 +235,22 @@ def test_weights_that_cannot_be_had_are_one_line(monkeypatch: pytest.MonkeyPatch
         raise OSError("no route\nto host")
 
     monkeypatch.setattr(timm, "create_model", no_network)
-    with pytest.raises(VitrailError, match="no route to host") as error:
+    with pytest.raises(WeightsError, match="no route to host") as error:
         open_teacher("timm:resnet10t")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("source", "words"),
+    ("source", "kind", "fact"),
     [
-        (lambda: create_model("vit_nano_patch2_8", num_classes=0), "has no head"),
-        (lambda: "python:ResNet:0123", "pass it again"),
-        (lambda: "nowhere/run", "nowhere"),
-        (lambda: "nowhere.onnx", "check the path"),
+        (lambda: create_model("vit_nano_patch2_8", num_classes=0), ModelError, "head"),
+        (lambda: "python:ResNet:0123", ConfigError, "teacher="),
+        (lambda: "nowhere/run", WeightsError, "nowhere"),
+        (lambda: "nowhere.onnx", ModelError, r"nowhere\.onnx"),
     ],
 )
-def test_what_is_no_teacher_is_refused(source: Callable[[], Any], words: str) -> None:
-    with pytest.raises(VitrailError, match=words):
+def test_what_is_no_teacher_is_refused(source: Callable[[], Any], kind: type[VitrailError], fact: str) -> None:
+    with pytest.raises(kind, match=fact):
         open_teacher(source())
 
 
@@ -268,15 +268,15 @@ class Gives(nn.Module):
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (lambda x: (x, x), "gives tuple"),
+        (lambda x: (x, x), "tuple"),
         (lambda x: x, r"\(1, 1, 8, 8\)"),
-        (lambda x: F.conv2d(x, torch.zeros(3, 3, 1, 1)), "cannot take 1 channels of 8x8"),
-        (lambda x: x.flatten(1)[:, :5], "5 classes without names, and the data 3"),
+        (lambda x: F.conv2d(x, torch.zeros(3, 3, 1, 1)), "1 channels of 8x8"),
+        (lambda x: x.flatten(1)[:, :5], "5 classes .* 3"),
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused(answer: Callable[[Tensor], Any], words: str) -> None:
     answers = TeacherLogits(open_teacher(Gives(answer)), GREY, ("one", "two", "three"), CPU)
-    with pytest.raises(VitrailError, match=words) as error:
+    with pytest.raises(ModelError, match=words) as error:
         answers.check()
     assert "\n" not in str(error.value)
 
@@ -312,7 +312,7 @@ def test_an_onnx_file_that_says_nothing(tmp_path: Path) -> None:
     assert "ImageNet's mean" in answers.notes
     onnx_file(tmp_path / "any.onnx", ["n", 1, "h", "w"])
     assert open_teacher(tmp_path / "any.onnx").preprocess is None
-    with pytest.raises(VitrailError, match="3 classes without names, and the data 2"):
+    with pytest.raises(ModelError, match=r"3 classes .* 2"):
         TeacherLogits(teacher, GREY, ("one", "two"), CPU).check()
 
 
