@@ -86,7 +86,6 @@ class _Plan:
     remaining: Tensors  # not yet assigned
     grid: Pair | None
     expected: dict[str, Tensor] = field(init=False)
-    file_names: set[str] = field(init=False)
     state: dict[str, Tensor] = field(default_factory=dict)
     entries: dict[str, Entry] = field(default_factory=dict)
     unused: list[Entry] = field(default_factory=list)
@@ -94,7 +93,6 @@ class _Plan:
 
     def __post_init__(self) -> None:
         self.expected = self.model.state_dict()
-        self.file_names = set(self.remaining)
         self.unused += [Entry(name, "unused", how=why) for name, why in self.remaining.unused.items()]
 
     def assign(self, name: str, value: Tensor, state: str, how: str, old: Tensor | None) -> None:
@@ -195,11 +193,12 @@ class _Plan:
     def load_by_name(self) -> None:
         """All other tensors, by name."""
         first = next((name for name in _FIRST_CONVOLUTIONS if name in self.expected), None)
+        has_counters = any(name.endswith(_COUNTER) for name in self.remaining)
         for name, expected in self.expected.items():
             if name in self.entries:
                 continue
             if name not in self.remaining:
-                if name.endswith(_COUNTER) and not any(other.endswith(_COUNTER) for other in self.file_names):
+                if name.endswith(_COUNTER) and not has_counters:
                     self.assign(name, expected, "new", "a counter that old files lack and inference does not use", None)
                 continue
             tensor = self.remaining[name]

@@ -63,8 +63,6 @@ def resample_patches(kernel: Tensor, new: Pair) -> Tensor:
     An image resized like the patches then gives nearly the same tokens (FlexiViT, https://arxiv.org/abs/2212.08013).
     """
     old = (kernel.shape[2], kernel.shape[3])
-    if old == new:
-        return kernel
     basis = torch.eye(old[0] * old[1]).view(-1, 1, *old)
     resized = F.interpolate(basis, size=new, mode="bicubic", antialias=True, align_corners=False)
     resize = resized.flatten(1).T  # new P Q x old P Q
@@ -79,10 +77,7 @@ def adapt_channels(kernel: Tensor, channels: int) -> Tensor:
     For one channel the kernels are summed, so that a grey image gives the same output as its RGB version; for more they
     are repeated and scaled by I / channels (timm's `adapt_input_conv`).
     """
-    old = kernel.shape[1]
-    if old == channels:
-        return kernel
-    weight = kernel.float()
+    old, weight = kernel.shape[1], kernel.float()
     if channels == 1:
         return weight.sum(dim=1, keepdim=True).to(kernel.dtype)
     weight = weight.repeat(1, math.ceil(channels / old), 1, 1)[:, :channels] * (old / channels)
