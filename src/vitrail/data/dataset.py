@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -15,13 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from vitrail.errors import DataError, did_you_mean
-from vitrail.images.convert import Pixels
+from vitrail.images.convert import Pixels, to_channels
 from vitrail.images.decode import AtLeast, decode
 
 if TYPE_CHECKING:
     from PIL import Image
 
 Labels = npt.NDArray[np.int64]
+Resize = Callable[[int, int], tuple[int, int]]  # (height, width) before and after
 SkippedImage = dict[str, str]  # {"path", "reason"}
 
 
@@ -49,6 +50,18 @@ class Split(Protocol):
     def take(self, rows: npt.NDArray[np.int64]) -> Self:
         """A subset, in the order of `rows`."""
         ...
+
+
+def decode_reduced(split: Split, row: int, channels: int, at_least: Resize) -> tuple[Image.Image, tuple[int, int]]:
+    """Image `row`, at a reduced size if it is a JPEG and `at_least` allows it, and its full (height, width)."""
+    full: list[tuple[int, int]] = []
+
+    def needed(height: int, width: int) -> tuple[int, int]:
+        full.append((height, width))
+        return at_least(height, width)
+
+    image = to_channels(split.image(row, needed), channels)
+    return image, full[0] if full else (image.height, image.width)
 
 
 @dataclass

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from vitrail.images.convert import BadImage, orientation, quiet_pillow, to_channels
@@ -141,7 +140,7 @@ def _decode_file(file: IO[bytes], size: int, channels: int, at_least: AtLeast | 
         return to_channels(image, channels)
 
 
-def read_header(source: Path | bytes) -> Header:
+def read_header(source: str | os.PathLike[str] | bytes) -> Header:
     """The header, from the first and last bytes of a file or of its content. Raises BadImage."""
     with quiet_pillow(), _bad_image_errors(), _opened(source) as (file, size), _open(file, size) as image:
         width, height = image.size

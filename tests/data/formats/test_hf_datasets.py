@@ -121,7 +121,7 @@ def test_unusable_rows_are_listed(tmp_path: Path) -> None:
     assert reasons == {
         "1": "is not an image that Pillow can read",
         "3": "has no image",
-        "4": "could not be read: No such file or directory",
+        "4": "does not exist",
         "5": "has no label",
         "6": "has no label",
         "7": "has the label 7, which is not one of the 3 classes",

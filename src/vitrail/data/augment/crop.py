@@ -11,7 +11,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from vitrail.data.dataset import Split
+from vitrail.data.dataset import Split, decode_reduced
 from vitrail.images.convert import Pixels
 from vitrail.images.preprocess import Preprocess
 
@@ -53,18 +53,13 @@ def random_crop(
     """Image `row` of a split, cropped at random and resized: uint8 H W C of preprocess.size."""
     from PIL import Image
 
-    from vitrail.images.convert import to_channels
-
     target_h, target_w = preprocess.size
-    full: list[tuple[int, int]] = []
 
-    def needed(height: int, width: int) -> tuple[int, int]:
-        full.append((height, width))
+    def at_least(height: int, width: int) -> tuple[int, int]:
         _, _, h, w = crop_box(height, width, scale, ratio, draw)
         return math.ceil(height * min(1.0, target_h / h)), math.ceil(width * min(1.0, target_w / w))
 
-    image = to_channels(split.image(row, needed), preprocess.channels)
-    height, width = full[0] if full else (image.height, image.width)
+    image, (height, width) = decode_reduced(split, row, preprocess.channels, at_least)
     top, left, h, w = crop_box(height, width, scale, ratio, draw)
     x, y = image.width / width, image.height / height  # below 1 if a JPEG was decoded at a reduced size
     box = (left * x, top * y, min((left + w) * x, image.width), min((top + h) * y, image.height))

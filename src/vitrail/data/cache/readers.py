@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from vitrail.data.cache.pixel_cache import Log, Shapes, open_cache
-from vitrail.data.dataset import EncodedSplit, Split
+from vitrail.data.dataset import EncodedSplit, Split, decode_reduced
 from vitrail.images.convert import Pixels
 from vitrail.images.preprocess import Preprocess
 
@@ -83,16 +83,8 @@ def decode_shrunk(split: Split, row: int, channels: int, side: int) -> Pixels:
     """Image `row` with a shorter side of at most `side` pixels: uint8 H W C."""
     from PIL import Image
 
-    from vitrail.images.convert import to_channels
-
-    full: list[tuple[int, int]] = []
-
-    def needed(height: int, width: int) -> tuple[int, int]:
-        full.append((height, width))
-        return shrunk_size(height, width, side)
-
-    image = to_channels(split.image(row, needed), channels)
-    height, width = shrunk_size(*(full[0] if full else (image.height, image.width)), side)
+    image, full = decode_reduced(split, row, channels, lambda height, width: shrunk_size(height, width, side))
+    height, width = shrunk_size(*full, side)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image).reshape(height, width, channels)

@@ -145,7 +145,7 @@ def _scan(files: Sequence[File], progress: Progress | None) -> Scan:
     def scan_chunk(chunk: Sequence[File]) -> Scan:
         scan = Scan()
         for path, label in chunk:
-            scan.add(path, path, Path(path), label)
+            scan.add(path, path, path, label)
         return scan
 
     found = Scan()

@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -217,13 +216,10 @@ def _add(scan: Scan, row: int, path: str, value: Any, label: Any) -> None:
     else:
         try:
             source = _source(value)
-            content = source if isinstance(source, bytes) else Path(source).read_bytes()
         except BadImage as bad:
             scan.skip(path, bad.reason)
-        except OSError as error:
-            scan.skip(path, f"could not be read: {error.strerror or error}")
         else:
-            scan.add(str(row), path, content, label, row)
+            scan.add(str(row), path, source, label, row)
 
 
 def _source(value: Any) -> bytes | str:

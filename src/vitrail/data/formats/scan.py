@@ -52,7 +52,7 @@ class Scan:
         """(N, 2): heights and widths."""
         return np.array([(sample.height, sample.width) for sample in self.samples], dtype=np.int64).reshape(-1, 2)
 
-    def add(self, name: str, path: str, source: Path | bytes, label: Label, offset: int = 0) -> None:
+    def add(self, name: str, path: str, source: str | bytes, label: Label, offset: int = 0) -> None:
         """Add a sample if `source` is a readable image, else skip it."""
         try:
             header = read_header(source)
