@@ -9,7 +9,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,7 @@ class Prediction:
         """Plain JSON: `path` and `error`, or `path`, `label`, `score` and `top`."""
         if self.error is not None:
             return {"path": self.path, "error": self.error}
-        top = [{"label": score.label, "score": score.score} for score in self.top]
+        top = [asdict(score) for score in self.top]
         return {"path": self.path, "label": self.label, "score": self.score, "top": top}
 
 

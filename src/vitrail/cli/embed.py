@@ -28,8 +28,8 @@ def embed(
 ) -> None:
     """Write the features of images to a file: the input of the model's classification head, float32.
 
-    OUT.json beside it describes the model and lists the paths of an .npy file's rows and the images that could not be
-    read. If the command is interrupted, running it again continues.
+    OUT.json in the same folder describes the model and lists the paths of an .npy file's rows and the images that could
+    not be read. If the command is interrupted, running it again continues.
 
     Example: `vitrail embed runs/photos holiday/ --out holiday.npy`
     """

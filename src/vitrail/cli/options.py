@@ -43,7 +43,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 
 
 def open_model(source: str, device: str | None, img_size: str | None, precision: str) -> "Classifier":
-    """Load MODEL; print to stderr how its weights were loaded, unless it is a folder of ours."""
+    """Load MODEL; print to stderr how its weights were loaded, unless it is a model folder of vitrail."""
     from vitrail.classifier import load
     from vitrail.utils.device import pick_device
 

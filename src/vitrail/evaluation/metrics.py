@@ -111,16 +111,16 @@ class Evaluation:
     @cached_property
     def confusion(self) -> npt.NDArray[np.int64]:
         """The confusion matrix K K: images of true class (row) and predicted class (column)."""
-        kinds = len(self.class_names)
-        pairs = self.records.labels * kinds + self.records.predicted
-        return np.bincount(pairs, minlength=kinds**2).reshape(kinds, kinds)
+        num_classes = len(self.class_names)
+        pairs = self.records.labels * num_classes + self.records.predicted
+        return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
     @cached_property
     def per_class(self) -> list[dict[str, Any]]:
         """A dict for each class: "label", "images", "correct" and "top1" (None without images)."""
-        kinds = len(self.class_names)
-        images = np.bincount(self.records.labels, minlength=kinds)
-        hits = np.bincount(self.records.labels[self.records.correct], minlength=kinds)
+        num_classes = len(self.class_names)
+        images = np.bincount(self.records.labels, minlength=num_classes)
+        hits = np.bincount(self.records.labels[self.records.correct], minlength=num_classes)
         return [
             {"label": name, "images": int(n), "correct": int(hit), "top1": 100 * int(hit) / int(n) if n else None}
             for name, n, hit in zip(self.class_names, images, hits, strict=True)
@@ -133,7 +133,7 @@ class Evaluation:
 
 
 def is_imbalanced(per_class: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether the numbers of images per class differ so much that balanced_top1 is worth printing beside top1."""
+    """Whether the numbers of images per class differ so much that balanced_top1 is printed next to top1."""
     images = [row["images"] for row in per_class if row["images"]]
     return bool(images) and max(images) > IMBALANCE_RATIO * min(images)
 

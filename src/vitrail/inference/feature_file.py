@@ -100,9 +100,9 @@ def embed_to_file(
         with progress(done, len(sources)) if progress else contextlib.nullcontext(lambda count: None) as advance:
             _write_shards(engine, sources, done, part, batch_size, advance)
         result = _join_shards(engine, fingerprint, sources, part, out, write)
-    gone = part.with_name(f".{part.name}.{secrets.token_hex(4)}.tmp")
-    part.rename(gone)  # first, because a folder that is partly removed would look like unfinished work
-    shutil.rmtree(gone, ignore_errors=True)
+    removed = part.with_name(f".{part.name}.{secrets.token_hex(4)}.tmp")
+    part.rename(removed)  # first, because a folder that is partly removed would look like unfinished work
+    shutil.rmtree(removed, ignore_errors=True)
     if not result.images:
         first = result.skipped[0]
         raise DataError(f"none of {len(sources):,} images could be read; the first: {first['path']} {first['reason']}")

@@ -5,6 +5,8 @@ Shapes: B batch, H W height and width, C channels, K classes, F features.
 
 import contextlib
 import json
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,16 +42,19 @@ class TorchRuntime:
         self.default_batch_size = default_batch_size(preprocess, self.device.type)
 
     def logits(self, images: Images) -> Outputs:
-        with torch.inference_mode(), autocast(self.device, self.bf16):
-            return _to_numpy(self.model(self._normalize(images)))
+        return self._run(self.model, images)
 
     def features(self, images: Images) -> Outputs:
-        with torch.inference_mode(), autocast(self.device, self.bf16):
-            return _to_numpy(_pre_logits(self.model, self._normalize(images)))
+        return self._run(partial(_pre_logits, self.model), images)
 
     def fingerprint(self) -> str:
         preprocess = json.dumps(self.preprocess.to_dict(), sort_keys=True)
         return model_fingerprint(self.model, self.name, preprocess, "bf16" if self.bf16 else "float32")
+
+    def _run(self, forward: Callable[[Tensor], Any], images: Images) -> Outputs:
+        with torch.inference_mode(), autocast(self.device, self.bf16):
+            outputs: Outputs = forward(self._normalize(images)).float().cpu().numpy()
+        return outputs
 
     def _normalize(self, images: Images) -> Tensor:
         """uint8 B H W C to normalised float32 B C H W on the model's device."""
@@ -69,7 +74,7 @@ def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextMana
 
 
 def _pre_logits(model: nn.Module, x: Tensor) -> Any:
-    """The input of the head, by timm's interface where the model is not one of ours."""
+    """The input of the head, by timm's interface where the model is not of vitrail."""
     if isinstance(model, ImageModel):
         return model.forward_pre_logits(x)
     if hasattr(model, "forward_head") and hasattr(model, "forward_features"):
@@ -77,8 +82,3 @@ def _pre_logits(model: nn.Module, x: Tensor) -> Any:
     if getattr(model, "num_classes", None) == 0:
         return model(x)
     raise ModelError(f"{type(model).__name__} has no forward_features and forward_head: its features are unknown")
-
-
-def _to_numpy(output: Any) -> Outputs:
-    result: Outputs = output.float().cpu().numpy()
-    return result

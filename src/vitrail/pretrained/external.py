@@ -64,12 +64,12 @@ def _torchvision(torchvision: Any, name: str) -> ExternalModel:
     known = models.list_models(models)
     if name not in known:
         raise ModelError(f"torchvision has no model {printable(name)!r}{did_you_mean(name, known)}")
-    kinds = models.get_model_weights(name)
-    if tag and tag not in kinds.__members__:
+    available = models.get_model_weights(name)
+    if tag and tag not in available.__members__:
         raise WeightsError(
-            f"torchvision:{name} has no weights {printable(tag)!r}: choose from {', '.join(kinds.__members__)}"
+            f"torchvision:{name} has no weights {printable(tag)!r}: choose from {', '.join(available.__members__)}"
         )
-    weights = kinds[tag] if tag else kinds.DEFAULT
+    weights = available[tag] if tag else available.DEFAULT
     model = _load(f"torchvision:{name}", lambda: models.get_model(name, weights=weights))
     preset = weights.transforms()
     preprocess = Preprocess(

@@ -34,7 +34,7 @@ def hub_weights(name: str, sha256: str | None = None) -> tuple[Path, str]:
     # A file that does not match stays in the cache: it may be a later version that other programs use.
     if sha256 is not None and not (found := _digest(path)).startswith(sha256):
         raise WeightsError(
-            f"{weights} of hf:{name} does not match the catalog: its sha256 begins with {found[:12]} "
+            f"{weights} of hf:{name} does not match the catalog: its sha256 starts with {found[:12]} "
             f"instead of {sha256[:12]}"
         )
     for extra in (CONFIG, PROCESSOR, CARD):
@@ -86,24 +86,17 @@ def _download(repo: str, file: str, commit: str) -> Path:
         raise WeightsError(hub_error(repo, commit, error)) from None
     except Exception as error:  # the connection or the disk
         raise WeightsError(f"cannot download {file} of hf:{repo}: {one_line(error)}") from None
-    _check(path, f"{file} of hf:{repo}")
+    blob = path.resolve()  # the cache names large files by their sha256
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name) and _digest(blob) != blob.name:
+        path.unlink()
+        blob.unlink(missing_ok=True)
+        raise WeightsError(f"{file} of hf:{repo} was damaged in the download and was removed: try again")
     return path
 
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check(path: Path, what: str) -> None:
-    """Verify a large file, which the cache names by its sha256."""
-    blob = path.resolve()
-    if re.fullmatch(r"[0-9a-f]{64}", blob.name) and _digest(blob) != blob.name:
-        path.unlink()
-        blob.unlink(missing_ok=True)
-        raise WeightsError(
-            f"{what} was damaged in the download (its sha256 is not {blob.name[:12]}...) and was removed: try again"
-        )
 
 
 def _cached(repo: str, revision: str) -> Path | None:
