@@ -237,7 +237,7 @@ def _choose(
     folder.write_metrics(history)
     for index, l2 in enumerate(GRID if with_val else (_DEFAULT_L2,)):
         check()
-        begin = time.perf_counter()
+        start = time.perf_counter()
         head = regression.fit(l2)
         on_train = evaluate(head, "train")
         record = {"l2": l2, "train_loss": on_train.loss, "train_top1": on_train.top1}
@@ -248,7 +248,7 @@ def _choose(
             record |= {f"val_{key}": getattr(on_val, key) for key in ("top1", "top5", "loss", "ece")}
             line += f"  val loss {on_val.loss:.4f}  val top-1 {on_val.top1:.2f} %"
             score = (on_val.top1, -on_val.loss)
-        record["seconds"] = round(time.perf_counter() - begin, 3)
+        record["seconds"] = round(time.perf_counter() - start, 3)
         history.append(record)
         folder.append(folder.metrics, record)
         reporter.log(line)

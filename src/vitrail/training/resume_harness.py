@@ -107,10 +107,10 @@ def run_job(job: Job, processes: int = 1) -> JobResult:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        begin = time.perf_counter()
+        start = time.perf_counter()
         started = [_start(folder, rank, processes, port) for rank in range(processes)]
         statuses = [process.wait() for process in started]
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - start
         if (folder / "seconds").exists():
             seconds = float((folder / "seconds").read_text())
         return JobResult(statuses, (folder / "errors").read_text(errors="replace"), seconds)
@@ -132,11 +132,11 @@ def _run_process(folder: Path) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if job.trigger and rank == job.rank:
         job.trigger.install(lambda: os.kill(os.getpid(), job.signal))
-    begin = time.perf_counter()
+    start = time.perf_counter()
     with contextlib.suppress(Stopped):
         train(job.data, progress=False, **job.arguments)
     if rank == 0:
-        (folder / "seconds").write_text(str(time.perf_counter() - begin))
+        (folder / "seconds").write_text(str(time.perf_counter() - start))
 
 
 # --- comparison

@@ -270,7 +270,7 @@ def _probe(setup: Setup, folder: RunFolder, reporter: Reporter, device: torch.de
     return _finish(setup, setup.model, summary, result, folder, reporter)
 
 
-def _run_to_end(work: Callable[[], T], reporter: Reporter, memory_advice: Callable[[], str]) -> T:
+def _run_to_end(work: Callable[[], T], reporter: Reporter, advice: Callable[[], str]) -> T:
     """The result of `work`. Raises DeviceError with an advice if memory is exhausted."""
     try:
         return work()
@@ -281,7 +281,7 @@ def _run_to_end(work: Callable[[], T], reporter: Reporter, memory_advice: Callab
         if not is_out_of_memory(error):
             raise
     # Outside of `except`, where the error no longer references the tensors of the step.
-    raise DeviceError(memory_advice())
+    raise DeviceError(advice())
 
 
 def _finish(

@@ -115,7 +115,7 @@ class Session:
     def _train_epoch(self, interrupt: Interrupt) -> None:
         """The rest of the epoch; less if the schedule ends, a signal arrives or several steps are not finite."""
         trainer, state, schedule = self.trainer, self.trainer.state, self.trainer.schedule
-        begin, waited = time.perf_counter(), self.loader.wait_seconds
+        start, waited = time.perf_counter(), self.loader.wait_seconds
         batches = self.loader.epoch(state.epoch, state.step)
         while not self._sync.signal and not schedule.finished(state.steps, state.spent):
             batch = next(batches, None)
@@ -123,9 +123,9 @@ class Session:
                 break
             trainer.step(batch)
             now = time.perf_counter()
-            state.step_seconds += now - begin
+            state.step_seconds += now - start
             state.wait_seconds += self.loader.wait_seconds - waited
-            begin, waited = now, self.loader.wait_seconds
+            start, waited = now, self.loader.wait_seconds
             self.reporter.step(trainer)
             self._sync.update(state, now - self._started, interrupt.number)
             if state.consecutive_bad_steps >= MAX_CONSECUTIVE_BAD_STEPS:
@@ -149,9 +149,9 @@ class Session:
             "rollbacks": state.rollbacks,
         }
         if self.validation and (last or (state.epoch + 1) % self.config.schedule.eval_every == 0):
-            begin, longest = self._clock(), state.validation_seconds if self.best.epoch else 0.0  # else an estimate
+            start, longest = self._clock(), state.validation_seconds if self.best.epoch else 0.0  # else an estimate
             record |= self._validate(self.validation, interrupt)
-            reserve = trainer.schedule.reserve(max(longest, self._clock() - begin))
+            reserve = trainer.schedule.reserve(max(longest, self._clock() - start))
             state.validation_seconds = self.distributed.broadcast_object(reserve)
         self._sync.update(state, self._clock(), interrupt.number, force=True)
         record |= {"seconds": round(state.seconds, 3), "images_per_second": round(state.images_per_second, 1)}
@@ -223,11 +223,11 @@ class Session:
         trainer.guard.flush()
         if self._policy.is_saved(trainer.state):
             return
-        begin = time.perf_counter()
+        start = time.perf_counter()
         checkpoint = self._checkpoint()
         if self.distributed.is_main:
             save_checkpoint(self.folder.checkpoint, trainer.state.steps, checkpoint)
-        self._policy.cost = self.distributed.broadcast_object(time.perf_counter() - begin)
+        self._policy.cost = self.distributed.broadcast_object(time.perf_counter() - start)
         self._policy.record(trainer.state)
         self._initial = None
 
@@ -300,7 +300,7 @@ class Session:
         state.lr_scale, state.rollbacks = before.lr_scale * ROLLBACK_LR_SCALE, before.rollbacks + 1
         state.skipped, state.consecutive_bad_steps = before.skipped, 0
         for name, value in vars(before).items():
-            if name.endswith("seconds"):  # time goes on
+            if name.endswith("seconds"):  # not undone
                 setattr(state, name, value)
         first, last = trainer.guard.record_rollback()
         self.folder.write_metrics(self.history)

@@ -57,8 +57,8 @@ class Setup:
         given = {**self.given, "batch_size": size}
         choice = choose(self.stats, given, self.recipe)
         config = self.config.updated({**choice.values, **given})
-        others = self.reasons[len(choice.reasons) :]
-        return replace(self, config=config, reasons=[*choice.reasons, reason, *others], auto_batch=False)
+        other_reasons = self.reasons[len(choice.reasons) :]
+        return replace(self, config=config, reasons=[*choice.reasons, reason, *other_reasons], auto_batch=False)
 
 
 def prepare(

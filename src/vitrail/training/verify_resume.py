@@ -1,4 +1,4 @@
-"""`vitrail train DATA ... --verify-resume`: does a run that is killed and resumed end in the same weights, here?
+"""`vitrail train DATA ... --verify-resume`: whether a run that is killed and resumed ends in the same weights.
 
 Three processes train with the given settings in a temporary folder: one for some seconds without interruption; one that
 is killed (SIGKILL) within an epoch, after a checkpoint; and one that resumes it and stops at the step where the first
@@ -77,7 +77,7 @@ def verify_resume(
         VitrailError: this cannot be verified: several processes, a budget, a probe, a model that cannot be pickled.
     """
     objects = _check(arguments)
-    log, begin = Reporter(progress).log, time.perf_counter()
+    log, start = Reporter(progress).log, time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="vitrail-verify-") as name:
         uninterrupted, resumed = Path(name) / "uninterrupted", Path(name) / "resumed"
         writing = {"checkpoint_every": 0, "checkpoint_minutes": 0.0, "track": "none"}
@@ -106,7 +106,7 @@ def verify_resume(
     names, largest = differences(first, second)
     tensors = [tensor for part in first.tensors.values() for tensor in part.values()]
     numbers = sum(tensor.numel() for tensor in tensors)
-    taken = time.perf_counter() - begin
+    taken = time.perf_counter() - start
     return Verdict(state.steps, save_at, kill_at, len(tensors), numbers, tuple(names), largest, taken)
 
 

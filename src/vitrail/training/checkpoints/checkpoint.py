@@ -61,7 +61,7 @@ def _numbers(place: Path) -> tuple[int, int]:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest readable checkpoint in `folder`; None if there is none at all.
+    """The newest readable checkpoint in `folder`; None if there are none.
 
     Raises:
         RunError: there are some, and none can be read.

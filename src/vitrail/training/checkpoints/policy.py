@@ -8,7 +8,7 @@ _MIN_COST_RATIO = 50  # then also this many times the duration of the last one: 
 
 
 class CheckpointPolicy:
-    """Decides from the TrainState alone, so that all processes decide alike.
+    """Decides from the TrainState alone, so that all processes decide the same.
 
     cost: seconds that the last checkpoint took, on rank 0's clock.
     """
@@ -21,7 +21,7 @@ class CheckpointPolicy:
 
     @property
     def steps(self) -> int:
-        """Steps at the last checkpoint, or at the run's beginning."""
+        """Steps at the last checkpoint, or at the start of the run."""
         return self._last.steps
 
     def due(self, state: TrainState) -> bool:

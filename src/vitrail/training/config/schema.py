@@ -39,7 +39,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 class Use(Enum):
-    """What a setting is for besides training; stands in the annotation of a field, or of a whole section."""
+    """What a setting is for besides training; part of the annotation of a field or a section."""
 
     RESUME = auto()  # may change when a run is resumed
     PROBE = auto()  # used by a linear probe
@@ -61,10 +61,10 @@ def _cache(value: object) -> object:
     """auto, off, or a size; true and false stand for auto and off."""
     if isinstance(value, bool):
         return "auto" if value else "off"
-    word = str(value).strip().lower()
-    if word in ("auto", "off"):
-        return word
-    return "off" if none_or(word) is None or byte_count(word) == 0 else str(value).strip()
+    text = str(value).strip().lower()
+    if text in ("auto", "off"):
+        return text
+    return "off" if none_or(text) is None or byte_count(text) == 0 else str(value).strip()
 
 
 def _batch_size(value: object) -> object:
@@ -154,7 +154,7 @@ class RegularizeSettings(Settings):
     bce_threshold: Annotated[Rate | None, Optional] = Field(
         None, description="of loss=bce: soft targets above this become 1, others 0; none: soft targets"
     )
-    label_smoothing: Rate = Field(0.0, description="share of the target that is spread over all classes")
+    label_smoothing: Rate = Field(0.0, description="share of the target that is distributed over all classes")
     drop: Annotated[Rate | None, Optional, Use.BUILD] = Field(
         None, description="dropout before the head; none: the model's own"
     )
@@ -324,17 +324,17 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
         raise ConfigError(f"training option {key} cannot be {given!r}: {fault['msg'].lower()} ({about})") from None
 
 
-def parse_overrides(words: Iterable[str]) -> dict[str, str]:
+def parse_overrides(arguments: Iterable[str]) -> dict[str, str]:
     """`["lr=1e-3", "img-size=64"]` to strings by key.
 
     Raises:
-        ConfigError: a word without "=".
+        ConfigError: an argument without "=".
     """
     values = {}
-    for word in words:
-        key, equals, value = word.partition("=")
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
         if not equals:
-            raise ConfigError(f"{word!r} is not key=value{did_you_mean(word, KEYS)}; for example lr=1e-3")
+            raise ConfigError(f"{argument!r} is not key=value{did_you_mean(argument, KEYS)}; for example lr=1e-3")
         values[key.strip().replace("-", "_")] = value.strip()
     return values
 

@@ -23,7 +23,7 @@ class Ema:
         self.warmup = warmup
         states = (self.model.state_dict().values(), model.state_dict().values())
         pairs = [(to_local(average), to_local(weight)) for average, weight in zip(*states, strict=True)]
-        # state_dict's tensors share memory with the modules', so these lists stay valid for the whole run.
+        # state_dict's tensors share memory with the modules', so these lists stay valid until the end of the run.
         self._averages = [average for average, _ in pairs if average.is_floating_point()]
         self._weights = [weight for average, weight in pairs if average.is_floating_point()]
         self._counters: list[tuple[Tensor, Tensor]] = [pair for pair in pairs if not pair[0].is_floating_point()]

@@ -1,6 +1,6 @@
 """Steps whose loss or gradient is not finite: they are skipped and counted, and several in succession cause a rollback.
 
-A single bad step changes nothing, and training goes on with the next batch. `MAX_CONSECUTIVE_BAD_STEPS` in succession
+A single bad step changes nothing, and training continues with the next batch. `MAX_CONSECUTIVE_BAD_STEPS` in succession
 mean that the weights themselves have diverged: the run goes back to its last checkpoint and continues at
 `ROLLBACK_LR_SCALE` times the learning rate. Batches and augmentation are the same again; only the rate differs. After
 `MAX_ROLLBACKS` of these the run ends with an error.

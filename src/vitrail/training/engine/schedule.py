@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 _MAX_WARMUP = 0.1  # of a budget
-_MAX_RESERVE = 0.3  # likewise
+_MAX_RESERVE = 0.3  # of a budget
 
 
 def cosine(progress: float, floor: float = 0.0) -> float:

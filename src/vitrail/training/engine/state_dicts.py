@@ -33,7 +33,7 @@ def model_state(model: nn.Module, distributed: DistributedContext) -> Tensors:
 
 
 def load_model_state(model: nn.Module, tensors: Tensors, distributed: DistributedContext) -> None:
-    """Copy what `model_state` gave into a model.
+    """Copy the result of `model_state` into a model.
 
     Raises:
         RunError: names or shapes are not those of the model.
@@ -61,7 +61,7 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer, distributed: Distrib
 def load_optimizer_state(
     model: nn.Module, optimizer: Optimizer, tensors: Tensors, distributed: DistributedContext
 ) -> None:
-    """Set the optimizer's tensors to what `optimizer_state` gave; its parameter groups stay.
+    """Set the optimizer's tensors to the result of `optimizer_state`; its parameter groups are not changed.
 
     Raises:
         RunError: they belong to parameters that the model does not have.

@@ -1,4 +1,4 @@
-"""What all processes must know alike between steps: rank 0's clock, and whether any process received a signal."""
+"""State that all processes share between steps: rank 0's clock, and whether any process received a signal."""
 
 from vitrail.training.engine.state import TrainState
 from vitrail.utils.distributed import DistributedContext

@@ -193,7 +193,7 @@ class Trainer:
 
     @torch.no_grad()
     def load_state_dict(self, parts: dict[str, Tensors]) -> None:
-        """Restore what `state_dict` gave. Of several processes, rank 0's counts.
+        """Restore the result of `state_dict`; in several processes, that of rank 0.
 
         Raises:
             RunError: it is of another model.

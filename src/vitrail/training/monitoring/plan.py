@@ -55,12 +55,12 @@ def balance_lines(dataset: Dataset, balance: str) -> list[str]:
     names = dataset.class_names
     imbalance = f"{found.ratio:.3g}:1 ({names[largest]} {many:,}, {names[smallest]} {few:,})"
     weights = class_weights(labels, dataset.num_classes)
-    remedy = {
+    balancing = {
         "none": "; consider --balance sample or --balance loss" * (found.ratio > _ADVISE_BALANCE),
         "sample": f"; classes sampled equally, images repeated up to {found.most_repeats} times per epoch",
         "loss": f"; class weights {weights[largest]:.3g} to {weights[smallest]:.3g} in the loss",
     }
-    return [f"balance {imbalance}{remedy[balance]}"]
+    return [f"balance {imbalance}{balancing[balance]}"]
 
 
 def _processes(trainer: Trainer) -> str:

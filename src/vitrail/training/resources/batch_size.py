@@ -1,6 +1,6 @@
 """batch_size=auto: on CUDA the largest batch that fits into memory, elsewhere the one with the highest throughput.
 
-The learning rate is scaled with the batch size by a rule that holds over a limited range, so the batch stays within a
+The learning rate is scaled with the batch size, which is accurate in a limited range only, so the batch stays within a
 factor of `_MAX_FACTOR` of the recipe's.
 """
 
