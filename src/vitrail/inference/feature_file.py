@@ -15,7 +15,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -50,7 +50,7 @@ class Embedded:
     path: Path
     images: int
     features: int
-    skipped: list[dict[str, str]] = field(default_factory=list)
+    skipped: list[dict[str, str]]
 
 
 def embed_to_file(

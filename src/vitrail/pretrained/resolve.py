@@ -105,8 +105,9 @@ def load_source(source: str | Path, model: str | None = None) -> Loaded:
         case "hf":
             return _hub(rest)
         case "timm":
-            found = _by_name(rest)
-            return _published(found) if found else _hub(f"timm/{rest}")
+            name, _, tag = rest.partition(".")
+            record = _by_tag(tag or "default", name)
+            return _published(record) if record else _hub(f"timm/{rest}")
         case "torchvision":
             return _published(_by_torchvision_name(rest))
         case "http" | "https":
@@ -136,12 +137,6 @@ def _by_tag(tag: str, model: str | None) -> WeightsRecord | None:
     if tag == "default":
         return records[0] if records else None
     return next((record for record in records if tag in (record.tag, record.name)), None)
-
-
-def _by_name(name: str) -> WeightsRecord | None:
-    """By timm's "model.tag"; without a tag the model's default."""
-    model, _, tag = name.partition(".")
-    return _by_tag(tag or "default", model)
 
 
 def _by_torchvision_name(name: str) -> WeightsRecord:
