@@ -40,7 +40,7 @@ class Split(Protocol):
     def sizes(self) -> npt.NDArray[np.int64] | None: ...
 
     def image(self, i: int, at_least: AtLeast | None = None) -> Image.Image:
-        """Image i in the dataset's mode ("RGB" or "L"). at_least: see `decode`. Raises BadImage."""
+        """Image i, "RGB" or "L". at_least: see `decode`. Raises BadImage."""
         ...
 
     def name(self, i: int) -> str:
@@ -111,17 +111,16 @@ class ArraySplit:
 
 
 class EncodedSplit:
-    """A split of encoded images, decoded on access. sizes: int64 (N, 2), heights and widths, or None if unknown."""
+    """A split of encoded images, decoded to RGB on access."""
 
     labels: Labels
-    channels: int
     sizes: npt.NDArray[np.int64] | None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def image(self, i: int, at_least: AtLeast | None = None) -> Image.Image:
-        return decode(self.encoded(i), self.channels, at_least)
+        return decode(self.encoded(i), at_least=at_least)
 
     def encoded(self, i: int) -> str | bytes:
         """The path or content of image i. Raises BadImage."""
@@ -138,7 +137,6 @@ class FileSplit(EncodedSplit):
 
     paths: list[str]
     labels: Labels
-    channels: int = 3
     sizes: npt.NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
@@ -158,7 +156,7 @@ class FileSplit(EncodedSplit):
 
     def take(self, rows: npt.NDArray[np.int64]) -> FileSplit:
         sizes = None if self.sizes is None else self.sizes[rows]
-        return FileSplit([self.paths[i] for i in rows], self.labels[rows], self.channels, sizes)
+        return FileSplit([self.paths[i] for i in rows], self.labels[rows], sizes)
 
 
 def file_fingerprint(path: str) -> str:

@@ -136,7 +136,7 @@ def hostile_dataset(folder: Path) -> Dataset:
             path = os.fsdecode(os.path.join(os.fsencode(folder), part.encode() + names[i % 3] % i))
             Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(path, "PNG")
             paths.append(path)
-        splits[part] = FileSplit(paths, np.arange(count) % 3, channels=1)
+        splits[part] = FileSplit(paths, np.arange(count) % 3)
     Path(splits["test"].paths[1]).write_bytes(b"no picture")
     sizes = Sizes.of(np.full((27, 2), 8))
     return Dataset("<b>data</b>", HOSTILE, splits, sizes, channels=1, mean=(0.5,), std=(0.3,))

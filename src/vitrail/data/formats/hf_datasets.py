@@ -41,7 +41,6 @@ class TableSplit(EncodedSplit):
     sizes: npt.NDArray[np.int64]
     prefix: str
     fingerprint: str
-    channels: int = 3
 
     def encoded(self, i: int) -> bytes | str:
         return _source(self.table[int(self.rows[i])][self.image_column])

@@ -31,7 +31,6 @@ class ShardSplit(EncodedSplit):
     locations: npt.NDArray[np.int64]
     labels: Labels
     sizes: npt.NDArray[np.int64]
-    channels: int = 3
 
     @classmethod
     def from_scans(cls, scans: Sequence[tuple[str, Scan]]) -> ShardSplit:
