@@ -47,7 +47,6 @@ def test_the_report_in_one_line_and_as_a_table() -> None:
     assert len([line for line in table if line.startswith(("loaded", "resized", "new", "unused"))]) == len(
         report.entries
     )
-    assert report.to_dict()["entries"][0]["name"] == report.entries[0].name
 
 
 @pytest.mark.parametrize(("size", "patch"), SIZES)

@@ -1,8 +1,7 @@
 """The report on loaded weights, tensor by tensor."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from vitrail.utils.text import format_shape, join_names, printable
 
@@ -65,10 +64,6 @@ class Report:
             for row in rows
         ]
         return "\n".join([str(self), *self.notes, *lines])
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
 
 
 def _shapes(entry: Entry) -> str:
