@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 import vitrail
@@ -280,6 +281,17 @@ def photographs(folder: Path) -> None:
             )
     whole = (folder / "red" / "3.png").read_bytes()
     (folder / "red" / "3.png").write_bytes(whole[: len(whole) // 2])
+
+
+def test_an_external_model_with_tied_weights_is_saved(tmp_path: Path) -> None:
+    model = ExternalModel(num_classes=3)
+    model.tied = model.head  # type: ignore[assignment]
+    keys = {**KEYS, "epochs": 0, "drop": None, "drop_path": None, "img_size": "8,8", "in_chans": 1}
+    del keys["model"]
+    train(tiny.dataset(), model=model, out=tmp_path / "run", progress=False, **keys)
+    saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert saved.keys() == model.state_dict().keys()
+    assert torch.equal(saved["tied.weight"], saved["head.weight"])
 
 
 def test_a_folder_of_images_with_a_broken_one(tmp_path: Path) -> None:

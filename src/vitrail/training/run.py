@@ -14,6 +14,7 @@ from vitrail.data.dataset import Dataset
 from vitrail.errors import ConfigError, DeviceError, DistributedError, RunError
 from vitrail.evaluation.metrics import Evaluation
 from vitrail.models.base import ImageModel
+from vitrail.training.checkpoints.checkpoint import unshared
 from vitrail.training.checkpoints.provenance import python_call, session_record
 from vitrail.training.checkpoints.run_folder import RunFolder, check_empty, create_run_folder, unfinished_run
 from vitrail.training.config.recipes import find_recipe
@@ -331,5 +332,4 @@ def _save_model(classifier: Classifier, folder: RunFolder) -> None:
         classifier.save(folder.model)
         return
     with atomic_folder(folder.model) as temporary:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.model.state_dict().items()}
-        save_file(tensors, temporary / "model.safetensors")
+        save_file(unshared(classifier.model.state_dict()), temporary / "model.safetensors")

@@ -40,7 +40,7 @@ def save_checkpoint(folder: Path, steps: int, checkpoint: Checkpoint) -> Path:
     place = folder / (f"step-{steps:08d}.{max(same) + 1}" if same else f"step-{steps:08d}")
     with atomic_folder(place) as temporary:
         for part, tensors in checkpoint.tensors.items():
-            save_file(_unshared(tensors), temporary / f"{part}.safetensors")
+            save_file(unshared(tensors), temporary / f"{part}.safetensors")
         record = {"format": _FORMAT, "parts": sorted(checkpoint.tensors), **checkpoint.record}
         (temporary / _STATE).write_text(json.dumps(record), encoding="utf-8")
     for old in find_checkpoints(folder):
@@ -81,7 +81,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors without shared memory, which safetensors refuses (external models may tie weights)."""
     seen: set[int] = set()
     unshared = {}
