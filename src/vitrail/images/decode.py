@@ -147,7 +147,7 @@ def read_header(source: str | os.PathLike[str] | bytes) -> Header:
         # For TIFF, Pillow applies the orientation itself and reports the size after it.
         if image.format in ("JPEG", "MPO", "PNG", "WEBP", "AVIF") and orientation(image) >= 5:
             width, height = height, width
-        # Wide integers and floats may be refused for their values.
+        # Wide integers and floats may have values that `to_channels` rejects.
         may_fail = image.mode in ("I", "F") or _lacks_end_marker(file, size, image.format or "")
         return Header(height, width, may_fail)
 

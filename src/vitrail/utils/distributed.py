@@ -1,7 +1,7 @@
 """The processes that train together: one, or as many as torchrun started.
 
-A single process makes no collective call. Python objects and numbers are exchanged between CPUs by gloo, also beside
-NCCL, so that they do not wait for the device.
+A single process makes no collective call. Python objects and numbers are exchanged between CPUs by gloo, even if
+tensors use NCCL, so that they do not wait for the device.
 Shapes: R processes.
 """
 
@@ -22,8 +22,8 @@ from vitrail.errors import DistributedError
 
 T = TypeVar("T")
 
-# Rank 0 may take this long to download data while the others wait. A process that died is noticed at once: its
-# connections break.
+# Rank 0 may take this long to download data while the other processes wait. A process that died is noticed at
+# once: its connections break.
 _TIMEOUT = timedelta(days=1)
 _contexts = count()
 
@@ -88,7 +88,7 @@ class DistributedContext:
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """Rank 0 runs the block before the others do, so that they find what it has downloaded."""
+        """Rank 0 runs the block before the other processes, so that they find what it has downloaded."""
         if not self.is_main:
             self.barrier()
         yield
@@ -103,7 +103,7 @@ SINGLE_PROCESS = DistributedContext()
 def distributed_context() -> Iterator[DistributedContext]:
     """The processes of torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK); without it, a single one.
 
-    If a process fails, all end: the first one to fail raises its error and the others PeerFailedError. If one is
+    If a process fails, all end: the first one to fail raises its error and the other ones PeerFailedError. If one is
     killed, one of those that are left raises DistributedError.
     """
     if (size := int(os.environ.get("WORLD_SIZE", "1"))) == 1:
@@ -144,7 +144,7 @@ def distributed_context() -> Iterator[DistributedContext]:
 
 def _error_to_raise(error: Exception, store: Any, distributed: DistributedContext) -> Exception:
     """This error if this process is the first one to fail, else PeerFailedError with the first one's message."""
-    # When a peer is gone, NCCL raises a DistError and gloo (torch 2.13) a bare RuntimeError, from our collectives or
+    # When a peer has ended, NCCL raises a DistError and gloo (torch 2.13) a bare RuntimeError, from our collectives or
     # from those in DDP's and FSDP's passes. A user's mistake is a VitrailError and out of memory a subclass.
     if isinstance(error, dist.DistError) or type(error) is RuntimeError:
         reason = str(error).partition("\n")[0]
@@ -152,6 +152,6 @@ def _error_to_raise(error: Exception, store: Any, distributed: DistributedContex
     mine = f"{distributed.rank} {str(error) or type(error).__name__}"
     try:
         first = store.compare_set("first_error", "", mine).decode() if store is not None else mine
-    except RuntimeError:  # the store is gone with its process
+    except RuntimeError:  # the process with the store has ended
         first = mine
     return error if first == mine else PeerFailedError(first.partition(" ")[2])

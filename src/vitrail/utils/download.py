@@ -52,7 +52,7 @@ def fetch(
 ) -> Path:
     """Download to `path` unless it exists; `urls` are mirrors, tried in order. Returns `path`.
 
-    At least one checksum must be given, whole or its first digits. unchecked: for files without a published checksum;
+    At least one checksum must be given, in full or its first digits. unchecked: for files without a published checksum;
     only their length is checked, and a partial file is resumed only if the server confirms with its ETag or
     Last-Modified header that the content is unchanged.
 

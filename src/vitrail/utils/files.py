@@ -135,7 +135,7 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextlib.contextmanager
 def lock_or_raise(path: Path, busy: VitrailError) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`; raise `busy` if another process holds it.
+    """Lock the file `path`; raise `busy` if another process has locked it.
 
     The system releases the lock when the process ends, even if it is killed.
     """

@@ -15,7 +15,7 @@ def one_line(value: object, limit: int = 200) -> str:
 
 
 def join_names(names: Iterable[str], limit: int = 8) -> str:
-    """The first `limit` names separated by commas, and the number of the others."""
+    """The first `limit` names separated by commas, and the number of the remaining ones."""
     names = [printable(name) for name in names]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from vitrail.errors import WeightsError
 from vitrail.utils.text import join_names, one_line, printable
 
-_MAX_COMPRESSION = 200  # a zip archive with a higher ratio is refused as a zip bomb
+_MAX_COMPRESSION = 200  # a zip archive with a higher ratio is rejected as a zip bomb
 _MAX_JSON_BYTES = 64 << 20
 
 

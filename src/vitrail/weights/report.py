@@ -72,7 +72,7 @@ def _shapes(entry: Entry) -> str:
 
 
 def _summary(entries: list[Entry]) -> str:
-    """The first entry, and the number of the others."""
+    """The first entry, and the number of the remaining ones."""
     first = entries[0]
     more = f" and {len(entries) - 1} more" if len(entries) > 1 else ""
     return f"{first.name} {_shapes(first)}{more}, {_how(entries)}"

@@ -28,16 +28,14 @@ def open_cifar(row: DatasetRow, data_dir: Path | None, progress: Progress | None
     """The splits of a row whose only file is an archive, or a folder with its content."""
     (file,) = row.files
     if data_dir is None:
-        source = row.download(file, progress)
-    else:
-        member = next(iter(row.splits["test"]))
-        candidates = [data_dir / row.folder, data_dir / file.name, data_dir, data_dir / row.name / file.name]
-        found = next((path for path in candidates if path.is_file() or (path / member).is_file()), None)
-        if found is None:
-            raise DataError(
-                f"{data_dir} contains neither {file.name} nor {row.folder}; without --data-dir it is downloaded"
-            )
-        source = found
+        return read_cifar(row.download(file, progress), row)
+    member = row.splits["test"][0]
+    candidates = [data_dir / row.folder, data_dir / file.name, data_dir, data_dir / row.name / file.name]
+    source = next((path for path in candidates if path.is_file() or (path / member).is_file()), None)
+    if source is None:
+        raise DataError(
+            f"{data_dir} contains neither {file.name} nor {row.folder}; without --data-dir it is downloaded"
+        )
     return read_cifar(source, row)
 
 
@@ -87,7 +85,7 @@ def _from_archive(archive: Path, wanted: Sequence[str]) -> dict[str, bytes]:
 def _records(content: bytes, name: str, row: DatasetRow) -> tuple[Pixels, Labels]:
     """uint8 N C H W and labels."""
     if not content or len(content) % (row.label_bytes + _PIXELS):
-        raise DataError(f"{name} is damaged: {len(content):,} bytes is not a whole number of images")
+        raise DataError(f"{name} is damaged: {len(content):,} bytes is not a multiple of the size of an image")
     records = np.frombuffer(content, dtype=np.uint8).reshape(-1, row.label_bytes + _PIXELS)
     labels = records[:, row.label_bytes - 1].astype(np.int64)
     if int(labels.max()) >= row.num_classes:

@@ -50,7 +50,7 @@ def detect(names: Iterable[str]) -> Format:
 def convert_names(tensors: Tensors) -> tuple[Tensors, Format]:
     """The tensors under our names, and their format.
 
-    Unknown names outside the others' wrapper prefix, such as Lightning's losses and metrics, are unused.
+    Unknown names without the wrapper prefix of the other names, such as Lightning's losses and metrics, are unused.
     """
     layout = detect(tensors)
     out = layout.convert(tensors)

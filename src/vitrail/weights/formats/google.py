@@ -15,7 +15,7 @@ _RULES: Rules = {
     rf"{_NPZ}embedding/bias": "patch_embed.proj.bias",
     rf"{_NPZ}cls": "cls_token",
     rf"{_NPZ}(?:Transformer/posembed_input/)?pos_embedding": "pos_embed",
-    rf"{_NPZ}(?:conv_root|gn_root|block\d+)/.+": r"\g<0>",  # a hybrid with a ResNet: refused below
+    rf"{_NPZ}(?:conv_root|gn_root|block\d+)/.+": r"\g<0>",  # a hybrid with a ResNet: rejected below
 }
 for _jax, _ours in (
     (r"Transformer/encoder_norm", "norm"),
@@ -45,7 +45,7 @@ def _transpose_all(tensors: Tensors) -> Tensors:
 
 
 def _transpose(name: str, tensor: Tensor) -> Tensor:
-    """Outputs first, heads merged into one dimension. Other shapes are left for strict loading to refuse."""
+    """Outputs first, heads merged into one dimension. Other shapes are left for strict loading to report."""
     attention = re.search(r"\.attn\.(q|k|v|proj)\.(weight|bias)$", name)
     match (attention.group(1, 2) if attention else (None, None)), tensor.ndim:
         case (("q" | "k" | "v"), "weight"), 3:  # C H D
