@@ -67,7 +67,7 @@ def test_the_run_tells_and_inherits(source: Path, tmp_path: Path, capsys: pytest
 
 
 def test_a_model_that_the_weights_are_not(source: Path) -> None:
-    with pytest.raises(ModelError, match=r"vit_small_patch16_224.*patch_size"):
+    with pytest.raises(ModelError, match=r"vit_small_patch16_224.*depth"):
         prepare("digits", make_config({"weights": str(source), "model": "vit_small_patch16_224"}))
     with pytest.raises(ModelError, match="vit_small_patch16_224"):
         prepare("digits", make_config({"weights": str(source), "model": "vit_smal_patch16_224"}))

@@ -84,6 +84,7 @@ def test_the_estimate_by_hand(clock: Clock) -> None:
 def test_beside_an_accelerator_reading_and_learning_overlap(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     session = tiny.session(epochs=40)
     session.trainer.device = torch.device("meta")
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
     monkeypatch.setattr(cost, "preserve_state", lambda trainer: __import__("contextlib").nullcontext())
     monkeypatch.setattr(cost, "available_memory", lambda device: None)
     _, (line,) = estimate(session)
