@@ -183,7 +183,7 @@ def test_resizing_is_pillows(interpolation: str, rare: float) -> None:
 
 
 def test_resizing_is_torchvisions() -> None:
-    """Bit-identical to its transforms of uint8 tensors."""
+    """Bit-identical to its transforms of uint8 tensors, which without AVX2 compute in float32 and round."""
     from torchvision.transforms.v2.functional import resized_crop
 
     photo = load_sample_image("flower.jpg")
@@ -193,7 +193,9 @@ def test_resizing_is_torchvisions() -> None:
         box = top, left, h, w = crop_box(427, 640, (0.08, 1.0), (3 / 4, 4 / 3), draw)
         resize_part(photo, box, "bilinear", out)
         tensor = torch.from_numpy(photo.copy()).permute(2, 0, 1)
-        assert torch.equal(out, resized_crop(tensor, top, left, h, w, [64, 48], antialias=True))
+        expected = resized_crop(tensor, top, left, h, w, [64, 48], antialias=True)
+        largest = (out.int() - expected.int()).abs().max()
+        assert largest <= (torch.backends.cpu.get_cpu_capability() == "DEFAULT")
 
 
 def test_grey_is_resized_too() -> None:
