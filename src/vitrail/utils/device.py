@@ -11,11 +11,9 @@ from vitrail.errors import DeviceError
 from vitrail.utils.torch_compat import cpu_bf16
 
 _ERROR_LINES = 2  # of a compiler's error message that are shown
-# The smallest `num_features` for which amp=auto chooses bfloat16, by the CPU's instructions (docs/machine.md).
-_BF16_MIN_FEATURES = {
-    "AMX": 96,  # vit_micro_patch8_32; the narrower digits model became a tenth faster and lost 0.4 points
-    "AVX512_BF16": 768,  # swin_tiny, the one model measured: a step takes 0.52 of its time in float32
-}
+# The smallest `num_features` for which amp=auto chooses bfloat16 on a CPU with instructions for it (docs/machine.md).
+# Narrower models gain little: the digits model became a tenth faster, with AMX, and lost 0.4 points of accuracy.
+_BF16_MIN_FEATURES = 96
 
 
 def pick_device(name: str, number: int | None = None) -> torch.device:
@@ -47,8 +45,7 @@ def uses_bf16(model: nn.Module, device: torch.device, amp: str) -> bool:
     it and on CPUs with instructions for it, there for models with at least _BF16_MIN_FEATURES features.
     """
     if amp == "auto" and device.type == "cpu":
-        instructions = cpu_bf16()
-        return instructions is not None and getattr(model, "num_features", 0) >= _BF16_MIN_FEATURES[instructions]
+        return cpu_bf16() is not None and getattr(model, "num_features", 0) >= _BF16_MIN_FEATURES
     if amp == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return amp == "bf16"
