@@ -28,7 +28,7 @@ class DistilledVisionTransformer(VisionTransformer):
         self.head_dist.apply(init_linear)
 
     @property
-    def _read_tokens(self) -> int:
+    def read_tokens(self) -> int:
         return 2
 
     def pool(self, x: Tensor) -> Tensor:
@@ -49,5 +49,5 @@ class DistilledVisionTransformer(VisionTransformer):
         return torch.stack(self.forward_heads(x)).mean(dim=0)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        tokens = self.encode(x, self._read_tokens)
+        tokens = self.encode(x, self.read_tokens)
         return self.forward_heads(tokens) if self.training else self.forward_head(tokens)

@@ -100,7 +100,7 @@ class VisionTransformer(ImageModel):
         return 0 if self.config.no_embed_class else self.num_prefix_tokens
 
     @property
-    def _read_tokens(self) -> int | None:
+    def read_tokens(self) -> int | None:
         """Number of leading tokens that the head reads; None for all (average pooling)."""
         return None if self.config.global_pool == "avg" else 1
 
@@ -189,10 +189,10 @@ class VisionTransformer(ImageModel):
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Images B I H W to logits B K; equal to `forward_head(forward_features(x))` but cheaper, see `encode`."""
-        return self.forward_head(self.encode(x, self._read_tokens))
+        return self.forward_head(self.encode(x, self.read_tokens))
 
     def forward_pre_logits(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.encode(x, self._read_tokens), pre_logits=True)
+        return self.forward_head(self.encode(x, self.read_tokens), pre_logits=True)
 
     def no_weight_decay(self) -> set[str]:
         tokens = {"pos_embed", "cls_token", "dist_token", "reg_token"}
