@@ -1,0 +1,46 @@
+"""The table of methods: what `method=` names, and which model has which."""
+
+from torch import nn
+
+from vitrail.errors import ModelError, did_you_mean
+from vitrail.explanation.methods.gradcam import gradcam
+from vitrail.explanation.methods.method import EXTERNAL, FAMILIES, Method, family_of
+from vitrail.utils.text import printable
+
+ANY = (*FAMILIES, EXTERNAL)
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("gradcam", gradcam, ANY, True, False, "Selvaraju et al., 2017, https://arxiv.org/abs/1610.02391"),
+    )
+}
+
+DEFAULTS = {"vit": "relevance", "swin": "relevance", "cnn": "gradcam", EXTERNAL: "gradcam"}  # by family
+
+
+def default_method(model: nn.Module) -> str:
+    """The method for a model when none is named."""
+    return DEFAULTS[family_of(model)]
+
+
+def methods_of(model: nn.Module) -> list[str]:
+    """The methods that the model's family has, in the order of the table."""
+    family = family_of(model)
+    return [name for name, method in METHODS.items() if family in method.families]
+
+
+def choose_method(name: str | None, model: nn.Module) -> Method:
+    """The method of this name, or the model's default for None. Nothing is substituted.
+
+    Raises:
+        ModelError: there is no such method, or the model's family does not have it.
+    """
+    name = name or default_method(model)
+    if name not in METHODS:
+        raise ModelError(f"no method {printable(name)!r}{did_you_mean(name, METHODS)}: use {', '.join(METHODS)}")
+    if name not in (known := methods_of(model)):
+        raise ModelError(
+            f"{name} does not apply to {type(model).__name__} ({family_of(model)}): use {', '.join(known)}"
+        )
+    return METHODS[name]
