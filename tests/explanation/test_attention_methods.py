@@ -4,26 +4,33 @@ The dense matrices are written out here: one N x N matrix per block over all tok
 windows; patch merging is a matrix too.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torchcam.methods import LeGrad
+from torchvision.models import VisionTransformer
 
-from models.test_intermediates import SWINS, VITS, weights_of_timm
+from models.test_intermediates import SWINS, VITS, state, weights_of_timm
 from models.test_parity import VIT, pair, randomize
 from tolerance import assert_near
-from vitrail.explanation.methods.attention import relevance
+from vitrail.errors import ModelError
+from vitrail.explanation.methods.attention import attention, attention_heads, legrad, relevance, rollout, tokens
 from vitrail.explanation.methods.method import Request
 from vitrail.models.attention_weights import AttentionStep, attention_model, attention_steps
+from vitrail.models.base import ImageModel
 from vitrail.models.build import build_model
-from vitrail.models.configs import SwinConfig, ViTConfig
+from vitrail.models.configs import ResNetConfig, SwinConfig, ViTConfig
+from vitrail.weights.formats.detect import convert_names
+from vitrail.weights.tensors import Tensors
 
 Size = tuple[int, int]
 Grid = tuple[int, int]
 
-LARGE = (192, 320)
 POOLED: dict[str, ViTConfig] = {
     **VITS,
     "class token and average pooling": ViTConfig(img_size=(32, 32), global_pool="avg", **VIT),
@@ -151,3 +158,185 @@ def test_relevance_of_a_padded_swin_is_dense(config: SwinConfig, size: Size) -> 
     weights = [step.weights for step in steps]
     blocks = [(one.detach(), grad) for one, grad in zip(weights, torch.autograd.grad(score, weights), strict=True)]
     assert_near(relevance(request(model, images)), dense_swin(config, size, blocks))
+
+
+@pytest.mark.parametrize("config", POOLED.values(), ids=POOLED)
+@torch.no_grad()
+def test_rollout_is_the_dense_product(config: ViTConfig) -> None:
+    """Equation 1 of arXiv 2005.00928: the product of (A + I) / 2, with A the mean over heads."""
+    size = (40, 24)
+    ours, theirs = (model.eval() for model in pair(replace(config, img_size=size)))
+    images = torch.randn(2, 3, *size)
+    with weights_of_timm(theirs) as blocks:
+        theirs(images)
+    identity = torch.eye(blocks[0].shape[-1])
+    product = identity
+    for weights in blocks:
+        product = (weights.mean(1) + identity) / 2 @ product
+    expected = patches(config, size, read_by_head(config, len(identity)) @ product)
+    assert_near(rollout(request(ours, images)), expected)
+
+
+def test_legrad_is_torchcams() -> None:
+    theirs = VisionTransformer(32, 8, 3, 3, 48, 192, num_classes=11).eval()
+    randomize(theirs)
+    ours = build_model(ViTConfig(img_size=(32, 32), **VIT)).eval()
+    converted, _ = convert_names(Tensors(theirs.state_dict()))
+    ours.load_state_dict(converted)
+    images = torch.randn(2, 3, 32, 32)
+    with LeGrad(theirs, list(theirs.encoder.layers)) as method:
+        scores = theirs(images)
+        (expected,) = method.compute_cams([4, 7], scores, normalized=False)
+    assert_near(ours(images), scores)
+    found = legrad(Request(ours, images, lambda logits: logits[[0, 1], [4, 7]]))
+    assert_near(found, expected, 1e-4)
+
+
+@pytest.mark.parametrize("config", POOLED.values(), ids=POOLED)
+def test_legrad_differentiates_each_blocks_own_score(config: ViTConfig) -> None:
+    size = (40, 24)
+    ours, theirs = (model.eval() for model in pair(replace(config, img_size=size)))
+    images, outputs = torch.randn(2, 3, *size), list[Tensor]()
+    hooks = [block.register_forward_hook(lambda _block, _inputs, out: outputs.append(out)) for block in theirs.blocks]
+    with weights_of_timm(theirs) as blocks:
+        theirs(images)
+    for hook in hooks:
+        hook.remove()
+    maps = []
+    for weights, output in zip(blocks, outputs, strict=True):
+        read = output if config.global_pool == "avg" else output.mean(1, keepdim=True).repeat(1, 2, 1)
+        score = target(theirs.forward_head(theirs.norm(read))).sum()
+        (gradient,) = torch.autograd.grad(score, weights, retain_graph=True)
+        maps.append(gradient.clamp(min=0).mean((1, 2)))
+    assert_near(legrad(request(ours, images)), patches(config, size, torch.stack(maps).mean(0)))
+
+
+@pytest.mark.parametrize("block", [None, 0, -2])
+@pytest.mark.parametrize("config", POOLED.values(), ids=POOLED)
+@torch.no_grad()
+def test_attention_and_tokens_of_a_block_of_vit(config: ViTConfig, block: int | None) -> None:
+    size = (40, 24)
+    ours, theirs = (model.eval() for model in pair(replace(config, img_size=size)))
+    images = torch.randn(2, 3, *size)
+    with weights_of_timm(theirs) as blocks:
+        theirs(images)
+    weights = blocks[-1 if block is None else block]
+    shares = read_by_head(config, weights.shape[-1])
+    heads = torch.stack([patches(config, size, shares @ one) for one in weights.unbind(1)], dim=1)
+    assert_near(attention_heads(request(ours, images, block=block)), heads)
+    assert_near(attention(request(ours, images, block=block)), heads.mean(1))
+    assert_near(attention(request(ours, images, block=block, head=1)), heads[:, 1])
+    outputs = ours.forward_intermediates(images, intermediates_only=True)
+    assert_near(tokens(request(ours, images, block=block)), outputs[-1 if block is None else block].norm(dim=1))
+
+
+@pytest.mark.parametrize("block", range(7))
+@torch.no_grad()
+def test_attention_of_a_block_of_swin(block: int) -> None:
+    """Every token holds 1/N, and hands it to the tokens of its window."""
+    config, size = SWINS["swin"], (36, 20)
+    model = build_model(config).eval()
+    randomize(model)
+    images = torch.randn(2, 3, *size)
+    weights = [s.weights for s in attention_steps(attention_model(model), images) if isinstance(s, AttentionStep)]
+    stage, index = next((s, block - 2 * s) for s in (0, 1, 2) if block < 2 * s + config.depths[s])
+    grid, window = ((18, 10), (9, 5), (5, 3))[stage], ((4, 4), (4, 4), (4, 4))[stage]
+    heads = [
+        dense(one, grid, window, index % 2 == 1).mean(dim=1).unflatten(1, grid) for one in weights[block].unbind(1)
+    ]
+    found = attention_heads(request(model, images, block=block))
+    assert_near(found, torch.stack(heads, dim=1))
+    assert_near(found.sum((2, 3)), torch.ones(found.shape[:2]))
+    assert tokens(request(model, images, block=block)).shape == (2, *grid)
+
+
+def test_tokens_of_swin_are_norms_of_its_last_map() -> None:
+    model = build_model(SWINS["swin"]).eval()
+    randomize(model)
+    images = torch.randn(2, 3, 36, 20)
+    (last,) = model.forward_intermediates(images, 1, intermediates_only=True)
+    assert_near(tokens(request(model, images)), last.norm(dim=1))
+
+
+METHODS = {method.__name__: method for method in (relevance, rollout, legrad, attention, tokens)}
+CONFIGS: dict[str, ViTConfig | SwinConfig] = {
+    "deit": ViTConfig(img_size=(32, 32), dist_token=True, **VIT | {"patch_size": 16}),
+    "swin": SWINS["swin"],
+}
+VIT_ONLY = ("rollout", "legrad")
+CASES = [(name, family) for name in METHODS for family in CONFIGS if name not in VIT_ONLY or family != "swin"]
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, ImageModel]:
+    torch.manual_seed(0)
+    built = {family: build_model(config).eval() for family, config in CONFIGS.items()}
+    for model in built.values():
+        randomize(model)
+    return built
+
+
+@pytest.mark.parametrize(("name", "family"), CASES)
+def test_a_batch_equals_its_images(models: dict[str, ImageModel], name: str, family: str) -> None:
+    images = torch.randn(8, 3, 192, 320)
+    found = METHODS[name](request(models[family], images))
+    expected = torch.cat([METHODS[name](request(models[family], image[None])) for image in images])
+    assert_near(found, expected)
+    assert not found.requires_grad
+    assert found.min() >= 0
+
+
+@pytest.mark.parametrize(("name", "family"), CASES)
+def test_every_mode_and_frozen_parameters(models: dict[str, ImageModel], name: str, family: str) -> None:
+    """Nothing of the model, of autograd's modes or of the random state changes."""
+    model, compute = deepcopy(models[family]), METHODS[name]
+    images = torch.randn(2, 3, 32, 32)
+    expected = compute(request(model, images))
+    model.train().requires_grad_(False)
+    before, tensors, random = state(model), {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            assert torch.equal(compute(request(model, images.clone())), expected)
+            assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
+            assert torch.is_grad_enabled() == (mode is torch.enable_grad)
+    assert state(model) == before
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not images.requires_grad
+    assert all(torch.equal(value, tensors[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("name", "family"), CASES)
+def test_a_bfloat16_model(models: dict[str, ImageModel], name: str, family: str) -> None:
+    model = deepcopy(models[family]).bfloat16()
+    found = METHODS[name](request(model, torch.randn(2, 3, 32, 32).bfloat16()))
+    assert found.dtype is torch.float32
+    assert found.isfinite().all()
+    assert found.std() > 0
+
+
+def test_threads(models: dict[str, ImageModel]) -> None:
+    images = torch.randn(2, 3, 32, 32)
+    jobs = [(METHODS[name], request(models[family], images)) for name, family in CASES] * 4
+    expected = [compute(asked) for compute, asked in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda job: job[0](job[1]), jobs))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_what_cannot_be_drawn(models: dict[str, ImageModel]) -> None:
+    images = torch.randn(1, 3, 32, 32)
+    for compute in (attention, attention_heads, tokens):
+        with pytest.raises(ModelError, match=r"block 3 .* 0 to 2 or -3 to -1"):
+            compute(request(models["deit"], images, block=3))
+        with pytest.raises(ModelError, match=r"block -8 .* 0 to 6 or -7 to -1"):
+            compute(request(models["swin"], images, block=-8))
+    with pytest.raises(ModelError, match=r"head 3 .* 0 to 2 or -3 to -1"):
+        attention(request(models["deit"], images, head=3))
+    with pytest.raises(ModelError, match=r"head 2 .* 0 to 1 or -2 to -1"):  # the first stage has two heads
+        attention(request(models["swin"], images, block=0, head=2))
+    for name in VIT_ONLY:
+        with pytest.raises(ModelError, match=f"{name} .* SwinTransformer"):
+            METHODS[name](request(models["swin"], images))
+    for compute in METHODS.values():
+        with pytest.raises(ModelError, match="ResNet"):
+            compute(request(build_model(ResNetConfig(layers=(1, 1, 1, 1), num_classes=5)), images))
