@@ -119,11 +119,20 @@ class Preprocess:
             canvas = Image.new(
                 image.mode, (max(width, crop_w), max(height, crop_h)), color if self.channels > 1 else color[0]
             )
-            canvas.paste(image, (max(0, crop_w - width) // 2, max(0, crop_h - height) // 2))
-            image, height, width = canvas, canvas.height, canvas.width
-        # Rounds half to even, as both libraries do.
-        top, left = round((height - crop_h) / 2), round((width - crop_w) / 2)
+            canvas.paste(image, (max(0, -_crop_start(width, crop_w)), max(0, -_crop_start(height, crop_h))))
+            image = canvas
+        top, left = max(0, _crop_start(height, crop_h)), max(0, _crop_start(width, crop_w))
         return image.crop((left, top, left + crop_w, top + crop_h))
+
+    def crop_box(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """The rectangle (top, left, bottom, right) of an upright image that the model's input shows, in the image's
+        pixels. It reaches outside of the image where the input is padded."""
+        box = []
+        for length, resized, crop in zip((height, width), self._resized(height, width), self.size, strict=True):
+            start = _crop_start(resized, crop)
+            box.append((start * length / resized, (start + crop) * length / resized))
+        (top, bottom), (left, right) = box
+        return top, left, bottom, right
 
     def normalize(self, batch: torch.Tensor) -> torch.Tensor:
         """(x / 255 - mean) / std in float32, on the batch's device. batch: B C H W, uint8 or float, in 0..255."""
@@ -193,6 +202,12 @@ class Preprocess:
             "std": config.get("std") or IMAGENET_STD,
         }
         return cls.from_dict(record)
+
+
+def _crop_start(length: int, crop: int) -> int:
+    """Where a center crop begins along one side; below 0 by the padding before the image."""
+    # Rounds half to even, as timm and torchvision do.
+    return -((crop - length) // 2) if crop > length else round((length - crop) / 2)
 
 
 @lru_cache(maxsize=64)
