@@ -29,7 +29,9 @@ CONFIGS: dict[str, ModelConfig] = {
     "resnet": ResNetConfig(block="basic", layers=(1, 1), channels=(8, 16), num_classes=5, img_size=SIZE),
     "convnext": ConvNeXtConfig(depths=(1, 1), dims=(8, 16), num_classes=5, img_size=SIZE),
 }
-MODELS = {name: build_model(config) for name, config in CONFIGS.items()}
+with torch.random.fork_rng():
+    torch.manual_seed(0)
+    MODELS = {name: build_model(config) for name, config in CONFIGS.items()}
 PAIRS = [
     (method, name) for method in METHODS.values() for name, model in MODELS.items() if method.name in methods_of(model)
 ]

@@ -20,7 +20,8 @@ def gradients_enabled() -> Iterator[None]:
 
 def plain(images: Tensor) -> Tensor:
     """The images as a tensor that gradients can be computed for: one made in inference mode is copied."""
-    return images.clone() if images.is_inference() else images.detach()
+    with torch.inference_mode(False):
+        return images.clone() if images.is_inference() else images.detach()
 
 
 def watched(model: nn.Module, names: Iterable[str], watch: Callable[[str, Tensor], Tensor]) -> nn.Module:

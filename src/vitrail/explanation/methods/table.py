@@ -3,18 +3,32 @@
 from torch import nn
 
 from vitrail.errors import ModelError, did_you_mean
+from vitrail.explanation.methods.attention import relevance
 from vitrail.explanation.methods.gradcam import gradcam
 from vitrail.explanation.methods.method import EXTERNAL, FAMILIES, Method, family_of
+from vitrail.explanation.methods.perturbation import integrated_gradients, occlusion
 from vitrail.utils.text import printable
 
 ANY = (*FAMILIES, EXTERNAL)
 
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Method("gradcam", gradcam, ANY, True, False, "Selvaraju et al., 2017, https://arxiv.org/abs/1610.02391"),
-    )
-}
+_ROWS = (
+    # name, function, families, class-specific, signed, reference
+    Method(
+        "relevance", relevance, ("vit", "swin"), True, False, "Chefer et al., 2021, https://arxiv.org/abs/2103.15679"
+    ),
+    Method("gradcam", gradcam, ANY, True, False, "Selvaraju et al., 2017, https://arxiv.org/abs/1610.02391"),
+    Method(
+        "integrated_gradients",
+        integrated_gradients,
+        ANY,
+        True,
+        True,
+        "Sundararajan et al., 2017, https://arxiv.org/abs/1703.01365",
+    ),
+    Method("occlusion", occlusion, ANY, True, True, "Zeiler and Fergus, 2013, https://arxiv.org/abs/1311.2901"),
+)
+
+METHODS: dict[str, Method] = {method.name: method for method in _ROWS}
 
 DEFAULTS = {"vit": "relevance", "swin": "relevance", "cnn": "gradcam", EXTERNAL: "gradcam"}  # by family
 
