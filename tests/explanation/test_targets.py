@@ -68,6 +68,7 @@ def test_gradients_flow_to_the_logits_of_the_target() -> None:
 
 
 def test_the_class_is_kept_for_changed_copies_of_an_image() -> None:
-    targets = parse_target(None, NAMES).fixed(LOGITS)
-    assert [target.index for target in targets] == [1, 5]
-    assert targets[0].of(-LOGITS).tolist() == [-5.0, -1.0]
+    target = parse_target(None, NAMES)
+    assert target.fixed(LOGITS).of(-LOGITS).tolist() == [-5.0, -9.0]
+    assert target.fixed(LOGITS).names(-LOGITS) == ["dog", "cat:fish"]
+    assert target.fixed(LOGITS[:1]).of(LOGITS).tolist() == [5.0, 1.0]  # copies of one image

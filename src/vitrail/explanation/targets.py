@@ -17,12 +17,12 @@ from vitrail.utils.text import printable
 class Target:
     """A number computed from the logits of an image, whose cause in the image is looked for. Made by `parse_target`.
 
-    class_names: K names by index. index: a class, or None for the predicted class of each image. against: a second
-    class, whose logit is subtracted: why `index` and not `against`.
+    class_names: K names by index. index: a class, one for each image, or None for the predicted class of each image.
+    against: a second class, whose logit is subtracted: why `index` and not `against`.
     """
 
     class_names: tuple[str, ...]
-    index: int | None = None
+    index: int | tuple[int, ...] | None = None
     against: int | None = None
 
     def of(self, logits: Tensor) -> Tensor:
@@ -34,12 +34,12 @@ class Target:
         """The class of each image, B."""
         if self.index is None:
             return logits.argmax(dim=1)
-        return torch.full((len(logits),), self.index, device=logits.device)
+        return torch.tensor(self.index, device=logits.device).expand(len(logits))
 
-    def fixed(self, logits: Tensor) -> list["Target"]:
-        """For each image the same target with its class stated: changed copies of the image may be predicted
-        differently."""
-        return [Target(self.class_names, index, self.against) for index in self.indices(logits).tolist()]
+    def fixed(self, logits: Tensor) -> "Target":
+        """The target with the class of each image stated: changed copies of an image, or blocks before the last, may
+        predict another. Of one image, it applies to any number of its copies."""
+        return Target(self.class_names, tuple(self.indices(logits).tolist()), self.against)
 
     def names(self, logits: Tensor) -> list[str]:
         """For each image "cat", or for two classes "cat:dog"."""

@@ -3,7 +3,7 @@
 from torch import nn
 
 from vitrail.errors import ModelError, did_you_mean
-from vitrail.explanation.methods.attention import relevance
+from vitrail.explanation.methods.attention import attention, legrad, relevance, rollout, tokens
 from vitrail.explanation.methods.gradcam import gradcam
 from vitrail.explanation.methods.method import EXTERNAL, FAMILIES, Method, family_of
 from vitrail.explanation.methods.perturbation import integrated_gradients, occlusion
@@ -11,21 +11,25 @@ from vitrail.utils.text import printable
 
 ANY = (*FAMILIES, EXTERNAL)
 
-_ROWS = (
-    # name, function, families, class-specific, signed, reference
-    Method(
-        "relevance", relevance, ("vit", "swin"), True, False, "Chefer et al., 2021, https://arxiv.org/abs/2103.15679"
-    ),
-    Method("gradcam", gradcam, ANY, True, False, "Selvaraju et al., 2017, https://arxiv.org/abs/1610.02391"),
-    Method(
-        "integrated_gradients",
-        integrated_gradients,
-        ANY,
-        True,
-        True,
-        "Sundararajan et al., 2017, https://arxiv.org/abs/1703.01365",
-    ),
-    Method("occlusion", occlusion, ANY, True, True, "Zeiler and Fergus, 2013, https://arxiv.org/abs/1311.2901"),
+ATTENTION = ("vit", "swin")
+CHEFER = "Chefer et al., 2021, https://arxiv.org/abs/2103.15679"
+SELVARAJU = "Selvaraju et al., 2017, https://arxiv.org/abs/1610.02391"
+BOUSSELHAM = "Bousselham et al., 2024, https://arxiv.org/abs/2404.03214"
+SUNDARARAJAN = "Sundararajan et al., 2017, https://arxiv.org/abs/1703.01365"
+ZEILER = "Zeiler and Fergus, 2013, https://arxiv.org/abs/1311.2901"
+ABNAR = "Abnar and Zuidema, 2020, https://arxiv.org/abs/2005.00928"
+DOSOVITSKIY = "Dosovitskiy et al., 2020, https://arxiv.org/abs/2010.11929"
+DARCET = "Darcet et al., 2023, https://arxiv.org/abs/2309.16588"
+
+_ROWS = (  # name, function, families, class-specific, signed, reference
+    Method("relevance", relevance, ATTENTION, True, False, CHEFER),
+    Method("gradcam", gradcam, ANY, True, False, SELVARAJU),
+    Method("legrad", legrad, ("vit",), True, False, BOUSSELHAM),
+    Method("integrated_gradients", integrated_gradients, ANY, True, True, SUNDARARAJAN),
+    Method("occlusion", occlusion, ANY, True, True, ZEILER),
+    Method("rollout", rollout, ("vit",), False, False, ABNAR),
+    Method("attention", attention, ATTENTION, False, False, DOSOVITSKIY, selects_block=True, selects_head=True),
+    Method("tokens", tokens, ATTENTION, False, False, DARCET, selects_block=True),
 )
 
 METHODS: dict[str, Method] = {method.name: method for method in _ROWS}
