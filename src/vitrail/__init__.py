@@ -3,6 +3,7 @@
     clf = vitrail.train("photos/")            # a Classifier
     clf = vitrail.load("runs/photos")
     clf.predict(["a.jpg"]); clf.evaluate("photos/")
+    vitrail.explain(clf, "a.jpg")             # which pixels decided
     model = vitrail.create_model("vit_base_patch16_224", num_classes=10)  # an nn.Module
 
 Importing vitrail does not import torch; each name below is imported when it is first used.
@@ -16,6 +17,8 @@ from vitrail.errors import VitrailError
 
 if TYPE_CHECKING:
     from vitrail.classifier import Classifier, load
+    from vitrail.explanation.explain import explain
+    from vitrail.explanation.result import Explanation
     from vitrail.images.preprocess import Preprocess
     from vitrail.models.attention_weights import attention_weights
     from vitrail.models.catalog import list_models
@@ -24,11 +27,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Classifier",
+    "Explanation",
     "Preprocess",
     "VitrailError",
     "__version__",
     "attention_weights",
     "create_model",
+    "explain",
     "list_models",
     "load",
     "train",
@@ -36,9 +41,11 @@ __all__ = [
 
 _MODULES = {
     "Classifier": "vitrail.classifier",
+    "Explanation": "vitrail.explanation.result",
     "Preprocess": "vitrail.images.preprocess",
     "attention_weights": "vitrail.models.attention_weights",
     "create_model": "vitrail.pretrained.create",
+    "explain": "vitrail.explanation.explain",
     "list_models": "vitrail.models.catalog",
     "load": "vitrail.classifier",
     "train": "vitrail.training.run",

@@ -12,6 +12,7 @@ import typer
 
 from vitrail.cli.embed import embed
 from vitrail.cli.evaluate import evaluate
+from vitrail.cli.explain import explain
 from vitrail.cli.models import models
 from vitrail.cli.predict import predict
 from vitrail.cli.push import push
@@ -29,7 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(add_help_option=False)(train)  # train has its own --help
-for _command in (evaluate, predict, embed, models, push, report):
+for _command in (evaluate, predict, explain, embed, models, push, report):
     app.command()(_command)
 
 

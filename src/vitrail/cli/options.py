@@ -43,11 +43,15 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 
 
 def open_model(source: str, device: str | None, img_size: str | None, precision: str) -> "Classifier":
-    """Load MODEL; print to stderr how its weights were loaded, unless it is a model folder of vitrail."""
+    """Load MODEL; see `print_loaded`."""
     from vitrail.classifier import load
     from vitrail.utils.device import pick_device
 
-    classifier = load(source, pick_device(device or "auto"), img_size, precision)
+    return print_loaded(load(source, pick_device(device or "auto"), img_size, precision))
+
+
+def print_loaded(classifier: "Classifier") -> "Classifier":
+    """Print to stderr how a model's weights were loaded, unless it is a model folder of vitrail; returns the model."""
     if classifier.report is not None and not isinstance(classifier.report, dict):  # else a run's summary
         from vitrail.cli.tables import stderr
 

@@ -36,14 +36,15 @@ DIVERGING = (
 _PERCENTILE = 99.5
 
 
-def strength(values: Values) -> Values:
-    """A map scaled to -1..1, H W: divided by the 99.5th percentile of its absolute values, then clipped.
+def strength(values: Values, signed: bool) -> Values:
+    """A map on the scale of its colours, H W. signed: -1..1, with 0 for 0; else 0..1, with 0 for the smallest value.
 
-    A single extreme pixel would leave the rest dark. If that percentile is 0, the divisor is the largest absolute
-    value. A map of zeros stays zero.
+    1 is the 99.5th percentile of the size of the values, and what is above is clipped: a single extreme pixel would
+    leave the rest dark. It is the largest one where that percentile is 0. A constant map without a sign is 0.
     """
+    values = values if signed else values - values.min()
     size = np.abs(values)
-    scale = float(np.percentile(size, _PERCENTILE)) or float(size.max(initial=0.0))
+    scale = float(np.percentile(size, _PERCENTILE)) or float(size.max())
     return np.zeros_like(values) if scale == 0 else np.clip(values / np.float32(scale), -1, 1)
 
 
@@ -53,4 +54,5 @@ def colorize(shares: Values, signed: bool) -> npt.NDArray[np.uint8]:
     position = ((shares + 1) / 2 if signed else np.clip(shares, 0, 1)) * (len(table) - 1)
     low = np.minimum(position.astype(np.intp), len(table) - 2)
     part = (position - low)[..., None]
-    return np.rint(table[low] * (1 - part) + table[low + 1] * part).astype(np.uint8)
+    colors: npt.NDArray[np.uint8] = np.rint(table[low] * (1 - part) + table[low + 1] * part).astype(np.uint8)
+    return colors
