@@ -70,14 +70,15 @@ def patches(config: ViTConfig, size: Size, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize("size", [(32, 32), (40, 24)], ids=str)
 @pytest.mark.parametrize("config", POOLED.values(), ids=POOLED)
 def test_relevance_of_vit_is_the_dense_product(config: ViTConfig, size: Size) -> None:
-    """Equations 5 and 6 of arXiv 2103.15679, with the weights and gradients of timm."""
+    """Equations 5 and 6 of arXiv 2103.15679 with timm's weights and gradients, less what the tokens start with."""
     ours, theirs = (model.eval() for model in pair(replace(config, img_size=size)))
     images = torch.randn(2, 3, *size)
     blocks = gradients_of_timm(theirs, images)
     product = torch.eye(blocks[0][0].shape[-1])  # R of the paper, N N
     for weights, gradient in blocks:
         product = product + (gradient * weights).clamp(min=0).mean(1) @ product
-    expected = patches(config, size, read_by_head(config, product.shape[-1]) @ product)
+    start = read_by_head(config, product.shape[-1])
+    expected = patches(config, size, start @ product - start)
     assert_near(relevance(request(ours, images)), expected)
 
 
@@ -107,12 +108,15 @@ def merging(size: Grid) -> Tensor:
 
 
 def dense_swin(config: SwinConfig, size: Size, blocks: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The map B h w of the first stage from the weights and gradients of every block, by dense matrices."""
+    """The map B h w of the first stage, less what its tokens start with, by dense matrices.
+
+    blocks: the weights and gradients of every block.
+    """
     grid = (-(-size[0] // config.patch_size), -(-size[1] // config.patch_size))
     grids = [grid]
     for _ in config.depths[1:]:
         grids.append((-(-grids[-1][0] // 2), -(-grids[-1][1] // 2)))
-    r = torch.full((1, 1, grids[-1][0] * grids[-1][1]), 1 / (grids[-1][0] * grids[-1][1]))
+    r = start = torch.full((1, 1, grids[-1][0] * grids[-1][1]), 1 / (grids[-1][0] * grids[-1][1]))
     remaining = list(blocks)
     for stage in reversed(range(len(grids))):
         built = [-(-side // (config.patch_size * 2**stage)) for side in config.img_size]
@@ -121,9 +125,9 @@ def dense_swin(config: SwinConfig, size: Size, blocks: list[tuple[Tensor, Tensor
             weights, gradient = remaining.pop()
             r = r + r @ dense((weights * gradient).clamp(min=0).mean(1), grids[stage], window, index % 2 == 1)
         if stage:
-            r = r @ merging(grids[stage - 1])
+            r, start = r @ merging(grids[stage - 1]), start @ merging(grids[stage - 1])
     assert not remaining
-    return r.view(-1, *grid)
+    return (r - start).view(-1, *grid)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 32), (8, 16)], ids=str)

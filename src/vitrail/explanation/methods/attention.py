@@ -36,7 +36,8 @@ def relevance(request: Request) -> Tensor:
     Chefer et al., "Generic Attention-model Explainability for Interpreting Bi-Modal and Encoder-Decoder Transformers",
     2021 (https://arxiv.org/abs/2103.15679): from the last block to the first, r <- r + r mean over heads of
     relu(gradient of the target * weights). r starts with the tokens that the head reads: 1 at the class token, 1/2 at
-    the class and the distillation token, 1/N at each of N tokens where the head reads their mean.
+    the class and the distillation token, 1/N at each of N tokens where the head reads their mean. The map is what the
+    blocks add to this start: the 1/N, equal everywhere, tells patches from each other no more than a constant.
 
     Swin: r follows every token through partition and shift of the windows; a patch merging hands a quarter to each
     of its four sources. h w is the first stage's feature map.
@@ -51,14 +52,15 @@ def relevance(request: Request) -> Tensor:
         gradients = torch.autograd.grad(score, [block.weights for block in used])
     with torch.no_grad():
         gradient_of = dict(zip(used, gradients, strict=True))
-        r = _read_by_head(model, output)
+        start = _read_by_head(model, output)
+        added = torch.zeros_like(start)  # r is start + added
         for step in reversed(steps):
             if isinstance(step, MergeStep):
-                r = _unmerge(r, step)
+                start, added = _unmerge(start, step), _unmerge(added, step)
             elif step in gradient_of:
                 weighted = (gradient_of[step].float() * step.weights.float()).relu()
-                r = r + _to_keys(r, weighted, step.windows).mean(dim=1)
-        return _patches(model, images, r)
+                added = added + _to_keys(start + added, weighted, step.windows).mean(dim=1)
+        return _patches(model, images, added)
 
 
 def rollout(request: Request) -> Tensor:
