@@ -314,7 +314,8 @@ def _finish(
         reporter.log(line)
     if folder.writes:
         try:
-            folder.write_json(folder.details, report_details(result, setup.dataset.splits.get(result.split), groups))
+            split = setup.dataset.splits.get(result.split)
+            folder.write_json(folder.details, report_details(result, split, groups, classifier))
             reporter.log(f"report  {write_report(folder)}")
         except Exception as error:  # the run is finished and saved
             reporter.log(f"warning: the run is saved, but could not write its report: {one_line(error)}")

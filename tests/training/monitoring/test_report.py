@@ -98,6 +98,8 @@ def test_the_report_tells_what_the_run_left(tmp_path: Path, capsys: pytest.Captu
         data = (one.all("img")[0].attributes["src"] or "").partition("base64,")[2]
         shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
         assert np.array_equal(shown, test.images[index])
+        explained = one.all("img")[1]  # which pixels decided for the wrong label
+        assert explained.attributes["alt"] == f"explanation of {one.all('dd')[1].text}"
     # The diagram's numbers give the calibration error again.
     bins = page.section("Calibration").rows()
     images = np.array([float(row[1]) for row in bins])

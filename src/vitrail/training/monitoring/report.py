@@ -74,8 +74,10 @@ def report_values(folder: RunFolder) -> dict[str, Any]:
         "pairs": pair_rows(summary, details.get("confused", []), classes),
         "errors": [
             {**row, "label": classes[row["label"]], "predicted": classes[row["guess"]], "name": row["name"] or ""}
+            | {"evidence": row.get("evidence")}  # not stored by earlier versions
             for row in details.get("mistakes", [])
         ],
+        "explained_by": details.get("method"),
         "wrong": sum(row["images"] - row["correct"] for row in summary["per_class"]),
         "calibration": reliability_diagram(details, summary),
         "bins": [_bin_row(row) for row in details.get("calibration", [])],
