@@ -1,0 +1,388 @@
+"""What explanations are worth: whether they find the pixels that decide, and what they cost.
+
+Three small models are trained on images in which one object of 32 px decides (see planted_evidence.py), then explained
+on test images that they classify correctly. Of every method: how often the peak of the heatmap lies in the object, how
+much of the positive part lies in it, whether the peak moves to the other object of an image with two when the other
+class is explained, how often the faithfulness score is above the 99th percentile of random rankings, and how like the
+map is to that of the same network with its head, or all weights, drawn anew (Adebayo et al., "Sanity Checks for
+Saliency Maps", 2018, https://arxiv.org/abs/1810.03292).
+
+    python -m benchmarks.explain                      train, measure, and time; about an hour on 2 cores
+    python -m benchmarks.explain --seed 0 --model vit one of the trainings and its figures
+    python -m benchmarks.explain --report             the table of what is there
+
+A training that was stopped goes on where it stood; one that is finished is not repeated.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import skimage.data
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+import vitrail
+from benchmarks.measure import interleave, spread, write
+from benchmarks.planted_evidence import CENTRE, CLASSES, INPUT, OBJECT, SIDE, Planted, planted_dataset, planted_images
+from vitrail.classifier import Classifier
+from vitrail.explanation import faithfulness as scores
+from vitrail.explanation.explain import compute_maps, compute_scores
+from vitrail.explanation.methods.table import METHODS, choose_method, default_method, methods_of
+from vitrail.explanation.targets import Target, parse_target
+from vitrail.images.preprocess import Preprocess
+from vitrail.models.base import ImageModel
+from vitrail.models.build import build_model
+from vitrail.models.catalog import VARIANTS
+from vitrail.models.configs import ModelConfig, ResNetConfig, SwinConfig, ViTConfig
+
+Numbers = npt.NDArray[np.int64]
+Masks = npt.NDArray[np.bool_]
+SIZE = (INPUT, INPUT)
+MODELS: dict[str, ModelConfig] = {
+    "vit": ViTConfig(img_size=SIZE, patch_size=12, embed_dim=128, depth=4, num_heads=4, num_classes=len(CLASSES)),
+    "swin": SwinConfig(
+        img_size=SIZE,
+        patch_size=6,
+        embed_dim=48,
+        depths=(2, 2, 2),
+        num_heads=(2, 4, 8),
+        window_size=4,
+        num_classes=len(CLASSES),
+    ),
+    "cnn": ResNetConfig(
+        img_size=SIZE, block="basic", layers=(1, 1, 1), channels=(32, 64, 128), num_classes=len(CLASSES)
+    ),
+}
+SETTINGS: dict[str, Any] = {
+    "batch_size": 64,
+    "lr": 1e-3,
+    "warmup_epochs": 0.5,
+    "weight_decay": 0.05,
+    "clip_grad": 1.0,
+    "ema": 0.99,
+    "label_smoothing": 0.0,
+    "drop": 0.0,
+    "drop_path": 0.0,
+    # None of the recipe's augmentation: a flip changes the class, a crop cuts off the object, mixup plants two.
+    "crop_scale": None,
+    "flip": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "rand_augment": 0.0,
+    "erase": 0.0,
+    "brightness": 0.0,
+    "contrast": 0.0,
+    "saturation": 0.0,
+    "cache": "off",
+}
+MORE_SETTINGS: dict[str, dict[str, Any]] = {"vit": {"pad_shift": 6, "edge": "reflect"}, "swin": {}, "cnn": {}}
+TRAIN_IMAGES = {"vit": 32_000, "swin": 32_000, "cnn": 16_000}
+EPOCHS = {"vit": 4, "swin": 3, "cnn": 2}
+SEEDS = range(3)
+TEST_SEED, TWO_SEED = 1_000, 2_000  # of the images; never those of training
+FIGURES = ("peak_inside", "positive_share_inside", "peak_moves", "ms_per_image")
+COUNT = 200  # test images that are explained
+REDRAWN, REDRAWS = 64, 3  # images whose maps are compared with those of other networks, and how many of these
+ORDERS = 200  # random orders that a score is compared with
+BATCH = 32
+
+
+def train(kind: str, seed: int, folder: Path) -> Classifier:
+    """The model of this kind and seed, which is trained, trained on or read."""
+    out = folder / f"{kind}-{seed}"
+    if not (out / "summary.json").is_file():
+        model = new_model(MODELS[kind], seed)
+        data = planted_dataset(TRAIN_IMAGES[kind], seed=10 * seed)
+        if (out / "config.toml").is_file():
+            vitrail.train(data, model=model, resume=out)
+        else:
+            vitrail.train(data, model=model, epochs=EPOCHS[kind], seed=seed, out=out, **SETTINGS, **MORE_SETTINGS[kind])
+    return vitrail.load(out)
+
+
+def new_model(config: ModelConfig, seed: int) -> ImageModel:
+    """A network with random weights. Those of linear layers are drawn for their width: the usual standard deviation of
+    0.02 is meant for widths of hundreds, and narrow networks start slowly with it."""
+    torch.manual_seed(seed)
+    model = build_model(config)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
+    return model
+
+
+def model_input(clf: Classifier, images: npt.NDArray[np.uint8]) -> Tensor:
+    """The model's input B C 96 96: the central pixels of the images, normalised."""
+    inner = np.ascontiguousarray(images[:, CENTRE, CENTRE])
+    return clf.preprocess.normalize(torch.from_numpy(inner).permute(0, 3, 1, 2))
+
+
+def inside_input(planted: Planted) -> Masks:
+    """Whether a pixel of the model's input is in the object: N objects 96 96."""
+    return planted.inside()[..., CENTRE, CENTRE]
+
+
+def upsampled(maps: Tensor) -> npt.NDArray[np.float32]:
+    """Maps B h w at the resolution of the input, B 96 96, bilinear."""
+    cell = -(-INPUT // maps.shape[-1])
+    large = F.interpolate(maps[:, None], scale_factor=cell, mode="bilinear", align_corners=False)
+    pixels: npt.NDArray[np.float32] = large[:, 0, :INPUT, :INPUT].numpy()
+    return pixels
+
+
+def maps_of(model: nn.Module, images: Tensor, labels: Numbers, method: str) -> Tensor:
+    """Maps N h w, of each image for its label."""
+    chosen, parts = choose_method(method, model), []
+    for at in range(0, len(images), BATCH):
+        target = Target(CLASSES, tuple(labels[at : at + BATCH].tolist()))
+        parts.append(compute_maps(model, images[at : at + BATCH], chosen, target)[0])
+    return torch.cat(parts)
+
+
+def peaks_inside(maps: Tensor, inside: Masks) -> Masks:
+    """Whether the largest value of the upsampled map lies in the object: bool N. inside: bool N 96 96."""
+    flat = upsampled(maps).reshape(len(maps), -1)
+    hits: Masks = inside.reshape(len(maps), -1)[np.arange(len(maps)), flat.argmax(axis=1)]
+    return hits
+
+
+def share_inside(maps: Tensor, inside: Masks) -> npt.NDArray[np.float64]:
+    """The part of the sum of positive values that lies in the object: N, 0 to 1."""
+    positive = upsampled(maps).clip(min=0).astype(np.float64)
+    total = positive.sum(axis=(1, 2))
+    part: npt.NDArray[np.float64] = (positive * inside).sum(axis=(1, 2)) / np.where(total > 0, total, 1)
+    return part
+
+
+def correct(clf: Classifier, planted: Planted) -> Masks:
+    """Whether the model's best classes are those of the objects: bool N."""
+    with torch.inference_mode():
+        logits = torch.cat([clf.model(part) for part in model_input(clf, planted.images).split(BATCH)])
+    objects = planted.labels.shape[1]
+    best = logits.topk(objects).indices.sort(dim=1).values.numpy()
+    matches: Masks = (best == np.sort(planted.labels, axis=1)).all(axis=1)
+    return matches
+
+
+def redrawn(model: ImageModel, seed: int, *, all_weights: bool) -> nn.Module:
+    """A network with a newly drawn head on the model's other weights, or with all weights drawn anew."""
+    other = new_model(model.config, 10_000 + seed).eval()
+    if not all_weights:
+        own = {name: value for name, value in model.state_dict().items() if not name.startswith(("head", "fc"))}
+        assert len(own) < len(model.state_dict())
+        other.load_state_dict({**other.state_dict(), **own})
+    return other
+
+
+def mean_likeness(one: Tensor, other: Tensor) -> float:
+    """Spearman's correlation of the cells of two maps, of N images its mean; 0 where a map is constant."""
+    pairs = zip(one.flatten(1).numpy(), other.flatten(1).numpy(), strict=True)
+    return float(np.mean([0.0 if min(np.ptp(a), np.ptp(b)) == 0 else spearmanr(a, b).statistic for a, b in pairs]))
+
+
+def faithfulness(clf: Classifier, images: Tensor, labels: Numbers, maps: Tensor) -> dict[str, Any]:
+    """How the scores compare with ORDERS random orders for each image, of which `--score` takes 20: their 99th
+    percentile needs more."""
+    found, usual = [], scores.RANDOM
+    scores.RANDOM = ORDERS
+    try:
+        for image, label, values in zip(images, labels.tolist(), maps, strict=True):
+            found += compute_scores(clf.model, image[None], values[None], Target(CLASSES, label))
+    finally:
+        scores.RANDOM = usual
+    return {
+        "above_99th_percentile": percent(np.array([each.percentile > 99 for each in found])),
+        "score": round(float(np.mean([each.score for each in found])), 3),
+        "random_std": round(float(np.mean([each.random_std for each in found])), 3),
+        "z_median": round(float(np.median([each.z for each in found])), 2),
+    }
+
+
+def method_figures(clf: Classifier, method: str, one: Planted, two: Planted) -> dict[str, Any]:
+    """What a method finds in images with one object and with two."""
+    images, labels, begin = model_input(clf, one.images), one.labels[:, 0], time.perf_counter()
+    maps = maps_of(clf.model, images, labels, method)
+    seconds = (time.perf_counter() - begin) / len(images)
+    inside = inside_input(one)[:, 0]
+    figures: dict[str, Any] = {
+        "peak_inside": percent(peaks_inside(maps, inside)),
+        "positive_share_inside": percent(share_inside(maps, inside)),
+        "ms_per_image": round(1e3 * seconds, 1),
+    }
+    both = [
+        peaks_inside(maps_of(clf.model, model_input(clf, two.images), labels, method), inside)
+        for labels, inside in zip(two.labels.T, np.moveaxis(inside_input(two), 1, 0), strict=True)
+    ]
+    figures["peak_moves"] = percent(np.stack(both))
+    if METHODS[method].class_specific:
+        some = slice(REDRAWN)
+        figures["sanity"] = sanity(clf, method, images[some], labels[some], maps[some])
+    if method in (default_method(clf.model), "rollout"):
+        figures["faithfulness"] = faithfulness(clf, images, labels, maps)
+    return figures
+
+
+def sanity(clf: Classifier, method: str, images: Tensor, labels: Numbers, maps: Tensor) -> dict[str, Any]:
+    """Spearman's correlation with the maps of networks with a new head, and with all weights new: the mean over images
+    for each network. Of a method with signs also that of magnitudes: a new head may turn every sign, and read the same
+    pixels."""
+    found: dict[str, Any] = {}
+    for name, all_weights in (("head_redrawn", False), ("all_redrawn", True)):
+        others = [
+            maps_of(redrawn(clf.model, number, all_weights=all_weights), images, labels, method)
+            for number in range(REDRAWS)
+        ]
+        found[name] = spread([mean_likeness(maps, other) for other in others])
+        if METHODS[method].signed:
+            found[f"{name}_magnitude"] = spread([mean_likeness(maps.abs(), other.abs()) for other in others])
+    return found
+
+
+def percent(values: Masks | npt.NDArray[np.float64]) -> float:
+    return round(100 * float(values.mean()), 2)
+
+
+def figures_of(kind: str, seed: int, folder: Path) -> dict[str, Any]:
+    """All figures of one training."""
+    clf = train(kind, seed, folder)
+    one = planted_images(2 * COUNT, seed=TEST_SEED)
+    two = planted_images(2 * COUNT, seed=TWO_SEED, objects=2)
+    chosen, both = (np.flatnonzero(correct(clf, planted)) for planted in (one, two))
+    record: dict[str, Any] = {
+        "test_top1": json.loads((folder / f"{kind}-{seed}" / "summary.json").read_text())["top1"],
+        "images": len(chosen[:COUNT]),
+        "images_with_two": len(both[:COUNT]),
+        "both_found": percent(correct(clf, two)),
+        "methods": {},
+    }
+    for method in methods_of(clf.model):
+        record["methods"][method] = method_figures(clf, method, one.take(chosen[:COUNT]), two.take(both[:COUNT]))
+        print(kind, seed, method, record["methods"][method], flush=True)
+    return record
+
+
+def cost() -> dict[str, Any]:
+    """The time of `relevance` beside one forward and backward pass for all parameters, as in training."""
+    comparisons = []
+    for name in ("vit_small_patch16_224", "swin_tiny_patch4_window7_224"):
+        model = build_model(VARIANTS[name].config).eval()
+        for batch in (1, 8):
+            images, target = torch.rand(batch, 3, 224, 224), parse_target(0, [str(number) for number in range(1000)])
+            steps = [
+                partial(compute_maps, model, images, METHODS["relevance"], target),
+                partial(forward_and_backward, model, images),
+            ]
+            labels = (f"relevance, batch {batch}", "one forward and backward")
+            comparisons.append(interleave(name, *zip(labels, steps, strict=True), rounds=9))
+    times = [{**asdict(each), "times_as_long": round(1 / each.ratio_median, 3)} for each in comparisons]
+    return {"relevance": times, "cold": [cold(), cold("--score")], "forwards": count_forwards()}
+
+
+def forward_and_backward(model: nn.Module, images: Tensor) -> None:
+    """A training step without its update."""
+    model.zero_grad()
+    F.cross_entropy(model(images), torch.zeros(len(images), dtype=torch.int64)).backward()
+
+
+def cold(*options: str, runs: int = 5) -> dict[str, Any]:
+    """Seconds of `vitrail explain` of one image in a process of its own: a ViT-S/16 with random weights."""
+    with TemporaryDirectory() as folder:
+        model = build_model(VARIANTS["vit_small_patch16_224"].config)
+        Classifier(model, Preprocess(size=(224, 224)), [f"class {number}" for number in range(1000)]).save(
+            f"{folder}/model"
+        )
+        Image.fromarray(skimage.data.coffee()).save(f"{folder}/coffee.jpg")
+        command = ["explain", "model", "coffee.jpg", *options, "--out", "pictures"]
+        seconds, used = [], []
+        for _ in range(runs):
+            begin, before = time.perf_counter(), cpu_seconds_of_children()
+            subprocess.run([sys.executable, "-m", "vitrail", *command], cwd=folder, check=True, capture_output=True)
+            seconds.append(round(time.perf_counter() - begin, 2))
+            used.append(round(cpu_seconds_of_children() - before, 2))
+    return {"command": f"vitrail {' '.join(command)}", "seconds": sorted(seconds), "cpu_seconds": sorted(used)}
+
+
+def cpu_seconds_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def count_forwards() -> dict[str, int]:
+    """Passes of one image through ViT-S/16 with and without the score, and calls of the model for them."""
+    model = build_model(VARIANTS["vit_small_patch16_224"].config).eval()
+    clf = Classifier(model, Preprocess(size=(224, 224)), [f"class {number}" for number in range(1000)])
+    sizes: list[int] = []
+    model.blocks[0].norm1.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    counts = {}
+    for name, score in (("without_score", False), ("with_score", True)):
+        sizes.clear()
+        vitrail.explain(clf, skimage.data.coffee(), score=score)
+        counts |= {f"images_{name}": sum(sizes), f"calls_{name}": len(sizes)}
+    return counts
+
+
+def report(folder: Path, timing: dict[str, Any]) -> None:
+    """Write what is there: every training's figures, and over seeds the mean and standard deviation."""
+    found: dict[str, dict[str, Any]] = {kind: {} for kind in MODELS}
+    for kind in MODELS:
+        for path in sorted(folder.glob(f"{kind}-*/figures.json")):
+            found[kind][path.parent.name.rpartition("-")[2]] = json.loads(path.read_text())
+    summary = {}
+    for kind, seeds in found.items():
+        for method in next(iter(seeds.values()), {"methods": {}})["methods"]:
+            rows = [record["methods"][method] for record in seeds.values()]
+            summary[f"{kind} {method}"] = {key: spread([row[key] for row in rows]) for key in FIGURES}
+            print(
+                f"{kind:5} {method:21}", *(f"{key} {row['mean']}" for key, row in summary[f"{kind} {method}"].items())
+            )
+    data = {"side": SIDE, "input": INPUT, "object": OBJECT, "classes": CLASSES, "train_images": TRAIN_IMAGES}
+    models = {kind: asdict(config) for kind, config in MODELS.items()}
+    write(
+        "explain",
+        data=data,
+        models=models,
+        settings=SETTINGS,
+        more_settings=MORE_SETTINGS,
+        epochs=EPOCHS,
+        summary=summary,
+        seeds=found,
+        cost=timing,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, action="append", help="by default all")
+    parser.add_argument("--seed", type=int, action="append", help="by default 0, 1 and 2")
+    parser.add_argument("--cost", action="store_true", help="only the times")
+    parser.add_argument("--report", action="store_true", help="measure nothing; write the table of what is there")
+    parser.add_argument("--folder", type=Path, default=Path("runs/explain"))
+    given = parser.parse_args()
+    timing = given.folder / "cost.json"
+    if not given.report and not given.cost:
+        for seed in given.seed or SEEDS:
+            for kind in given.model or MODELS:
+                record = figures_of(kind, seed, given.folder)
+                (given.folder / f"{kind}-{seed}" / "figures.json").write_text(json.dumps(record, indent=2))
+    if given.cost or not (given.report or given.seed or given.model):
+        given.folder.mkdir(parents=True, exist_ok=True)
+        timing.write_text(json.dumps(cost(), indent=2))
+    report(given.folder, json.loads(timing.read_text()) if timing.is_file() else {})
+
+
+if __name__ == "__main__":
+    main()
