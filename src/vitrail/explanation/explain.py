@@ -60,7 +60,7 @@ def explain(
         method: a name in `METHODS`; by default "relevance" for ViT, DeiT and Swin, "gradcam" for others.
         target: what to explain: a label, an index, or a pair "cat:dog" (why cat and not dog); by default the predicted
             class of each image.
-        score: measure the faithfulness of each map, by up to 64 more forward passes.
+        score: measure the faithfulness of each map, by 46 more forward passes.
         baseline: what the score puts in place of pixels: "mean" (the mean colour) or "blur".
         block, head: for methods that draw a single block or head; negative numbers count from the end. head may be
             "all": the picture is then a grid of the maps of every head.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.errors import ModelError
+from vitrail.explanation.methods.gradients import gradients_enabled
 from vitrail.explanation.methods.method import Request
 from vitrail.layers.window import Windows
 from vitrail.models.attention_weights import (
@@ -179,7 +180,7 @@ def _position(index: int, count: int, what: str) -> int:
 def _gradients(images: Tensor) -> Iterator[Tensor]:
     """Record gradients, whatever mode the caller is in; gives a copy of the images that needs a gradient, so that the
     weights have one where all parameters are frozen."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with gradients_enabled():
         yield images.clone().detach().requires_grad_()
 
 
