@@ -9,9 +9,11 @@ images have different photographs. An image depends on (seed, index) alone.
 Shapes: N images, S side of an image (the model sees its central INPUT pixels).
 """
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -177,3 +179,21 @@ def _other_tile(rng: np.random.Generator) -> Pixels:
             share = np.kron(rng.random((OBJECT // 4, OBJECT // 4)), np.ones((4, 4)))
     tile: Pixels = (one + share[..., None] * (other - one)).astype(np.uint8)
     return tile
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write images with planted evidence as PNG files, to look at.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--count", type=int, default=8)
+    parser.add_argument("--objects", type=int, default=1, help="objects of different classes in an image")
+    parser.add_argument("--seed", type=int, default=1_000)
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    found = planted_images(arguments.count, seed=arguments.seed, objects=arguments.objects)
+    for number, (image, labels) in enumerate(zip(found.images, found.labels, strict=True)):
+        names = "-".join(CLASSES[label] for label in labels)
+        Image.fromarray(image).save(arguments.folder / f"{number:03d}-{names}.png")
+
+
+if __name__ == "__main__":
+    main()
