@@ -178,7 +178,7 @@ def test_shuffled_patches_are_the_patches_of_the_image() -> None:
 
 def test_what_is_not_known_is_refused() -> None:
     image = photograph(28)
-    with pytest.raises(ConfigError, match="'blurr'.*blur"):
+    with pytest.raises(ConfigError, match=r"'blurr'.*blur"):
         corrupt(image, "blurr", 1)
     with pytest.raises(ConfigError, match="severity 6"):
         corrupt(image, "blur", 6)

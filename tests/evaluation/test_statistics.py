@@ -142,7 +142,7 @@ def test_wilson_and_mcnemar_hold_their_level_in_simulation(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seeds", "seed_spread"), [(2, 0.1), (3, 0.0), (3, 0.2), (5, 0.1)])
+@pytest.mark.parametrize(("seeds", "seed_spread"), [(3, 0.0), (3, 0.1), (3, 0.2), (5, 0.1)])
 def test_a_against_a_has_a_winner_in_at_most_5_percent_of_200(seeds: int, seed_spread: float) -> None:
     rng = np.random.default_rng(7)
     winners = 0

@@ -77,7 +77,7 @@ def _occlusion(image: Pixels, share: float, draw: Draw) -> Pixels:
     h, w = (max(1, round(side * math.sqrt(share))) for side in (height, width))
     y, x = draw(2)
     top, left = int(y * (height - h + 1)), int(x * (width - w + 1))
-    covered = image.copy()
+    covered: Pixels = image.copy()
     covered[top : top + h, left : left + w] = np.rint(image.mean(axis=(0, 1)))
     return covered
 

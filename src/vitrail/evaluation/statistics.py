@@ -124,10 +124,10 @@ def bootstrap_difference(
 
     `a` S N and `b` S' N, or N each. Each resample draws images and seeds together. Images are drawn with replacement.
     Drawing a few seeds with replacement would understate their variance (of three seeds by a third, and the tails would
-    be too short), so their effect is drawn from a normal distribution with the unbiased variance, pooled over A and B,
-    and the resamples are stretched from normal to Student's t, as the degrees of freedom of that variance demand. Of
-    one seed each, images alone are drawn, as by `scipy.stats.bootstrap`. The interval leaves out 0 exactly where
-    p < 0.05.
+    be too short), so their effect is drawn from Student's t with the unbiased variance, pooled over A and B. What seed
+    and image explain only together is in both parts, and is taken out of that of the images; seeds that vary by no more
+    than that add nothing. Of one seed each, images alone are drawn, as by `scipy.stats.bootstrap`. The interval leaves
+    out 0 exactly where p < 0.05.
 
     Efron and Tibshirani, "An Introduction to the Bootstrap", 1993. Bouthillier et al., "Accounting for Variance in
     Machine Learning Benchmarks", 2021 (https://arxiv.org/abs/2103.03098), on drawing seeds as well as images.
@@ -146,13 +146,10 @@ def bootstrap_difference(
     )
     draws /= scale
     difference = float(gain.mean() / scale)
-    of_seeds, freedom = _seed_variance(a, b)
-    if of_seeds:
-        # Satterthwaite's degrees of freedom of the sum; those of the images are many.
-        freedom *= (1 + float(draws.var()) / of_seeds) ** 2
-        draws += of_seeds**0.5 * rng.standard_normal(resamples) - difference
-        draws *= np.sqrt(freedom / rng.chisquare(freedom, resamples))
-        draws += difference
+    seeds, shared, freedom = _seed_variance(a, b)
+    if seeds > shared:
+        shrink = max(0.0, 1 - shared / float(draws.var())) ** 0.5 if draws.any() else 0.0
+        draws = difference + (draws - difference) * shrink + seeds**0.5 * rng.standard_t(freedom, resamples)
     low = float(np.quantile(draws, ALPHA / 2, method="lower"))
     high = float(np.quantile(draws, 1 - ALPHA / 2, method="higher"))
     extreme = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
@@ -173,33 +170,30 @@ def images_needed(a: Correct, b: Correct) -> int | None:
     a, b = _two_dimensional(a, b)
     gain = a.mean(axis=0) - b.mean(axis=0)
     difference = abs(float(gain.mean()))
-    of_seeds, freedom = _seed_variance(a, b)
+    seeds, shared, freedom = _seed_variance(a, b)
     critical = float(stdtrit(freedom, 1 - ALPHA / 2) if freedom else 0.0) + float(ndtri(POWER))
-    left = difference**2 - critical**2 * of_seeds
+    left = difference**2 - critical**2 * max(seeds - shared, 0.0)
     if left <= 1e-12:
         return None
     # Significance is judged under no difference, whose variance is the mean square; power under the difference seen.
     square = float(np.square(gain).mean())
-    needed = (_Z * square**0.5 + float(ndtri(POWER)) * max(square - difference**2, 0.0) ** 0.5) ** 2 / left
-    return max(1, math.ceil(needed) - a.shape[1])
+    root = _Z * square**0.5 + float(ndtri(POWER)) * math.sqrt(max(square - difference**2, 0.0))
+    return max(1, math.ceil(root**2 / left) - int(a.shape[1]))
 
 
-def _seed_variance(a: Correct, b: Correct) -> tuple[float, float]:
-    """How much the seeds add to the variance of the difference of means, pooled over A and B, and the degrees of freedom
-    of this estimate: both 0 where there is one seed each.
-
-    What seed and image explain only together is in the variance over images already, and is subtracted.
-    """
+def _seed_variance(a: Correct, b: Correct) -> tuple[float, float, int]:
+    """The variance of the difference of means between seeds, pooled over A and B; how much of it is the interaction of
+    seeds and images; and the degrees of freedom. All 0 where there is one seed each."""
     freedom, count = len(a) + len(b) - 2, a.shape[1]
     if not freedom or count == 1:
-        return 0.0, 0.0
+        return 0.0, 0.0, 0
     between = interaction = 0.0  # sums of squares
     for each in (a.astype(np.float64), b.astype(np.float64)):
         effect = each.mean(axis=1, keepdims=True) - each.mean()
         between += float(np.square(effect).sum())
         interaction += float(np.square(each - each.mean(axis=0) - effect).sum())
-    excess = between - interaction / (count - 1) / count
-    return max(excess, 0.0) / freedom * (1 / len(a) + 1 / len(b)), float(freedom)
+    factor = (1 / len(a) + 1 / len(b)) / freedom
+    return between * factor, interaction * factor / (count - 1) / count, freedom
 
 
 def _two_dimensional(a: Correct, b: Correct) -> tuple[Correct, Correct]:
