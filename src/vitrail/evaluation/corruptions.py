@@ -92,7 +92,8 @@ def _rotation(image: Pixels, degrees: float, draw: Draw) -> Pixels:
 
 
 def _to_bytes(values: npt.NDArray[np.float64]) -> Pixels:
-    return np.rint(values.clip(0, 255)).astype(np.uint8)
+    rounded: Pixels = np.rint(values.clip(0, 255)).astype(np.uint8)
+    return rounded
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def images_needed(a: Correct, b: Correct) -> int | None:
         return None
     # Significance is judged under no difference, whose variance is the mean square; power under the difference seen.
     square = float(np.square(gain).mean())
-    root = _Z * square**0.5 + float(ndtri(POWER)) * math.sqrt(max(square - difference**2, 0.0))
+    root = _Z * math.sqrt(square) + float(ndtri(POWER)) * math.sqrt(max(square - difference**2, 0.0))
     return max(1, math.ceil(root**2 / left) - int(a.shape[1]))
 
 
