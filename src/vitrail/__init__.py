@@ -4,6 +4,7 @@
     clf = vitrail.load("runs/photos")
     clf.predict(["a.jpg"]); clf.evaluate("photos/")
     vitrail.explain(clf, "a.jpg")             # which pixels decided
+    vitrail.compare("photos/", budget="10m")  # ViT or CNN
     model = vitrail.create_model("vit_base_patch16_224", num_classes=10)  # an nn.Module
 
 Importing vitrail does not import torch; each name below is imported when it is first used.
@@ -17,6 +18,7 @@ from vitrail.errors import VitrailError
 
 if TYPE_CHECKING:
     from vitrail.classifier import Classifier, load
+    from vitrail.comparison.run import compare
     from vitrail.explanation.explain import explain
     from vitrail.explanation.result import Explanation
     from vitrail.images.preprocess import Preprocess
@@ -32,6 +34,7 @@ __all__ = [
     "VitrailError",
     "__version__",
     "attention_weights",
+    "compare",
     "create_model",
     "explain",
     "list_models",
@@ -44,6 +47,7 @@ _MODULES = {
     "Explanation": "vitrail.explanation.result",
     "Preprocess": "vitrail.images.preprocess",
     "attention_weights": "vitrail.models.attention_weights",
+    "compare": "vitrail.comparison.run",
     "create_model": "vitrail.pretrained.create",
     "explain": "vitrail.explanation.explain",
     "list_models": "vitrail.models.catalog",

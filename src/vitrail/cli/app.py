@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vitrail.cli.compare import compare
 from vitrail.cli.embed import embed
 from vitrail.cli.evaluate import evaluate
 from vitrail.cli.explain import explain
@@ -30,7 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(add_help_option=False)(train)  # train has its own --help
-for _command in (evaluate, predict, explain, embed, models, push, report):
+for _command in (evaluate, predict, explain, embed, compare, models, push, report):
     app.command()(_command)
 
 

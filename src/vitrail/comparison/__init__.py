@@ -1,0 +1,1 @@
+"""Which model is better on these images, by measurement: trainings under equal budgets, paired tests, a report."""

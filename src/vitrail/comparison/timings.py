@@ -1,0 +1,75 @@
+"""Latency of the models and their cost in resolution, measured in turn, so that a slow moment does not favour one."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from vitrail.classifier import Classifier
+from vitrail.inference.torch_runtime import TorchRuntime
+from vitrail.models.build import build_model, configure
+from vitrail.models.configs import ModelConfig, SwinConfig, ViTConfig
+
+SCALES = (1.0, 1.5, 2.0)  # of the side
+BATCH = 8  # images, of the cost in resolution
+_ROUNDS, _WARMUP = 31, 3
+_SCALE_ROUNDS = 7
+
+
+def time_models(classifiers: Mapping[str, Classifier]) -> dict[str, dict[str, Any]]:
+    """By label: `latency_ms`, the median time of one image through the model, without decoding; and `resolution`, for
+    each of SCALES the `size` (height, width) and the median `ms` an image in batches of BATCH.
+
+    The cost in resolution is that of the architecture: models of other input sizes are built with new weights.
+    """
+    calls = {label: _call(classifier.engine().runtime, 1) for label, classifier in classifiers.items()}
+    latency = interleaved(calls, _ROUNDS)
+    found: dict[str, dict[str, Any]] = {
+        label: {"latency_ms": 1e3 * seconds, "resolution": []} for label, seconds in latency.items()
+    }
+    for scale in SCALES:
+        runtimes = {label: _at_scale(classifier, scale) for label, classifier in classifiers.items()}
+        calls = {label: _call(runtime, BATCH) for label, runtime in runtimes.items()}
+        for label, seconds in interleaved(calls, _SCALE_ROUNDS).items():
+            size = list(runtimes[label].preprocess.size)
+            found[label]["resolution"].append({"scale": scale, "size": size, "ms": 1e3 * seconds / BATCH})
+    return found
+
+
+def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = _WARMUP) -> dict[str, float]:
+    """The median seconds of each call over the rounds, in each of which every call is made once; the order is reversed
+    from one round to the next."""
+    took: dict[str, list[float]] = {label: [] for label in calls}
+    for number in range(warmup + rounds):
+        for label in list(calls)[:: 1 if number % 2 else -1]:
+            start = time.perf_counter()
+            calls[label]()
+            if number >= warmup:
+                took[label].append(time.perf_counter() - start)
+    return {label: median(seconds) for label, seconds in took.items()}
+
+
+def _call(runtime: Any, batch: int) -> Callable[[], Any]:
+    preprocess = runtime.preprocess
+    images = np.random.default_rng(0).integers(0, 256, (batch, *preprocess.size, preprocess.channels), np.uint8)
+    return lambda: runtime.logits(images)
+
+
+def _at_scale(classifier: Classifier, scale: float) -> TorchRuntime:
+    """The architecture at a multiple of the input size, rounded up to what it can take."""
+    config, multiple = classifier.model.config, _multiple(classifier.model.config)
+    height, width = (multiple * math.ceil(round(scale * side / multiple, 6)) for side in classifier.preprocess.size)
+    model = build_model(configure(config, img_size=(height, width))).to(classifier.device)
+    return TorchRuntime(model, classifier.preprocess.replace(size=(height, width)), classifier.precision)
+
+
+def _multiple(config: ModelConfig) -> int:
+    """Sides have to be, or without loss should be, multiples of this."""
+    if isinstance(config, SwinConfig):
+        return config.patch_size << (len(config.depths) - 1)
+    return int(config.patch_size) if isinstance(config, ViTConfig) else 1
