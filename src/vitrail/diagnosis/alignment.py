@@ -1,0 +1,146 @@
+"""Do two thumbnails show the same pixels? They are aligned, and compared in what is left of coarse and fine structure.
+
+Alignment is by Gauss-Newton steps on scale and offset of both axes (Lucas and Kanade, "An iterative image registration
+technique with an application to stereo vision", 1981), from coarse to fine.
+Shapes: P pairs, S side of a thumbnail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitrail.diagnosis.hashes import Candidate, apply_symmetry
+from vitrail.images.convert import Pixels
+
+_STEPS = ((16, 6), (32, 4), (64, 4))  # side at which to align, and steps there
+_PROMISING = 0.6  # correlation after the coarsest alignment, below which a pair is given up
+_BATCH = 512  # pairs at once
+_SMALLEST, _LARGEST = 0.7, 1.06  # scale of a window that is accepted
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How alike P pairs are, after alignment: each P.
+
+    coarse, fine: the correlation of the thumbnails, and of what a blur takes away from them. block: the largest
+    difference of the means of two 8 x 8 blocks, in levels. scale: of the window of the first image that the second
+    shows, 1 for the whole.
+    """
+
+    coarse: Tensor
+    fine: Tensor
+    block: Tensor
+    scale: Tensor
+
+
+def compare(thumbs: Pixels, candidates: Sequence[Candidate], *, align: bool) -> Likeness:
+    """Compare candidates; without `align`, as they are."""
+    likeness = Likeness(*(torch.zeros(len(candidates)) for _ in range(4)))
+    for start in range(0, len(candidates), _BATCH):
+        part = candidates[start : start + _BATCH]
+        first = torch.from_numpy(thumbs[[c.first for c in part]]).float()
+        second = torch.from_numpy(thumbs[[c.second for c in part]]).float()
+        symmetries = torch.tensor([c.symmetry for c in part])
+        for symmetry in symmetries.unique().tolist():
+            second[symmetries == symmetry] = apply_symmetry(second[symmetries == symmetry], symmetry)
+        place = torch.tensor([_place(c) for c in part])
+        kept = torch.arange(len(part))
+        if align:
+            place, kept = _align(first, second, place)
+            first, second = first[kept], second[kept]
+        for column, values in zip(vars(likeness).values(), _likeness(first, second, place, align), strict=True):
+            column[start + kept] = values
+    return likeness
+
+
+def _place(candidate: Candidate) -> tuple[float, float, float, float]:
+    """Scale and offset of x and y, in coordinates from -1 to 1."""
+    scale, y, x = candidate.window
+    return scale, scale, 2 * x + scale - 1, 2 * y + scale - 1
+
+
+def _sample(images: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """Windows of images P S S, resampled to S S, and a mask of what lies inside of the images."""
+    side = images.shape[-1]
+    at = (torch.arange(side) + 0.5) / side * 2 - 1
+    x = at * place[:, 0:1] + place[:, 2:3]
+    y = at * place[:, 1:2] + place[:, 3:4]
+    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)
+    found = F.grid_sample(images[:, None], grid, mode="bilinear", padding_mode="border", align_corners=False)[:, 0]
+    inside = (grid.abs() <= 1 - 0.5 / side).all(dim=-1)
+    return found, inside
+
+
+def _standard(images: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 under the mask, 0 elsewhere."""
+    count = mask.sum(dim=(1, 2), keepdim=True).clamp_min(1)
+    centred = (images - (images * mask).sum(dim=(1, 2), keepdim=True) / count) * mask
+    return centred / (centred.square().sum(dim=(1, 2), keepdim=True) / count).sqrt().clamp_min(1e-3)
+
+
+def _align(first: Tensor, second: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """The places Q 4 at which `first` fits `second` best, of the Q pairs that may be alike, and their rows Q."""
+    kept = torch.arange(len(first))
+    for side, steps in _STEPS:
+        a, b = (F.adaptive_avg_pool2d(x[kept, None], side)[:, 0] for x in (first, second))
+        for _ in range(steps):
+            place = _gauss_newton(a, b, place)
+        if side == _STEPS[0][0]:
+            view, inside = _sample(a, place)
+            promising = _correlation(view, b, inside.float()) > _PROMISING
+            kept, place = kept[promising], place[promising]
+        if not len(kept):
+            break
+    return place, kept
+
+
+def _gauss_newton(a: Tensor, b: Tensor, place: Tensor) -> Tensor:
+    """One step towards the place at which `a` fits `b`."""
+    side = a.shape[-1]
+    at = (torch.arange(side) + 0.5) / side * 2 - 1
+    view, inside = _sample(a, place)
+    weight = inside.float()
+    view, target = _standard(view, weight), _standard(b, weight)
+    # Derivatives by output coordinates, from -1 to 1; divided by scale they are those by place.
+    dx, dy = torch.zeros_like(view), torch.zeros_like(view)
+    dx[:, :, 1:-1] = (view[:, :, 2:] - view[:, :, :-2]) * (side / 4) / place[:, 0, None, None]
+    dy[:, 1:-1] = (view[:, 2:] - view[:, :-2]) * (side / 4) / place[:, 1, None, None]
+    dx, dy = dx * weight, dy * weight
+    jacobian = torch.stack([dx * at, dy * at[:, None], dx, dy], dim=1).flatten(2)
+    error = ((target - view) * weight).flatten(1)
+    normal = jacobian @ jacobian.mT
+    damping = 1e-3 * normal.diagonal(dim1=1, dim2=2).mean(dim=1) + 1e-6
+    change = torch.linalg.solve(normal + damping[:, None, None] * torch.eye(4), jacobian @ error[..., None])[..., 0]
+    place = place + change.clamp(-0.1, 0.1)
+    return torch.cat([place[:, :2].clamp(0.6, 1.2), place[:, 2:].clamp(-0.6, 0.6)], dim=1)
+
+
+def _correlation(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    """Of images P S S under a mask: P."""
+    return (_standard(a, mask) * _standard(b, mask)).sum(dim=(1, 2)) / mask.sum(dim=(1, 2)).clamp_min(1)
+
+
+def _likeness(first: Tensor, second: Tensor, place: Tensor, aligned: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if aligned:
+        view, inside = _sample(first, place)
+        mask = inside.float()
+    else:
+        view, mask = first, torch.ones_like(first)
+    share = mask.mean(dim=(1, 2))
+    coarse = _correlation(view, second, mask)
+    high = [x - F.avg_pool2d(x[:, None], 5, 1, 2, count_include_pad=False)[:, 0] for x in (view, second)]
+    fine = _correlation(high[0], high[1], mask)
+    count = F.avg_pool2d(mask[:, None], 8)[:, 0]
+    blocks = F.avg_pool2d(((view - second) * mask)[:, None], 8)[:, 0] / count.clamp_min(1e-3)
+    block = (blocks.abs() * (count > 0.5)).amax(dim=(1, 2))
+    sizes = place[:, :2]
+    bad = (sizes.amin(dim=1) < _SMALLEST) | (sizes.amax(dim=1) > _LARGEST) | (share < 0.85)
+    bad |= (sizes[:, 0] / sizes[:, 1] - 1).abs() > 0.12
+    if aligned:
+        coarse = torch.where(bad, -1.0, coarse)
+    return coarse, fine, block, sizes.mean(dim=1)

@@ -1,0 +1,149 @@
+"""Perceptual hashes: the low DCT coefficients of a grey thumbnail, and pairs of images whose hashes are alike.
+
+As in pHash (Zauner, "Implementation and benchmarking of perceptual image hash functions", 2010), but the coefficients
+are compared by their cosine and not by their signs: on images that all look alike, such as scans of clothes, signs are
+the same by the thousand. The eight symmetries of the square are exact on coefficients: a mirror changes signs, a
+quarter turn also swaps the axes. The hash of a window of the image comes from the same product with another matrix.
+Shapes: N images, S side of a thumbnail, K coefficients per axis, D = K * K - 1 values of a hash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitrail.images.convert import Pixels
+
+K = 7
+_ROWS = 1024  # rows of a block of similarities
+_NEIGHBOURS = 8  # pairs per image and symmetry, at most
+_FLAT = 1.5  # standard deviation, in levels, below which an image has no structure to compare
+
+Window = tuple[float, float, float]  # scale, y and x of the upper left corner, as shares of the side
+
+# Crops that are searched for: one of 95 %, five of 90 % and nine of 80 % of the sides.
+WINDOWS: tuple[Window, ...] = (
+    (0.95, 0.025, 0.025),
+    *((0.88, y, x) for y, x in ((0.06, 0.06), (0.0, 0.0), (0.0, 0.12), (0.12, 0.0), (0.12, 0.12))),
+    *((0.8, y / 10, x / 10) for y in range(3) for x in range(3)),
+)
+SYMMETRIES = tuple((turn, y, x) for turn in (False, True) for y in (1, -1) for x in (1, -1))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Two images that look alike: `second`, changed by SYMMETRIES[symmetry], is like `window` of `first`."""
+
+    first: int
+    second: int
+    symmetry: int = 0
+    window: Window = (1.0, 0.0, 0.0)
+
+
+def apply_symmetry(images: Tensor, symmetry: int) -> Tensor:
+    """SYMMETRIES[symmetry] of images ... S S: transposed if it is a turn, then mirrored along each axis that is -1."""
+    turn, y, x = SYMMETRIES[symmetry]
+    if turn:
+        images = images.transpose(-1, -2)
+    axes = [axis for axis, sign in ((-2, y), (-1, x)) if sign < 0]
+    return images.flip(axes) if axes else images
+
+
+def _dct(side: int, scale: float = 1.0, start: float = 0.0) -> Tensor:
+    """The first K vectors, K S, of the cosine transform of a part of a line: from `start`, `scale` of its length."""
+    at = (torch.arange(side, dtype=torch.float64) + 0.5) / side
+    inside = (at - start) / scale
+    weight = ((inside > 0) & (inside < 1)).double()
+    vectors = torch.cos(torch.pi * torch.arange(K, dtype=torch.float64)[:, None] * inside) * weight
+    return (vectors / weight.sum()).float()
+
+
+class Hashes:
+    """Hashes of thumbnails N S S, scaled so that each coefficient varies equally among these images."""
+
+    def __init__(self, thumbs: Pixels) -> None:
+        self._thumbs = thumbs
+        flat = thumbs.reshape(len(thumbs), -1)
+        self.usable = torch.from_numpy(np.array([part.std() > _FLAT for part in flat], dtype=bool))
+        full = self._coefficients((1.0, 0.0, 0.0))
+        versions = torch.stack([self._symmetric(full[self.usable], s) for s in range(8)])
+        if versions.shape[1] == 0:
+            versions = torch.ones(8, 1, K, K)
+        # Over all symmetries: so the scaling commutes with each of them.
+        self._mean = versions.mean(dim=(0, 1))
+        self._scale = (versions - self._mean).square().mean(dim=(0, 1)).sqrt().clamp_min(1e-6)
+        self._full = full
+
+    def _coefficients(self, window: Window) -> Tensor:
+        """N K K."""
+        scale, y, x = window
+        side = self._thumbs.shape[1]
+        rows, columns = _dct(side, scale, y), _dct(side, scale, x)
+        parts = torch.from_numpy(self._thumbs).split(4096)
+        return torch.cat([rows @ part.float() @ columns.T for part in parts])
+
+    @staticmethod
+    def _symmetric(coefficients: Tensor, symmetry: int) -> Tensor:
+        turn, y, x = SYMMETRIES[symmetry]
+        if turn:
+            coefficients = coefficients.transpose(1, 2)
+        order = torch.arange(K)
+        return coefficients * (float(y) ** order)[:, None] * (float(x) ** order)
+
+    def _normalised(self, coefficients: Tensor) -> Tensor:
+        """N D of length 1."""
+        values = ((coefficients - self._mean) / self._scale).flatten(1)[:, 1:]  # brightness is not part of it
+        return torch.nn.functional.normalize(values, dim=1)
+
+    def symmetric(self, symmetry: int) -> Tensor:
+        """Hashes N D of the images changed by a symmetry."""
+        return self._normalised(self._symmetric(self._full, symmetry))
+
+    def window(self, window: Window) -> Tensor:
+        """Hashes N D of a window of each image."""
+        return self._normalised(self._coefficients(window))
+
+
+def find_candidates(hashes: Hashes, threshold: float, crop_threshold: float, crops: bool = True) -> list[Candidate]:
+    """Pairs whose hashes have at least a cosine of `threshold`, or `crop_threshold` for a window of one of them.
+
+    crops: whether windows are searched. Of each image and symmetry, or image and window, the best few are kept.
+    """
+    base = hashes.symmetric(0)
+    found: dict[tuple[int, int, int], Candidate] = {}
+    for symmetry in range(8):
+        for i, j in _pairs(base, hashes.symmetric(symmetry), hashes.usable, threshold, _NEIGHBOURS):
+            found.setdefault((min(i, j), max(i, j), 0), Candidate(i, j, symmetry))
+    if not crops:
+        return list(found.values())
+    best: dict[tuple[int, int], tuple[float, Candidate]] = {}
+    for window in WINDOWS:
+        views = hashes.window(window)
+        for i, j in _pairs(views, base, hashes.usable, crop_threshold, 1):
+            cosine = float(views[i] @ base[j])
+            if cosine > best.get((i, j), (0.0, None))[0]:
+                best[i, j] = cosine, Candidate(i, j, 0, window)
+    return [*found.values(), *(candidate for _, candidate in best.values())]
+
+
+def _pairs(queries: Tensor, base: Tensor, usable: Tensor, threshold: float, most: int) -> Iterator[tuple[int, int]]:
+    """(i, j), i != j: the up to `most` rows j of `base` with the largest cosine of at least `threshold` to query i."""
+    for start in range(0, len(queries), _ROWS):
+        cosine = queries[start : start + _ROWS] @ base.T
+        rows = torch.arange(len(cosine))
+        cosine[rows, rows + start] = -1
+        best, j = cosine.max(dim=1)
+        hits = torch.nonzero((best >= threshold) & usable[start : start + _ROWS])[:, 0]
+        if most == 1:
+            pairs = torch.stack([hits, j[hits]], dim=1)
+        else:
+            values, nearest = cosine[hits].topk(min(most, cosine.shape[1]), dim=1)
+            keep = values >= threshold
+            pairs = torch.stack([hits[:, None].expand_as(nearest)[keep], nearest[keep]], dim=1)
+        for i, j_ in pairs.tolist():
+            if usable[j_]:
+                yield i + start, j_
