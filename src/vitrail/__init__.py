@@ -19,6 +19,7 @@ from vitrail.errors import VitrailError
 if TYPE_CHECKING:
     from vitrail.classifier import Classifier, load
     from vitrail.comparison.run import compare
+    from vitrail.diagnosis.doctor import doctor
     from vitrail.explanation.explain import explain
     from vitrail.explanation.result import Explanation
     from vitrail.images.preprocess import Preprocess
@@ -36,6 +37,7 @@ __all__ = [
     "attention_weights",
     "compare",
     "create_model",
+    "doctor",
     "explain",
     "list_models",
     "load",
@@ -50,6 +52,7 @@ _MODULES = {
     "compare": "vitrail.comparison.run",
     "create_model": "vitrail.pretrained.create",
     "explain": "vitrail.explanation.explain",
+    "doctor": "vitrail.diagnosis.doctor",
     "list_models": "vitrail.models.catalog",
     "load": "vitrail.classifier",
     "train": "vitrail.training.run",

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from vitrail.cli.compare import compare
+from vitrail.cli.doctor import doctor
 from vitrail.cli.embed import embed
 from vitrail.cli.evaluate import evaluate
 from vitrail.cli.explain import explain
@@ -31,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(add_help_option=False)(train)  # train has its own --help
-for _command in (evaluate, predict, explain, embed, compare, models, push, report):
+for _command in (doctor, evaluate, predict, explain, embed, compare, models, push, report):
     app.command()(_command)
 
 

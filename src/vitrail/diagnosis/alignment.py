@@ -19,6 +19,7 @@ from vitrail.images.convert import Pixels
 
 _STEPS = ((16, 6), (32, 4), (64, 4))  # side at which to align, and steps there
 _PROMISING = 0.6  # correlation after the coarsest alignment, below which a pair is given up
+_ALIKE = 0.95  # the same of pairs that are compared as they are
 _BATCH = 512  # pairs at once
 _SMALLEST, _LARGEST = 0.7, 1.06  # scale of a window that is accepted
 
@@ -49,10 +50,13 @@ def compare(thumbs: Pixels, candidates: Sequence[Candidate], *, align: bool) -> 
         for symmetry in symmetries.unique().tolist():
             second[symmetries == symmetry] = apply_symmetry(second[symmetries == symmetry], symmetry)
         place = torch.tensor([_place(c) for c in part])
-        kept = torch.arange(len(part))
         if align:
             place, kept = _align(first, second, place)
-            first, second = first[kept], second[kept]
+        else:
+            a, b = (F.adaptive_avg_pool2d(x[:, None], _STEPS[0][0])[:, 0] for x in (first, second))
+            kept = torch.nonzero(_correlation(a, b, torch.ones_like(a)) > _ALIKE)[:, 0]
+            place = place[kept]
+        first, second = first[kept], second[kept]
         for column, values in zip(vars(likeness).values(), _likeness(first, second, place, align), strict=True):
             column[start + kept] = values
     return likeness

@@ -17,7 +17,7 @@ from vitrail.diagnosis.scan import Scan
 from vitrail.images.convert import BadImage, Pixels
 
 MAX_FOR_CROPS = 50_000  # images above which crops are not searched for: the search is quadratic
-_HASH, _CROP_HASH = 0.95, 0.66  # cosines of hashes from which pixels are compared
+_HASH, _CROP_HASH = 0.95, 0.56  # cosines of hashes from which pixels are compared
 _FEATURES, _NEIGHBOURS = 0.85, 3  # cosine of a model's features, and pairs per image, from which pixels are compared
 _SAME_PIXELS = 1.5  # levels: largest difference of two blocks of images whose full pixels are compared
 
