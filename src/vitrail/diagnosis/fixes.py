@@ -42,9 +42,14 @@ def propose(evidence: Evidence) -> list[Fix]:
         add(each["path"], "remove", "", each["reason"])
     for group in copies.exact:
         labels = {int(scan.labels[i]) for i in group}
-        kept = min(group, key=lambda i: (i in guesses, _KEEP.get(scan.split_names[scan.splits[i]], 3), i))
+        trusted = [i for i in group if i not in guesses]
+        if len(labels) > 1 and (len(trusted) == len(group) or len({int(scan.labels[i]) for i in trusted}) != 1):
+            trusted = []  # nothing says which label is right
+        elif not trusted:
+            trusted = group
+        kept = min(trusted, key=lambda i: (_KEEP.get(scan.split_names[scan.splits[i]], 3), i), default=None)
         for i in group:
-            if len(labels) > 1 and not guesses.keys() & set(group):
+            if kept is None:
                 others = ", ".join(sorted(scan.dataset.class_names[k] for k in labels - {int(scan.labels[i])}))
                 add(scan.path(i), "remove", "", f"the same image is also labelled {others}")
             elif i != kept:
