@@ -154,5 +154,3 @@ def model_features(scan: Scan, engine: Engine, advance: Callable[[int], None]) -
     position = {item: i for i, item in enumerate(items)}
     found[[position[row] for row in rows]] = np.concatenate(parts)
     return torch.from_numpy(found)
-
-

@@ -108,7 +108,9 @@ def _thumbnail(scan: Scan, i: int) -> str | None:
 def _class_rows(scan: Scan) -> list[tuple[str, ...]]:
     """Images of each class by split, fewest first."""
     size = scan.dataset.num_classes
-    counts = np.stack([np.bincount(scan.labels[scan.splits == s], minlength=size) for s in range(len(scan.split_names))])
+    counts = np.stack(
+        [np.bincount(scan.labels[scan.splits == s], minlength=size) for s in range(len(scan.split_names))]
+    )
     order = np.argsort(counts.sum(axis=0), kind="stable")[:_CLASSES]
     return [(scan.dataset.class_names[k], *(f"{count:,}" for count in counts[:, k])) for k in order]
 
@@ -118,7 +120,9 @@ def cost_facts(cost: dict[str, Any]) -> dict[str, str]:
     if "error" in cost:
         return {"cost": cost["error"]}
     height, width = cost["img_size"]
-    facts = {"model": f"{cost['model']}, input {width} x {height}, {cost['batch_size']} images a batch, {cost['device']}"}
+    facts = {
+        "model": f"{cost['model']}, input {width} x {height}, {cost['batch_size']} images a batch, {cost['device']}"
+    }
     if cost["epoch_seconds"] is not None:
         facts["an epoch"] = f"about {duration(cost['epoch_seconds'])}, validation included"
     if cost["total_seconds"] is not None:

@@ -62,8 +62,8 @@ class Facts:
 class Scan:
     """The readable images of all splits; N rows, in the order of the splits.
 
-    splits: index into `split_names`. rows: index in the split. labels: index into the dataset's class names. sizes: N 2,
-    height and width. thumbs: uint8 N 64 64, grey. colours: uint8 N 8 8 3. dark, bright, entropy, blur, grey: see
+    splits: index into `split_names`. rows: index in the split. labels: index into the dataset's class names. sizes:
+    N 2, height and width. thumbs: uint8 N 64 64, grey. colours: uint8 N 8 8 3. dark, bright, entropy, blur, grey: see
     `Facts`. odd: {row: reason}. unreadable: {"path", "reason"} of every other file.
     """
 
@@ -101,7 +101,7 @@ class Scan:
 
     def label(self, i: int) -> str:
         """The class name of image i."""
-        return self.dataset.class_names[self.labels[i]]
+        return self.dataset.class_names[int(self.labels[i])]
 
 
 def scan_images(dataset: Dataset, on_images: Callable[[int], None] | None = None) -> Scan:

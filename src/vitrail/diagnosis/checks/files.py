@@ -16,6 +16,8 @@ def unreadable(evidence: Evidence) -> list[Finding]:
 def suspicious(evidence: Evidence) -> list[Finding]:
     """Files that can be decoded, but contradict their names, are animations, or have no end."""
     odd = evidence.scan.odd
-    advice = "These files can be read, but are suspicious: see the reason of each. A false extension misleads other tools."
+    advice = (
+        "These files can be read, but are suspicious: see the reason of each. A false extension misleads other tools."
+    )
     notes = {evidence.scan.path(i): reason for i, reason in odd.items()}
     return of_groups(evidence.scan, "unreadable", "note", [[i] for i in odd], advice, notes=notes)

@@ -29,9 +29,7 @@ def odd_size(evidence: Evidence) -> list[Finding]:
         f"{_CROP_LOSS:.0%} (all images: {np.median(loss):.0%} in the median, up to {loss.max():.0%}). fit=pad or "
         "fit=squash keeps all of an image."
     )
-    notes = {
-        int(i): f"{scan.sizes[i, 1]} x {scan.sizes[i, 0]}, the crop loses {loss[i]:.0%}" for i in rows
-    }
+    notes = {int(i): f"{scan.sizes[i, 1]} x {scan.sizes[i, 0]}, the crop loses {loss[i]:.0%}" for i in rows}
     return of_images(scan, "odd_size", rows, advice, notes)
 
 
@@ -83,8 +81,12 @@ def grey_among_colour(evidence: Evidence) -> list[Finding]:
 
 
 def _ranked(
-    evidence: Evidence, check: str, order: "np.ndarray[tuple[int], np.dtype[np.float32]]",
-    flagged: "np.ndarray[tuple[int], np.dtype[np.bool_]]", advice: str, note: str,
+    evidence: Evidence,
+    check: str,
+    order: "np.ndarray[tuple[int], np.dtype[np.float32]]",
+    flagged: "np.ndarray[tuple[int], np.dtype[np.bool_]]",
+    advice: str,
+    note: str,
 ) -> list[Finding]:
     """The flagged images in ascending `order`."""
     rows = np.flatnonzero(flagged)

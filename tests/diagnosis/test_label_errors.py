@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from vitrail.diagnosis.label_errors import (
+    find_label_errors,
+    label_quality,
+    off_diagonal,
+    out_of_fold,
+    thresholds,
+)
+
+count = pytest.importorskip("cleanlab.count")
+rank = pytest.importorskip("cleanlab.rank")
+cleanlab_filter = pytest.importorskip("cleanlab.filter")
+
+
+@pytest.fixture(scope="module")
+def predictions():
+    images, labels = load_digits(return_X_y=True)
+    images, labels = images[:600], labels[:600].astype(np.int64)
+    draw = np.random.default_rng(0)
+    planted = draw.choice(len(labels), 30, replace=False)
+    labels[planted] = (labels[planted] + draw.integers(1, 10, 30)) % 10
+    features = torch.from_numpy(images).float()
+    return features, labels, planted, out_of_fold(features, labels, 10)
+
+
+def test_scores_are_those_of_cleanlab(predictions):
+    _, labels, _, probabilities = predictions
+    theirs = rank.get_label_quality_scores(labels, probabilities, method="normalized_margin")
+    np.testing.assert_allclose(label_quality(labels, probabilities), theirs, atol=1e-9, rtol=0)
+    theirs = count.get_confident_thresholds(labels, probabilities)
+    np.testing.assert_allclose(thresholds(labels, probabilities), theirs, atol=1e-9, rtol=0)
+
+
+def test_suspects_are_the_off_diagonal_of_cleanlabs_confident_joint(predictions):
+    _, labels, _, probabilities = predictions
+    theirs = cleanlab_filter.find_label_issues(labels, probabilities, filter_by="confident_learning", n_jobs=1)
+    assert off_diagonal(labels, probabilities).tolist() == theirs.tolist()
+
+
+def test_planted_labels_are_found_and_the_most_suspicious_come_first(predictions):
+    features, labels, planted, _ = predictions
+    found = find_label_errors(features, labels)
+    hits = np.isin(found.rows, planted)
+    assert hits.sum() >= 0.75 * len(planted)
+    assert hits[:15].mean() >= 0.9
+    assert (np.diff(found.quality[found.rows]) >= 0).all()
+
+
+def test_a_class_with_too_few_images_is_not_judged():
+    features = torch.randn(23, 4)
+    labels = np.array([0] * 10 + [1] * 10 + [2] * 3)
+    found = find_label_errors(features, labels)
+    assert np.isnan(found.quality[20:]).all()
+    assert not np.isin(found.rows, [20, 21, 22]).any()
+    assert len(find_label_errors(features[:12], labels[:12]).rows) == 0
