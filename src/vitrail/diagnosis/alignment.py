@@ -29,19 +29,21 @@ class Likeness:
     """How alike P pairs are, after alignment: each P.
 
     coarse, fine: the correlation of the thumbnails, and of what a blur takes away from them. block: the largest
-    difference of the means of two 8 x 8 blocks, in levels. scale: of the window of the first image that the second
+    difference of the means of two 8 x 8 blocks, in levels. residual: the root mean square difference of the fine parts, in
+    levels. scale: of the window of the first image that the second
     shows, 1 for the whole.
     """
 
     coarse: Tensor
     fine: Tensor
     block: Tensor
+    residual: Tensor
     scale: Tensor
 
 
 def compare(thumbs: Pixels, candidates: Sequence[Candidate], *, align: bool) -> Likeness:
     """Compare candidates; without `align`, as they are."""
-    likeness = Likeness(*(torch.zeros(len(candidates)) for _ in range(4)))
+    likeness = Likeness(*(torch.zeros(len(candidates)) for _ in range(5)))
     for start in range(0, len(candidates), _BATCH):
         part = candidates[start : start + _BATCH]
         first = torch.from_numpy(thumbs[[c.first for c in part]]).float()
@@ -129,7 +131,7 @@ def _correlation(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
     return (_standard(a, mask) * _standard(b, mask)).sum(dim=(1, 2)) / mask.sum(dim=(1, 2)).clamp_min(1)
 
 
-def _likeness(first: Tensor, second: Tensor, place: Tensor, aligned: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _likeness(first: Tensor, second: Tensor, place: Tensor, aligned: bool) -> tuple[Tensor, ...]:
     if aligned:
         view, inside = _sample(first, place)
         mask = inside.float()
@@ -139,6 +141,7 @@ def _likeness(first: Tensor, second: Tensor, place: Tensor, aligned: bool) -> tu
     coarse = _correlation(view, second, mask)
     high = [x - F.avg_pool2d(x[:, None], 5, 1, 2, count_include_pad=False)[:, 0] for x in (view, second)]
     fine = _correlation(high[0], high[1], mask)
+    residual = (((high[0] - high[1]).square() * mask).sum(dim=(1, 2)) / mask.sum(dim=(1, 2)).clamp_min(1)).sqrt()
     count = F.avg_pool2d(mask[:, None], 8)[:, 0]
     blocks = F.avg_pool2d(((view - second) * mask)[:, None], 8)[:, 0] / count.clamp_min(1e-3)
     block = (blocks.abs() * (count > 0.5)).amax(dim=(1, 2))
@@ -147,4 +150,4 @@ def _likeness(first: Tensor, second: Tensor, place: Tensor, aligned: bool) -> tu
     bad |= (sizes[:, 0] / sizes[:, 1] - 1).abs() > 0.12
     if aligned:
         coarse = torch.where(bad, -1.0, coarse)
-    return coarse, fine, block, sizes.mean(dim=1)
+    return coarse, fine, block, residual, sizes.mean(dim=1)

@@ -26,18 +26,20 @@ Groups = list[list[int]]
 
 @dataclass(frozen=True)
 class Limits:
-    """What two images must reach to be the same; see `Likeness`. colour: the largest mean difference of a colour, in
-    levels."""
+    """What two images must reach to be the same; see `Likeness`. Of smooth images the fine part is noise: `residual`
+    may be small instead. colour: the largest mean difference of a colour, in levels."""
 
     coarse: float
     fine: float
     block: float
+    residual: float
     colour: float
 
 
-# Copies that were resized, recompressed, mirrored or turned; and crops, whose pixels were interpolated anew.
-WHOLE = Limits(coarse=0.97, fine=0.85, block=9.0, colour=8.0)
-CROP = Limits(coarse=0.93, fine=0.85, block=12.0, colour=16.0)
+# Copies that were resized, recompressed, mirrored or turned; and crops, whose pixels were interpolated anew
+# and whose mean colour is that of a part.
+WHOLE = Limits(coarse=0.97, fine=0.85, block=9.0, residual=4.0, colour=8.0)
+CROP = Limits(coarse=0.9, fine=0.75, block=12.0, residual=4.0, colour=64.0)
 
 
 @dataclass(frozen=True)
@@ -113,15 +115,17 @@ def near_pairs(thumbs: Pixels, colours: Pixels, features: Tensor | None = None) 
         if yes
     ]
     known = {frozenset((c.first, c.second)) for c, _ in found}
-    rest = [k for k, c in enumerate(candidates) if frozenset((c.first, c.second)) not in known]
+    rest = [
+        k for k, c in enumerate(candidates) if c.window[0] < 1.0 and frozenset((c.first, c.second)) not in known
+    ]
     left = [candidates[k] for k in rest]
     aligned = _within(compare(thumbs, left, align=True), colour[rest], CROP)
     return found + [(c, False) for c, yes in zip(left, aligned.tolist(), strict=True) if yes]
 
 
 def _within(likeness: Likeness, colour: Tensor, limits: Limits) -> Tensor:
-    close = (likeness.coarse >= limits.coarse) & (likeness.fine >= limits.fine)
-    return close & (likeness.block <= limits.block) & (colour <= limits.colour)
+    fine = (likeness.fine >= limits.fine) | (likeness.residual <= limits.residual)
+    return (likeness.coarse >= limits.coarse) & fine & (likeness.block <= limits.block) & (colour <= limits.colour)
 
 
 def _by_features(features: Tensor, hashes: Hashes) -> list[Candidate]:

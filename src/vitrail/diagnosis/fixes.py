@@ -56,8 +56,8 @@ def propose(evidence: Evidence) -> list[Fix]:
                 add(scan.path(i), "remove", "", f"copy of {scan.path(kept)}")
     for group in copies.every:
         splits = {scan.split_names[scan.splits[i]] for i in group if scan.path(i) not in fixes}
-        if len(splits) > 1 and not scan.dataset.held_out:
-            target = min(splits, key=lambda name: _KEEP.get(name, 3))
+        if len(splits - scan.drawn) > 1:
+            target = min(splits - scan.drawn, key=lambda name: _KEEP.get(name, 3))
             for i in group:
                 if scan.split_names[scan.splits[i]] != target:
                     add(scan.path(i), "move", target, f"a near copy is in {target}")

@@ -20,7 +20,7 @@ from vitrail.images.convert import Pixels
 
 K = 7
 _ROWS = 1024  # rows of a block of similarities
-_NEIGHBOURS = 8  # pairs per image and symmetry, at most
+_NEIGHBOURS = 4  # pairs per image and symmetry, at most
 _FLAT = 1.5  # standard deviation, in levels, below which an image has no structure to compare
 
 Window = tuple[float, float, float]  # scale, y and x of the upper left corner, as shares of the side

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -86,6 +87,11 @@ class Scan:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def drawn(self) -> set[str]:
+        """The splits that were held out of train, and are not the dataset's own."""
+        return set(re.findall(r"(\w+): \d+ of \d+ images held out", self.dataset.how_split))
 
     def path(self, i: int) -> str:
         """The path or name of image i."""

@@ -13,7 +13,7 @@ def near_duplicate(evidence: Evidence) -> list[Finding]:
     """Images that were resized, recompressed, mirrored, turned or cropped."""
     advice = (
         "Copies that were resized, recompressed, mirrored, turned or cropped. Keep one of each, or keep a group on one "
-        "side of a split: `vitrail train group_duplicates=true`."
+        "side of a split."
     )
     return of_groups(evidence.scan, "near_duplicate", "warning", evidence.duplicates.near, advice)
 
@@ -22,8 +22,8 @@ def leak(evidence: Evidence) -> list[Finding]:
     """Copies in two splits. An error: the accuracy on a test image that was trained on says nothing."""
     scan = evidence.scan
     groups = [group for group in evidence.duplicates.every if len({int(scan.splits[i]) for i in group}) > 1]
-    if scan.dataset.held_out:
-        remedy = "Train and evaluate with group_duplicates=true, which keeps copies on one side of the automatic split."
+    if all(len({scan.split_names[scan.splits[i]] for i in group} - scan.drawn) < 2 for group in groups):
+        remedy = "The split was drawn: keep one of each, or make the folders train/, val/ and test/ with copies on one side."
     else:
         remedy = "Remove them from the training images, or move them to the split of their copies."
     advice = f"The same image in two splits: accuracy would be measured on images that were trained on. {remedy}"
