@@ -22,9 +22,9 @@ from PIL import Image
 from benchmarks.measure import RESULTS, write
 from vitrail.data.catalog import open_dataset
 from vitrail.data.dataset import ArraySplit, Dataset, FileSplit, Sizes
+from vitrail.diagnosis.doctor import doctor
 from vitrail.diagnosis.duplicates import near_pairs
 from vitrail.diagnosis.label_errors import find_label_errors, simple_features
-from vitrail.diagnosis.doctor import doctor
 from vitrail.diagnosis.scan import scan_images
 
 PLANTED = 100  # copies of each kind
@@ -172,6 +172,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fashion", required=True)
     parser.add_argument("--textile", required=True)
+    parser.add_argument("--count", type=int, default=2000, help="photographs in which duplicates are planted")
+    parser.add_argument("--clean", type=int, default=20_000, help="images without planted faults")
     parser.add_argument("--parts", default="duplicates,clean,labels,speed")
     options = parser.parse_args()
     file = RESULTS / "doctor.json"
@@ -183,9 +185,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for part in options.parts.split(","):
             if part == "duplicates":
-                results["duplicates_textile"] = duplicates(textile, Path(temporary, "textile"))
+                results["duplicates_textile"] = duplicates(textile[: options.count], Path(temporary, "textile"))
             elif part == "clean":
-                results["clean_fashion_mnist"] = clean(train.images[:20_000])
+                results["clean_fashion_mnist"] = clean(train.images[: options.clean])
             elif part == "labels":
                 rows = np.arange(5000)
                 small = Dataset("fashion", fashion.class_names, {"train": train.take(rows)}, fashion.sizes)
@@ -195,7 +197,7 @@ def main() -> None:
                 ]
             elif part == "speed":
                 results["speed"] = speed(textile, Path(temporary, "speed"))
-            write("doctor", f"python -m benchmarks.doctor --fashion FOLDER --textile FOLDER", results=results)
+            write("doctor", "python -m benchmarks.doctor --fashion FOLDER --textile FOLDER", results=results)
             print(json.dumps(results, indent=1), flush=True)
 
 

@@ -6,20 +6,31 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from data.make_folder import picture
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
 import vitrail
+from data.make_folder import picture
 from vitrail.diagnosis.checks.table import CHECKS
 from vitrail.diagnosis.fixes import propose
 from vitrail.errors import DataError
 from vitrail.evaluation.statistics import wilson
 
-NAMES = (
-    "unreadable, exact_duplicate, near_duplicate, leak, conflicting_label, suspect_label, odd_size, dark, bright, blurry, "
-    "low_information, imbalance, tiny_class"
-).split(", ")
+NAMES = [
+    "unreadable",
+    "exact_duplicate",
+    "near_duplicate",
+    "leak",
+    "conflicting_label",
+    "suspect_label",
+    "odd_size",
+    "dark",
+    "bright",
+    "blurry",
+    "low_information",
+    "imbalance",
+    "tiny_class",
+]
 
 
 def photo(c, number):
@@ -87,7 +98,9 @@ def test_planted_faults_are_found(diagnosis, folder):
     assert {"train/class0/001.jpg", "train/class0/pixels.png"} in found["exact_duplicate"]
     mirrored = {"train/class0/003.jpg", "test/class0/mirror.png"}
     assert mirrored in found["near_duplicate"]
-    assert sorted(found["leak"], key=sorted) == sorted([{"train/class0/002.jpg", "test/class0/leak.jpg"}, mirrored], key=sorted)
+    assert sorted(found["leak"], key=sorted) == sorted(
+        [{"train/class0/002.jpg", "test/class0/leak.jpg"}, mirrored], key=sorted
+    )
     assert found["conflicting_label"] == [{"train/class0/004.jpg", "train/class1/conflict.jpg"}]
     assert {"train/class1/long.jpg"} in found["odd_size"]
     assert {"train/class0/dark.png"} in found["dark"]

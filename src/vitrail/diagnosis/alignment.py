@@ -18,7 +18,7 @@ from vitrail.diagnosis.hashes import Candidate, apply_symmetry
 from vitrail.images.convert import Pixels
 
 _STEPS = ((16, 6), (32, 4), (64, 4))  # side at which to align, and steps there
-_PROMISING = 0.6  # correlation after the coarsest alignment, below which a pair is given up
+_PROMISING = 0.8  # correlation after the coarsest alignment, below which a pair is given up
 _ALIKE = 0.95  # the same of pairs that are compared as they are
 _BATCH = 512  # pairs at once
 _SMALLEST, _LARGEST = 0.7, 1.06  # scale of a window that is accepted

@@ -115,9 +115,7 @@ def near_pairs(thumbs: Pixels, colours: Pixels, features: Tensor | None = None) 
         if yes
     ]
     known = {frozenset((c.first, c.second)) for c, _ in found}
-    rest = [
-        k for k, c in enumerate(candidates) if c.window[0] < 1.0 and frozenset((c.first, c.second)) not in known
-    ]
+    rest = [k for k, c in enumerate(candidates) if c.window[0] < 1.0 and frozenset((c.first, c.second)) not in known]
     left = [candidates[k] for k in rest]
     aligned = _within(compare(thumbs, left, align=True), colour[rest], CROP)
     return found + [(c, False) for c, yes in zip(left, aligned.tolist(), strict=True) if yes]

@@ -47,7 +47,7 @@ def propose(evidence: Evidence) -> list[Fix]:
             trusted = []  # nothing says which label is right
         elif not trusted:
             trusted = group
-        kept = min(trusted, key=lambda i: (_KEEP.get(scan.split_names[scan.splits[i]], 3), i), default=None)
+        kept = min(trusted, key=lambda i: (_KEEP.get(scan.home(i), 3), i), default=None)
         for i in group:
             if kept is None:
                 others = ", ".join(sorted(scan.dataset.class_names[k] for k in labels - {int(scan.labels[i])}))
@@ -55,11 +55,11 @@ def propose(evidence: Evidence) -> list[Fix]:
             elif i != kept:
                 add(scan.path(i), "remove", "", f"copy of {scan.path(kept)}")
     for group in copies.every:
-        splits = {scan.split_names[scan.splits[i]] for i in group if scan.path(i) not in fixes}
-        if len(splits - scan.drawn) > 1:
-            target = min(splits - scan.drawn, key=lambda name: _KEEP.get(name, 3))
+        splits = {scan.home(i) for i in group if scan.path(i) not in fixes}
+        if len(splits) > 1:
+            target = min(splits, key=lambda name: _KEEP.get(name, 3))
             for i in group:
-                if scan.split_names[scan.splits[i]] != target:
+                if scan.home(i) != target:
                     add(scan.path(i), "move", target, f"a near copy is in {target}")
     for i, guess in guesses.items():
         quality = evidence.label_errors.quality[i]

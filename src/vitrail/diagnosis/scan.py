@@ -88,10 +88,10 @@ class Scan:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
-    def drawn(self) -> set[str]:
-        """The splits that were held out of train, and are not the dataset's own."""
-        return set(re.findall(r"(\w+): \d+ of \d+ images held out", self.dataset.how_split))
+    def home(self, i: int) -> str:
+        """The split that image i has in the data: "train" if its split was held out of the training images."""
+        name = self.split_names[self.splits[i]]
+        return "train" if re.search(rf"\b{name}: \d+ of \d+ images held out", self.dataset.how_split) else name
 
     def path(self, i: int) -> str:
         """The path or name of image i."""
