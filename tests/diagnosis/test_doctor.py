@@ -17,19 +17,8 @@ from vitrail.errors import DataError
 from vitrail.evaluation.statistics import wilson
 
 NAMES = [
-    "unreadable",
-    "exact_duplicate",
-    "near_duplicate",
-    "leak",
-    "conflicting_label",
-    "suspect_label",
-    "odd_size",
-    "dark",
-    "bright",
-    "blurry",
-    "low_information",
-    "imbalance",
-    "tiny_class",
+    *("unreadable", "exact_duplicate", "near_duplicate", "leak", "conflicting_label", "suspect_label", "odd_size"),
+    *("dark", "bright", "blurry", "low_information", "imbalance", "tiny_class"),
 ]
 
 
@@ -168,6 +157,7 @@ def test_intervals_of_tiny_classes(tmp_path):
     assert "3.0 times" in found["imbalance"].advice
 
 
+@pytest.mark.slow
 def test_the_cost_is_forecast(folder):
     cost = vitrail.doctor(folder, forecast_model="vit_nano_patch2_8").cost
     assert cost["automatic"]["model"] == "vit_small_patch8_64"

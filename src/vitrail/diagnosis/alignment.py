@@ -29,9 +29,8 @@ class Likeness:
     """How alike P pairs are, after alignment: each P.
 
     coarse, fine: the correlation of the thumbnails, and of what a blur takes away from them. block: the largest
-    difference of the means of two 8 x 8 blocks, in levels. residual: the root mean square difference of the fine parts, in
-    levels. scale: of the window of the first image that the second
-    shows, 1 for the whole.
+    difference of the means of two 8 x 8 blocks, in levels. residual: the root mean square difference of the fine parts,
+    in levels. scale: of the window of the first image that the second shows, 1 for the whole.
     """
 
     coarse: Tensor

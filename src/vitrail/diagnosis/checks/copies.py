@@ -23,9 +23,7 @@ def leak(evidence: Evidence) -> list[Finding]:
     scan = evidence.scan
     groups = [group for group in evidence.duplicates.every if len({int(scan.splits[i]) for i in group}) > 1]
     if all(len({scan.home(i) for i in group}) < 2 for group in groups):
-        remedy = (
-            "The split was drawn: keep one of each, or make the folders train/, val/ and test/ with copies on one side."
-        )
+        remedy = "The split was drawn: keep one of each, or make train/, val/ and test/ with copies on one side."
     else:
         remedy = "Remove them from the training images, or move them to the split of their copies."
     advice = f"The same image in two splits: accuracy would be measured on images that were trained on. {remedy}"
