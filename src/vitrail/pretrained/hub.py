@@ -48,6 +48,21 @@ def hub_weights(name: str, sha256: str | None = None) -> tuple[Path, str]:
     return path, commit
 
 
+def is_cached(name: str) -> bool:
+    """Whether the weights of "org/repo" or "org/repo@revision" are in huggingface_hub's cache."""
+    repo, _, revision = name.partition("@")
+    folder = _cached(repo, revision or "main")
+    if folder is None:
+        return False
+    try:
+        path = folder / choose_weights((file.name for file in folder.iterdir()), repo)
+        return (
+            all((folder / shard).is_file() for shard in shard_names(path)) if path.suffix == ".json" else path.is_file()
+        )
+    except WeightsError:
+        return False
+
+
 def _files(repo: str, revision: str) -> tuple[str, set[str]]:
     """The commit and its files, from the hub, or from the cache if there is no connection."""
     from huggingface_hub import HfApi

@@ -15,7 +15,7 @@ from torch import nn
 from vitrail.errors import WeightsError, did_you_mean
 from vitrail.models.configs import ViTConfig
 from vitrail.pretrained.foreign_configs import Architecture, check, from_record
-from vitrail.pretrained.hub import hub_weights
+from vitrail.pretrained.hub import hub_weights, is_cached
 from vitrail.pretrained.local import CONFIG, SUFFIXES, USUAL, find_weights, licence_of, read_architecture, read_tensors
 from vitrail.utils.download import cache_dir, fetch
 from vitrail.utils.text import printable
@@ -117,6 +117,19 @@ def load_source(source: str | Path, model: str | None = None) -> Loaded:
     raise WeightsError(_unknown(source, model))
 
 
+def at_hand(model: str) -> bool:
+    """Whether the default published weights of the catalog's model are on this machine, so that nothing is downloaded.
+
+    False for a model without published weights.
+    """
+    record = _by_tag("default", model)
+    if record is None:
+        return False
+    if record.source.startswith("hf:"):
+        return is_cached(record.source.removeprefix("hf:"))
+    return _cached_url(record.source, record.sha256 or "").is_file()
+
+
 def is_catalog_source(source: str) -> bool:
     """Whether a source such as timm:resnet50.a1_in1k or torchvision:vit_b_16 is a model of the catalog."""
     kind, _, name = source.partition(":")
@@ -193,11 +206,14 @@ def _url(text: str) -> Loaded:
     match = re.fullmatch(r"sha256=([0-9a-fA-F]{8,64})", fragment)
     if not match:
         raise WeightsError(f"{printable(text)} needs a checksum: append #sha256=... (from sha256sum on a trusted copy)")
+    digest = match[1].lower()
+    return _convert(fetch(url, _cached_url(url, digest), sha256=digest), url)
+
+
+def _cached_url(url: str, digest: str) -> Path:
     name = unquote(urlsplit(url).path).rpartition("/")[2]
     name = re.sub(r"[^\w.-]", "_", name).lstrip(".") or "weights"
-    digest = match[1].lower()
-    path = fetch(url, cache_dir() / "weights" / digest / name, sha256=digest)
-    return _convert(path, url)
+    return cache_dir() / "weights" / digest / name
 
 
 def _local(path: Path) -> Loaded:

@@ -91,7 +91,11 @@ def train(
         reporter = Reporter(progress and distributed.is_main)
         resumed = distributed.run_on_main(lambda: _check_folders(out, resume, recipe, show_batch))
         with distributed.main_process_first():
-            setup = _new_setup(data, given, recipe) if resumed is None else _resumed_setup(data, given, resumed)
+            setup = (
+                _new_setup(data, given, recipe, distributed)
+                if resumed is None
+                else _resumed_setup(data, given, resumed)
+            )
         if verbose and setup.pretrained:
             reporter.log(setup.pretrained.report.table())
         return _run(setup, reporter, distributed, out=out, resume=resume, show_batch=show_batch, command=command)
@@ -133,7 +137,12 @@ def _parse(given: Mapping[str, Any]) -> tuple[TrainConfig, nn.Module | None, Cla
     return make_config(values), model, teacher if isinstance(teacher, Classifier | nn.Module) else None
 
 
-def _new_setup(data: str | Path | Dataset | None, given: Mapping[str, Any], recipe_name: str | Path | None) -> Setup:
+def _new_setup(
+    data: str | Path | Dataset | None,
+    given: Mapping[str, Any],
+    recipe_name: str | Path | None,
+    distributed: DistributedContext,
+) -> Setup:
     """The setup of a new run."""
     requested, external, teacher = _parse(given)
     recipe = None if recipe_name is None else find_recipe(recipe_name)
@@ -146,7 +155,9 @@ def _new_setup(data: str | Path | Dataset | None, given: Mapping[str, Any], reci
             values.pop("recipe", None)  # a file may set probe; named recipes are for training
         check_probe_keys({**values, **(recipe.settings if recipe else {})})
     check_trackers(values.get("track", "none"))  # before a download, not after
-    setup = prepare(data, TrainConfig().updated(values), external, recipe)
+    # The machines of several processes may have different caches.
+    single = distributed.world_size == 1
+    setup = prepare(data, TrainConfig().updated(values), external, recipe, may_use_weights=single)
     setup.teacher = teacher
     return setup
 

@@ -20,7 +20,8 @@ from vitrail.models.timm_compat import window_mismatch
 from vitrail.pretrained.create import create_model
 from vitrail.pretrained.load import Pretrained, load_pretrained
 from vitrail.pretrained.model_folder import name_of
-from vitrail.training.config.automatic import DatasetStats, choose
+from vitrail.pretrained.resolve import at_hand
+from vitrail.training.config.automatic import DatasetStats, candidates, choose, weights_advised
 from vitrail.training.config.recipes import Recipe, named_recipe, recipe_names
 from vitrail.training.config.schema import TrainConfig, Use, keys_for
 from vitrail.training.resources.image_cache import settle_cache
@@ -31,6 +32,8 @@ _FULL_CROP = 64  # largest input side, pixels, that is evaluated without a cente
 _CROP_PCT = 0.95
 _CROP_MODES = {"crop": "center", "pad": "border", "squash": "squash"}
 _LARGE_LOSS = 0.4  # share of an image
+# Settings with which it is not left open whether training starts from published weights.
+_DECIDES_WEIGHTS = {"model", "pretrained", "weights", "img_size", "in_chans", "teacher"}
 _FAMILIES = {row.family for row in VARIANTS.values()}
 
 
@@ -66,10 +69,13 @@ def prepare(
     requested: TrainConfig,
     external: nn.Module | None = None,
     recipe: Recipe | None = None,
+    *,
+    may_use_weights: bool = True,
 ) -> Setup:
     """Open the data, choose the settings that are not given, and build the model (or adapt an `external` one).
 
     requested: its given values are kept. recipe: None: the one that `requested` names, or one chosen for the images.
+    may_use_weights: whether an automatically chosen model starts from published weights if they are on this machine.
 
     Raises:
         VitrailError: of the kind of what is missing or does not match: data, setting, model or weights.
@@ -86,8 +92,13 @@ def prepare(
         given["model"] = type(external).__name__
     if auto_batch := given.get("batch_size") == 0:
         del given["batch_size"]
-    pretrained = bool(requested.model.pretrained or requested.model.weights)
-    stats = DatasetStats(len(train), dataset.sizes.median, dataset.sizes.uniform, pretrained)
+    pretrained: bool | None = bool(requested.model.pretrained or requested.model.weights)
+    if may_use_weights and external is None and recipe is None and not _DECIDES_WEIGHTS & given.keys():
+        pretrained = None
+    stats = dataset_stats(dataset, pretrained)
+    found_weights = stats.pretrained and pretrained is None
+    if found_weights:
+        given["pretrained"] = pretrained = True
     loaded = None
     if pretrained and external is None:
         if not given.get("weights") and "model" not in given:
@@ -100,6 +111,8 @@ def prepare(
     config, cache_line = settle_cache(config, dataset, preprocess)
     given["cache"] = config.io.cache
     weights = [str(loaded.report)] if loaded else []
+    if found_weights:
+        weights.append("weights are used because they are on this machine; pretrained=false trains from scratch")
     mismatch = window_mismatch(model.config, preprocess.size) if isinstance(model, ImageModel) else None
     notes = [mismatch] if mismatch else []
     return Setup(
@@ -115,6 +128,20 @@ def prepare(
         auto_batch=auto_batch,
         external=external is not None,
     )
+
+
+def dataset_stats(dataset: Dataset, pretrained: bool | None = None) -> DatasetStats:
+    """What the automatic choice depends on.
+
+    pretrained: whether training starts from weights. None: if the images are large, and the published weights of the
+    model that would be chosen are on this machine. Nothing is downloaded without being asked for.
+    """
+    images, sizes = len(dataset.split("train")), dataset.sizes
+    stats = DatasetStats(images, sizes.median, sizes.uniform, bool(pretrained))
+    if pretrained is None and weights_advised(sizes.median):
+        with_weights = replace(stats, pretrained=True)
+        return with_weights if at_hand(candidates(with_weights)[0].model) else stats
+    return stats
 
 
 def advise_fit(dataset: Dataset, preprocess: Preprocess, config: TrainConfig) -> list[str]:

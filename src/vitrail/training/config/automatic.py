@@ -1,10 +1,11 @@
 """The automatic choice of model and recipe: two tables, and a line with the reason.
 
-Importing this imports no torch.
+`vitrail train` without --model takes the first of `candidates`; `vitrail recommend` takes the first that is within its
+limits. Importing this imports no torch.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vitrail.models.catalog import VARIANTS
@@ -92,6 +93,19 @@ MODELS = (
     ModelRow(_ANY, True, "deit_small_patch16_224", "accurate, at moderate cost"),
 )
 
+_SMALL = 64  # largest side, pixels, of images that are trained from scratch although there are published weights
+# Models with published weights beside that of MODELS, of 224 pixels: ViTs of three sizes, Swin, and two CNNs.
+_PUBLISHED = (
+    "vit_base_patch16_224",
+    "vit_small_patch16_224",
+    "vit_tiny_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "convnext_tiny",
+    "resnet50",
+)
+_CNN = ModelRow(_ANY, False, "resnet20_32", "a small CNN", multiple=1, max_input=64)
+_TOKENS = (16, 256)  # of a ViT from scratch, fewest and most
+
 _MANY = 100_000  # images from which on a paper's recipe for ImageNet is used
 _IMAGENET = 3.8e8  # samples: 300 epochs of ImageNet-1k
 
@@ -116,6 +130,79 @@ class Choice:
     reasons: list[str]
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A model for a dataset. size: height and width of its input. img_size: the same, or None for the model's own.
+
+    pretrained: whether it starts from the default published weights. why: a phrase.
+    """
+
+    model: str
+    img_size: tuple[int, int] | None
+    pretrained: bool
+    why: str
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.img_size or VARIANTS[self.model].config.img_size
+
+    @property
+    def gmacs(self) -> float:
+        """Estimated 1e9 multiply-accumulate operations per image, taken as proportional to the input's area."""
+        row = VARIANTS[self.model]
+        (height, width), (own_height, own_width) = self.size, row.config.img_size
+        return row.gmacs * height * width / (own_height * own_width)
+
+    @property
+    def top1(self) -> float | None:
+        """The published accuracy of its weights on ImageNet, percent; None from scratch or if not published."""
+        return VARIANTS[self.model].weights[0].top1 if self.pretrained else None
+
+
+def weights_advised(size: tuple[int, int]) -> bool:
+    """Whether training on images of this median height and width should start from published weights."""
+    return max(size) > _SMALL
+
+
+def candidates(stats: DatasetStats) -> tuple[Candidate, ...]:
+    """Models for these images, the preferred first; that is what is chosen automatically.
+
+    Large images have candidates with published weights and others from scratch; `stats.pretrained` decides which come
+    first. After the first, those with weights are in order of published top-1, those from scratch of decreasing cost.
+    """
+    scratch = _from_scratch(stats)
+    if not stats.pretrained and not weights_advised(stats.size):
+        return scratch
+    row = _default_row(stats, pretrained=True)
+    others = (Candidate(name, None, True, "with published weights") for name in _PUBLISHED)
+    ranked = sorted(others, key=lambda candidate: (-(candidate.top1 or 0.0), -candidate.gmacs))
+    weights = (Candidate(row.model, None, True, row.why), *ranked)
+    return (*weights, *scratch) if stats.pretrained else (scratch[0], *weights, *scratch[1:])
+
+
+def _default_row(stats: DatasetStats, pretrained: bool) -> ModelRow:
+    return next(row for row in MODELS if stats.side <= row.max_side and row.pretrained == pretrained)
+
+
+def _from_scratch(stats: DatasetStats) -> tuple[Candidate, ...]:
+    """The model of MODELS for these images, and the others at about its input size."""
+    first = _default_row(stats, pretrained=False)
+    size = first.img_size(stats.size, stats.uniform)
+    assert size is not None
+    others: list[Candidate] = []
+    # Variants may differ in their default size alone.
+    configs = {replace(VARIANTS[first.model].config, img_size=size)}
+    for row in (_CNN, *(row for row in reversed(MODELS) if not row.pretrained)):
+        height, width = (-(-side // row.multiple) * row.multiple for side in size)
+        config = replace(VARIANTS[row.model].config, img_size=(height, width))
+        tokens = height * width // row.multiple**2
+        if config not in configs and (row is _CNN or _TOKENS[0] <= tokens <= _TOKENS[1]):
+            others.append(Candidate(row.model, (height, width), False, "from scratch"))
+            configs.add(config)
+    others.sort(key=lambda candidate: -candidate.gmacs)
+    return (Candidate(first.model, size, False, first.why), *others)
+
+
 def choose(stats: DatasetStats, given: Mapping[str, Any], recipe: Recipe | None = None) -> Choice:
     """A model and settings for these images, consistent with the `given` settings, which are kept.
 
@@ -124,9 +211,8 @@ def choose(stats: DatasetStats, given: Mapping[str, Any], recipe: Recipe | None 
     values: dict[str, Any] = {}
     reasons = []
     if "model" not in given:
-        chosen = next(r for r in MODELS if stats.side <= r.max_side and stats.pretrained == r.pretrained)
-        values["model"] = chosen.model
-        values["img_size"] = chosen.img_size(stats.size, stats.uniform)
+        chosen = candidates(stats)[0]
+        values |= {"model": chosen.model, "img_size": chosen.img_size}
         height, width = stats.size
         reasons.append(f"model {chosen.model} for images of {height}x{width} px: {chosen.why}")
     # The given input size decides; a model's default size is unrelated to the images.
