@@ -5,6 +5,7 @@
     clf.predict(["a.jpg"]); clf.evaluate("photos/")
     vitrail.explain(clf, "a.jpg")             # which pixels decided
     vitrail.compare("photos/", budget="10m")  # ViT or CNN
+    vitrail.recommend("photos/", max_latency_ms=50)
     model = vitrail.create_model("vit_base_patch16_224", num_classes=10)  # an nn.Module
 
 Importing vitrail does not import torch; each name below is imported when it is first used.
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from vitrail.models.attention_weights import attention_weights
     from vitrail.models.catalog import list_models
     from vitrail.pretrained.create import create_model
+    from vitrail.recommendation.recommend import recommend
     from vitrail.training.run import train
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "explain",
     "list_models",
     "load",
+    "recommend",
     "train",
 ]
 
@@ -55,6 +58,7 @@ _MODULES = {
     "doctor": "vitrail.diagnosis.doctor",
     "list_models": "vitrail.models.catalog",
     "load": "vitrail.classifier",
+    "recommend": "vitrail.recommendation.recommend",
     "train": "vitrail.training.run",
 }
 

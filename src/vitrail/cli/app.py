@@ -18,6 +18,7 @@ from vitrail.cli.explain import explain
 from vitrail.cli.models import models
 from vitrail.cli.predict import predict
 from vitrail.cli.push import push
+from vitrail.cli.recommend import recommend
 from vitrail.cli.report import report
 from vitrail.cli.train import train
 from vitrail.errors import VitrailError
@@ -32,7 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(add_help_option=False)(train)  # train has its own --help
-for _command in (doctor, evaluate, predict, explain, embed, compare, models, push, report):
+for _command in (doctor, recommend, evaluate, predict, explain, embed, compare, models, push, report):
     app.command()(_command)
 
 
