@@ -5,6 +5,7 @@ cost is measured, and the first that is within the limits is chosen.
 """
 
 import shlex
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,12 +21,13 @@ from vitrail.models.catalog import VARIANTS
 from vitrail.pretrained.resolve import at_hand
 from vitrail.recommendation.measurement import Subject, measure, stored
 from vitrail.recommendation.sample import probe, sample_size, training_seconds
-from vitrail.training.config.automatic import Candidate, DatasetStats, candidates, choose, weights_advised
+from vitrail.training.config.automatic import Candidate, DatasetStats, candidates, choose
 from vitrail.training.setup import dataset_stats
 from vitrail.utils.device import cpu_threads, pick_device
 from vitrail.utils.text import format_duration, one_line
 
 _MOST = 8  # candidates that are measured
+_SECONDS = 90.0  # after which no further measurement is started
 _CHEAPER = 2.0  # a model of so many times the operations of one that is too slow is not measured
 
 Log = Callable[[str], None]
@@ -147,12 +149,13 @@ def recommend(
 def _measured(
     found: Sequence[Candidate], dataset: Dataset, limits: Limits, device: torch.device, log: Log
 ) -> list[Row]:
-    """The candidates with latency and memory. The cheapest are measured first, so that the limits exclude others."""
+    """The candidates with latency and memory. With limits the cheapest come first, so that they exclude others."""
     rows = [_row(candidate, dataset) for candidate in found]
+    order = sorted(rows, key=lambda row: row.candidate.gmacs)
     if limits.latency_ms is None and limits.memory_mb is None:
-        rows = rows[:_MOST]
-    measured = 0
-    for row in sorted(rows, key=lambda row: row.candidate.gmacs):
+        order = rows = rows[:_MOST]
+    measured, start = 0, time.perf_counter()
+    for row in order:
         if reason := _hopeless(row, rows, limits):
             row.note = reason
             continue
@@ -162,8 +165,8 @@ def _measured(
         )
         result = stored(subject)
         if result is None:
-            if measured >= _MOST:
-                row.note = f"not measured: {_MOST} others were"
+            if measured >= _MOST or time.perf_counter() - start > _SECONDS:
+                row.note = f"not measured: {measured} others took long enough; the next call measures it"
                 continue
             log(f"measuring {candidate.model} at {_size(candidate.size)} ...")
             outcome = measure(subject)
@@ -199,10 +202,10 @@ def _hopeless(row: Row, rows: Sequence[Row], limits: Limits) -> str:
     """Why a candidate cannot be within the limits, so that it need not be measured; "" if it may be."""
     if limits.memory_mb is not None and 4 * row.params > 1e6 * limits.memory_mb:
         return f"not measured: its weights alone take {4 * row.params / 1e6:,.0f} MB"
-    for other in rows:
-        latency, limit = other.latency_ms, limits.latency_ms
-        if limit is not None and latency is not None and latency > limit:
-            if row.candidate.gmacs > _CHEAPER * other.candidate.gmacs:
+    if limits.latency_ms is not None:
+        for other in rows:
+            too_slow = other.latency_ms is not None and other.latency_ms > limits.latency_ms
+            if too_slow and row.candidate.gmacs > _CHEAPER * other.candidate.gmacs:
                 return f"not measured: {other.candidate.model} is too slow, with fewer operations"
     return ""
 
@@ -327,7 +330,7 @@ def _runner_up(row: Row, other: Row | None) -> str | None:
 
 
 def _command(candidate: Candidate, data: str) -> str:
-    size = [] if candidate.img_size is None else ["--img-size", _size(candidate.img_size)]
+    size = [] if candidate.img_size is None else ["--img-size", "x".join(map(str, dict.fromkeys(candidate.img_size)))]
     weights = ["--pretrained"] if candidate.pretrained else []
     return shlex.join(["vitrail", "train", data, "--model", candidate.model, *size, *weights])
 
@@ -342,4 +345,4 @@ def _milliseconds(value: float) -> str:
 
 
 def _size(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
+    return "x".join(str(side) for side in size)
