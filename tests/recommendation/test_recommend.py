@@ -157,12 +157,15 @@ def test_no_limit_is_broken(limits: dict[str, float], expected: str | None, phot
     assert len(costs) <= 8
     for row in result.candidates:
         if row.fits:
-            assert row.latency_ms is not None and row.latency_ms <= limits.get("max_latency_ms", np.inf)
-            assert row.peak_mb is not None and row.peak_mb <= limits.get("max_memory_mb", np.inf)
+            assert row.latency_ms is not None
+            assert row.latency_ms <= limits.get("max_latency_ms", np.inf)
+            assert row.peak_mb is not None
+            assert row.peak_mb <= limits.get("max_memory_mb", np.inf)
     if expected is not None:
         chosen = next(row for row in result.candidates if row.candidate.model == expected)
         assert chosen.fits
-        assert result.command is not None and expected in result.command
+        assert result.command is not None
+        assert expected in result.command
         assert 3 <= len(result.reasons) <= 6
         ahead = result.candidates[: result.candidates.index(chosen)]
         assert not any(row.fits for row in ahead)
@@ -209,7 +212,8 @@ def test_a_measurement_is_stored() -> None:
     found = measure(subject)
     assert isinstance(found, Measurement)
     assert found.latency_ms > 0
-    assert found.peak_mb is not None and 50 < found.peak_mb < 2000  # Python and torch, and a very small model
+    assert found.peak_mb is not None
+    assert 50 < found.peak_mb < 2000
     assert stored(subject) == found
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
