@@ -16,7 +16,6 @@ import torch
 from vitrail.data.catalog import open_dataset
 from vitrail.data.dataset import Dataset
 from vitrail.errors import ConfigError, VitrailError
-from vitrail.models.build import build_model, configure
 from vitrail.models.catalog import VARIANTS
 from vitrail.pretrained.resolve import at_hand
 from vitrail.recommendation.measurement import Subject, measure, stored
@@ -53,17 +52,21 @@ class Limits:
 class Row:
     """A candidate with what was measured; None where it was not, and `note` says why. fits: within all limits.
 
-    params: of the model with a head for these classes. seconds: estimated training time, if it was asked for.
+    seconds: estimated training time, if it was asked for.
     """
 
     candidate: Candidate
-    params: int
     latency_ms: float | None = None
     peak_mb: float | None = None
     probe_top1: float | None = None
     seconds: float | None = None
     fits: bool = False
     note: str = ""
+
+    @property
+    def params(self) -> int:
+        """Parameters, as in the catalog."""
+        return VARIANTS[self.candidate.model].params
 
     @property
     def licence(self) -> str | None:
@@ -150,7 +153,7 @@ def _measured(
     found: Sequence[Candidate], dataset: Dataset, limits: Limits, device: torch.device, log: Log
 ) -> list[Row]:
     """The candidates with latency and memory. With limits the cheapest come first, so that they exclude others."""
-    rows = [_row(candidate, dataset) for candidate in found]
+    rows = [Row(candidate) for candidate in found]
     order = sorted(rows, key=lambda row: row.candidate.gmacs)
     if limits.latency_ms is None and limits.memory_mb is None:
         order = rows = rows[:_MOST]
@@ -179,18 +182,6 @@ def _measured(
     for row in rows:
         row.fits = not limits.exceeded(row)
     return rows
-
-
-def _row(candidate: Candidate, dataset: Dataset) -> Row:
-    config = configure(
-        VARIANTS[candidate.model].config,
-        num_classes=dataset.num_classes,
-        img_size=candidate.img_size,
-        in_chans=_channels(candidate, dataset),
-    )
-    with torch.device("meta"):
-        params = sum(parameter.numel() for parameter in build_model(config).parameters())
-    return Row(candidate, params)
 
 
 def _channels(candidate: Candidate, dataset: Dataset) -> int:
