@@ -269,12 +269,14 @@ def _weights_line(row: Row, rows: Sequence[Row]) -> str:
         where = "on this machine" if at_hand(candidate.model) else "not on this machine yet: training downloads them"
         top1 = f", published top-1 {record.top1:.1f} %" if record.top1 else ""
         return f"weights {record.name}, licence {record.licence or 'not stated'}{top1}; {where}"
-    best = next((other.candidate.model for other in rows if other.candidate.pretrained), None)
-    if best is None:
+    if not any(other.candidate.pretrained for other in rows):
         return "from scratch: published weights are of images of 224 pixels or more"
+    best = next((other.candidate.model for other in rows if other.candidate.pretrained and other.fits), None)
+    if best is None:
+        return "from scratch: no model with published weights is within the limits"
     if at_hand(best):
-        return "from scratch, without the published weights"
-    return f"from scratch: no weights are on this machine; --pretrained downloads {best}, mostly far more accurate"
+        return f"from scratch, although weights of {best} are on this machine"
+    return f"from scratch: the weights of {best} are not on this machine; --pretrained downloads them"
 
 
 def _limits_line(row: Row, rows: Sequence[Row], limits: Limits) -> str:

@@ -34,6 +34,7 @@ _CROP_MODES = {"crop": "center", "pad": "border", "squash": "squash"}
 _LARGE_LOSS = 0.4  # share of an image
 # Settings with which it is not left open whether training starts from published weights.
 _DECIDES_WEIGHTS = {"model", "pretrained", "weights", "img_size", "in_chans", "teacher"}
+_FOUND_WEIGHTS = "weights are used because they are on this machine; pretrained=false trains from scratch"
 _FAMILIES = {row.family for row in VARIANTS.values()}
 
 
@@ -92,15 +93,13 @@ def prepare(
         given["model"] = type(external).__name__
     if auto_batch := given.get("batch_size") == 0:
         del given["batch_size"]
-    pretrained: bool | None = bool(requested.model.pretrained or requested.model.weights)
-    if may_use_weights and external is None and recipe is None and not _DECIDES_WEIGHTS & given.keys():
-        pretrained = None
-    stats = dataset_stats(dataset, pretrained)
-    found_weights = stats.pretrained and pretrained is None
-    if found_weights:
-        given["pretrained"] = pretrained = True
+    left_open = may_use_weights and external is None and recipe is None and not _DECIDES_WEIGHTS & given.keys()
+    stated = bool(requested.model.pretrained or requested.model.weights)
+    stats = dataset_stats(dataset, None if left_open else stated)
+    if found_weights := stats.pretrained and left_open:
+        given["pretrained"] = True
     loaded = None
-    if pretrained and external is None:
+    if stats.pretrained and external is None:
         if not given.get("weights") and "model" not in given:
             given["model"] = choose(stats, given, recipe).values["model"]
         loaded = _load(requested.updated(given), dataset)
@@ -111,16 +110,20 @@ def prepare(
     config, cache_line = settle_cache(config, dataset, preprocess)
     given["cache"] = config.io.cache
     weights = [str(loaded.report)] if loaded else []
-    if found_weights:
-        weights.append("weights are used because they are on this machine; pretrained=false trains from scratch")
+    weights += [_FOUND_WEIGHTS] if found_weights else []
     mismatch = window_mismatch(model.config, preprocess.size) if isinstance(model, ImageModel) else None
-    notes = [mismatch] if mismatch else []
     return Setup(
         config,
         dataset,
         model,
         preprocess,
-        reasons=[*choice.reasons, *weights, *notes, *advise_fit(dataset, preprocess, config), *cache_line],
+        reasons=[
+            *choice.reasons,
+            *weights,
+            *filter(None, [mismatch]),
+            *advise_fit(dataset, preprocess, config),
+            *cache_line,
+        ],
         pretrained=loaded,
         stats=stats,
         given=given,
