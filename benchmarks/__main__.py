@@ -6,7 +6,13 @@ import sys
 from pathlib import Path
 
 SUPPORT = {"__init__", "__main__", "measure", "oracles", "peers", "planted_evidence"}
-APART = {"amp_widths", "comparison", "distillation", "explain", "small_recipe"}  # run by themselves: for one processor, or of hours
+APART = {
+    "amp_widths",
+    "comparison",
+    "distillation",
+    "explain",
+    "small_recipe",
+}  # run by themselves: for one processor, or of hours
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__).parse_args()

@@ -19,7 +19,7 @@ ROWS = (
     ("__main__",),
     ("cli",),
     ("serve", "scale"),
-    ("compare", "doctor", "recommend"),
+    ("comparison", "diagnosis", "recommendation"),
     ("training", "deploy"),
     ("explanation",),
     ("classifier",),
