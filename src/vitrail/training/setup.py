@@ -109,21 +109,16 @@ def prepare(
     model, preprocess = _make_model(config, dataset, external, loaded)
     config, cache_line = settle_cache(config, dataset, preprocess)
     given["cache"] = config.io.cache
-    weights = [str(loaded.report)] if loaded else []
-    weights += [_FOUND_WEIGHTS] if found_weights else []
-    mismatch = window_mismatch(model.config, preprocess.size) if isinstance(model, ImageModel) else None
+    notes = [str(loaded.report)] if loaded else []
+    notes += [_FOUND_WEIGHTS] if found_weights else []
+    if isinstance(model, ImageModel) and (mismatch := window_mismatch(model.config, preprocess.size)):
+        notes.append(mismatch)
     return Setup(
         config,
         dataset,
         model,
         preprocess,
-        reasons=[
-            *choice.reasons,
-            *weights,
-            *filter(None, [mismatch]),
-            *advise_fit(dataset, preprocess, config),
-            *cache_line,
-        ],
+        reasons=[*choice.reasons, *notes, *advise_fit(dataset, preprocess, config), *cache_line],
         pretrained=loaded,
         stats=stats,
         given=given,
