@@ -109,8 +109,7 @@ def prepare(
     model, preprocess = _make_model(config, dataset, external, loaded)
     config, cache_line = settle_cache(config, dataset, preprocess)
     given["cache"] = config.io.cache
-    notes = [str(loaded.report)] if loaded else []
-    notes += [_FOUND_WEIGHTS] if found_weights else []
+    notes = ([str(loaded.report)] if loaded else []) + ([_FOUND_WEIGHTS] if found_weights else [])
     if isinstance(model, ImageModel) and (mismatch := window_mismatch(model.config, preprocess.size)):
         notes.append(mismatch)
     return Setup(
