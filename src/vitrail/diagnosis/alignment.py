@@ -17,8 +17,8 @@ from torch import Tensor
 from vitrail.diagnosis.hashes import Candidate, apply_symmetry
 from vitrail.images.convert import Pixels
 
-_STEPS = ((16, 6), (32, 4), (64, 4))  # side at which to align, and steps there
-_PROMISING = 0.8  # correlation after the coarsest alignment, below which a pair is given up
+# Sides at which to align, steps there, and the correlation below which a pair is given up.
+_STEPS = ((16, 6, 0.65), (32, 4, 0.8), (64, 4, 0.0))
 _ALIKE = 0.95  # the same of pairs that are compared as they are
 _BATCH = 512  # pairs at once
 _SMALLEST, _LARGEST = 0.7, 1.06  # scale of a window that is accepted
@@ -91,14 +91,13 @@ def _standard(images: Tensor, mask: Tensor) -> Tensor:
 def _align(first: Tensor, second: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
     """The places Q 4 at which `first` fits `second` best, of the Q pairs that may be alike, and their rows Q."""
     kept = torch.arange(len(first))
-    for side, steps in _STEPS:
+    for side, steps, least in _STEPS:
         a, b = (F.adaptive_avg_pool2d(x[kept, None], side)[:, 0] for x in (first, second))
         for _ in range(steps):
             place = _gauss_newton(a, b, place)
-        if side == _STEPS[0][0]:
-            view, inside = _sample(a, place)
-            promising = _correlation(view, b, inside.float()) > _PROMISING
-            kept, place = kept[promising], place[promising]
+        view, inside = _sample(a, place)
+        promising = _correlation(view, b, inside.float()) >= least
+        kept, place = kept[promising], place[promising]
         if not len(kept):
             break
     return place, kept

@@ -38,8 +38,8 @@ class Limits:
 
 # Copies that were resized, recompressed, mirrored or turned; and crops, whose pixels were interpolated anew
 # and whose mean colour is that of a part.
-WHOLE = Limits(coarse=0.97, fine=0.85, block=9.0, residual=4.0, colour=8.0)
-CROP = Limits(coarse=0.9, fine=0.75, block=12.0, residual=4.0, colour=64.0)
+WHOLE = Limits(coarse=0.97, fine=0.85, block=6.0, residual=4.0, colour=8.0)
+CROP = Limits(coarse=0.9, fine=0.75, block=6.0, residual=4.0, colour=64.0)
 
 
 @dataclass(frozen=True)
