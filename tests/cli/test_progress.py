@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from vitrail.cli import progress as module
-from vitrail.cli.progress import progress
+from vitrail.cli.common import progress as module
+from vitrail.cli.common.progress import progress
 
 
 def test_lines_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

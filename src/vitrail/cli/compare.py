@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitrail.cli.options import DataArgument, DataDirOption, DeviceOption, JsonOption, SizeOption
+from vitrail.cli.common.options import DataArgument, DataDirOption, DeviceOption, JsonOption, SizeOption
 from vitrail.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def compare(
 
     Example: `vitrail compare photos/ --budget 10m --seeds 3`
     """
-    from vitrail.cli.tables import print_json, stderr
+    from vitrail.cli.common.tables import print_json, stderr
     from vitrail.training.config.schema import parse_overrides
     from vitrail.training.engine.interrupt import Stopped
 
@@ -115,7 +115,7 @@ def _curve(
 
 
 def _print_curve(result: "Mapping[str, Any]") -> None:
-    from vitrail.cli.tables import stdout, table
+    from vitrail.cli.common.tables import stdout, table
     from vitrail.comparison.verdict import format_spread
 
     console, ahead = stdout(), result["forecast"]
@@ -128,7 +128,7 @@ def _print_curve(result: "Mapping[str, Any]") -> None:
 
 
 def _print(result: "Mapping[str, Any]") -> None:
-    from vitrail.cli.tables import stdout, table
+    from vitrail.cli.common.tables import stdout, table
     from vitrail.comparison.verdict import format_spread
     from vitrail.utils.text import format_duration
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vitrail.cli.options import DataArgument, DataDirOption, DeviceOption, JsonOption
+from vitrail.cli.common.options import DataArgument, DataDirOption, DeviceOption, JsonOption
 
 if TYPE_CHECKING:
     from vitrail.diagnosis.doctor import Diagnosis
@@ -38,8 +38,8 @@ def doctor(
 
     Example: `vitrail doctor photos/ --out doctor.html --fix fixes.csv`
     """
-    from vitrail.cli.progress import progress
-    from vitrail.cli.tables import print_json, stderr
+    from vitrail.cli.common.progress import progress
+    from vitrail.cli.common.tables import print_json, stderr
     from vitrail.diagnosis.doctor import doctor as diagnose
 
     diagnosis = diagnose(
@@ -58,7 +58,7 @@ def doctor(
 
 
 def _print(diagnosis: "Diagnosis", data: str) -> None:
-    from vitrail.cli.tables import stdout
+    from vitrail.cli.common.tables import stdout
     from vitrail.diagnosis.report import cost_facts
 
     console = stdout()
@@ -74,7 +74,7 @@ def _print(diagnosis: "Diagnosis", data: str) -> None:
 
 
 def _print_finding(finding: "Finding") -> None:
-    from vitrail.cli.tables import stdout
+    from vitrail.cli.common.tables import stdout
 
     console = stdout()
     console.print(f"{finding.severity:<8} {finding.check}: {finding.count:,}", style=_STYLES[finding.severity])

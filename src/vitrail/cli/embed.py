@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vitrail.cli.options import (
+from vitrail.cli.common.options import (
     BatchSizeOption,
     DeviceOption,
     ModelArgument,
@@ -33,7 +33,7 @@ def embed(
 
     Example: `vitrail embed runs/photos holiday/ --out holiday.npy`
     """
-    from vitrail.cli.tables import print_skipped, stderr, stdout
+    from vitrail.cli.common.tables import print_skipped, stderr, stdout
     from vitrail.inference.feature_file import embed_to_file
 
     classifier = open_model(model, device, img_size, precision)
@@ -47,8 +47,8 @@ def embed(
 
 
 def _progress(done: int, total: int) -> AbstractContextManager[Callable[[int], None]]:
-    from vitrail.cli.progress import progress
-    from vitrail.cli.tables import stderr
+    from vitrail.cli.common.progress import progress
+    from vitrail.cli.common.tables import stderr
 
     if done:
         stderr().print(f"resuming after {done:,} of {total:,} images")

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from vitrail.cli.options import (
+from vitrail.cli.common.options import (
     BatchSizeOption,
     DataArgument,
     DataDirOption,
@@ -42,8 +42,8 @@ def evaluate(
 
     Example: `vitrail evaluate runs/photos photos/ --split test`
     """
-    from vitrail.cli.progress import progress
-    from vitrail.cli.tables import print_json
+    from vitrail.cli.common.progress import progress
+    from vitrail.cli.common.tables import print_json
 
     classifier = open_model(model, device, img_size, precision)
     with progress("images") as advance:
@@ -55,7 +55,7 @@ def evaluate(
 
 
 def _print(result: "Evaluation", data: str) -> None:
-    from vitrail.cli.tables import percent, print_skipped, stdout
+    from vitrail.cli.common.tables import percent, print_skipped, stdout
     from vitrail.evaluation.metrics import is_imbalanced
 
     console = stdout()
@@ -72,7 +72,7 @@ def _print(result: "Evaluation", data: str) -> None:
 
 def _worst(result: "Evaluation", width: int) -> "Table | None":
     """The classes with the lowest top-1 and what they were predicted as; None if all predictions are correct."""
-    from vitrail.cli.tables import cut, percent, table
+    from vitrail.cli.common.tables import cut, percent, table
 
     imperfect = [(row["top1"], k) for k, row in enumerate(result.per_class) if row["images"] and row["top1"] < 100]
     rows = []

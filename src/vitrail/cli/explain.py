@@ -4,7 +4,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitrail.cli.options import BatchSizeOption, DeviceOption, JsonOption, ModelArgument, SizeOption, print_loaded
+from vitrail.cli.common.options import (
+    BatchSizeOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    SizeOption,
+    print_loaded,
+)
 from vitrail.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -115,8 +122,8 @@ def _head(text: str | None) -> int | str | None:
 def _explain(classifier: "Classifier", images: list[str], out: str, json: bool, **options: Any) -> None:
     from json import dumps
 
-    from vitrail.cli.progress import progress
-    from vitrail.cli.tables import stderr, stdout
+    from vitrail.cli.common.progress import progress
+    from vitrail.cli.common.tables import stderr, stdout
     from vitrail.explanation.explain import explain_stream
     from vitrail.explanation.gallery import MAX_IMAGES, write_gallery
     from vitrail.explanation.result import Unreadable
@@ -152,7 +159,7 @@ def _explain(classifier: "Classifier", images: list[str], out: str, json: bool, 
 
 
 def _row(found: "Explanation", saved: "Saved") -> list[str]:
-    from vitrail.cli.tables import percent
+    from vitrail.cli.common.tables import percent
 
     measured = found.faithfulness
     score = f"{found.score:+.2f}" if found.is_pair else percent(None if found.score is None else 100 * found.score)
@@ -170,7 +177,7 @@ def _table(rows: list[list[str]], is_pair: bool, width: int) -> "Table":
     """Image, target, score, faithfulness and percentile if measured, and the picture if it fits, in `width` columns."""
     from rich.cells import cell_len
 
-    from vitrail.cli.tables import cut, end_of, table
+    from vitrail.cli.common.tables import cut, end_of, table
 
     headers = [("image", "<"), ("target", "<"), ("logit difference" if is_pair else "probability", ">")]
     headers += [("faithfulness", ">"), ("percentile", ">"), ("picture", "<")]
@@ -188,8 +195,8 @@ def _table(rows: list[list[str]], is_pair: bool, width: int) -> "Table":
 
 
 def _benchmark(classifier: "Classifier", data: str, json: bool, **options: Any) -> None:
-    from vitrail.cli.progress import progress
-    from vitrail.cli.tables import percent, print_json, stdout, table
+    from vitrail.cli.common.progress import progress
+    from vitrail.cli.common.tables import percent, print_json, stdout, table
     from vitrail.explanation.benchmark import benchmark
 
     with progress("methods") as advance:
@@ -216,7 +223,7 @@ def _benchmark(classifier: "Classifier", data: str, json: bool, **options: Any) 
 
 
 def _positions(classifier: "Classifier", out: str, json: bool) -> None:
-    from vitrail.cli.tables import print_json, stdout
+    from vitrail.cli.common.tables import print_json, stdout
     from vitrail.explanation.positions import position_pictures
     from vitrail.explanation.rendering import encode_png
     from vitrail.explanation.result import write_new

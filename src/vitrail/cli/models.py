@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitrail.cli.options import JsonOption
+from vitrail.cli.common.options import JsonOption
 
 if TYPE_CHECKING:
     from vitrail.models.catalog import Variant
@@ -19,7 +19,7 @@ def models(
 
     Example: `vitrail models 'swin*'`
     """
-    from vitrail.cli.tables import print_json, stdout, table
+    from vitrail.cli.common.tables import print_json, stdout, table
     from vitrail.errors import ModelError, did_you_mean
     from vitrail.models.catalog import VARIANTS, list_models
 

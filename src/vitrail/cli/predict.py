@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitrail.cli.options import (
+from vitrail.cli.common.options import (
     BatchSizeOption,
     DeviceOption,
     JsonOption,
@@ -82,8 +82,8 @@ def _print_csv(predictions: "Iterator[Prediction]", top: int) -> None:
 
 
 def _print_text(predictions: "Iterator[Prediction]", top: int) -> None:
-    from vitrail.cli.progress import progress
-    from vitrail.cli.tables import stderr, stdout
+    from vitrail.cli.common.progress import progress
+    from vitrail.cli.common.tables import stderr, stdout
 
     good: list[Prediction] = []
     failed: list[Prediction] = []
@@ -103,7 +103,7 @@ def _table(predictions: "list[Prediction]", top: int, width: int) -> "Table":
     from rich.cells import cell_len
     from rich.text import Text
 
-    from vitrail.cli.tables import cut, end_of, percent, table
+    from vitrail.cli.common.tables import cut, end_of, percent, table
 
     cells = [
         (

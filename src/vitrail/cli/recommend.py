@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vitrail.cli.options import DataArgument, DataDirOption, DeviceOption, JsonOption
+from vitrail.cli.common.options import DataArgument, DataDirOption, DeviceOption, JsonOption
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,7 +38,7 @@ def recommend(
 
     Example: `vitrail recommend photos/ --max-latency-ms 50`
     """
-    from vitrail.cli.tables import print_json, stderr, stdout
+    from vitrail.cli.common.tables import print_json, stderr, stdout
     from vitrail.recommendation.recommend import recommend as run
 
     result = run(
@@ -80,7 +80,7 @@ def _text(result: "Recommendation") -> str:
 
 def _table(rows: "list[Row]", width: int) -> "Table":
     """A row for each candidate; the licence, and why something was not measured, if there is room."""
-    from vitrail.cli.tables import table
+    from vitrail.cli.common.tables import table
 
     headers = [("model", "<"), ("size", ">"), ("params", ">"), ("ms", ">"), ("MB", ">"), ("top-1", ">"), ("probe", ">")]
     headers += [("fits", "<"), ("licence", "<"), ("note", "<")]

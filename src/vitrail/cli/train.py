@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitrail.cli.options import DATA, DataDirOption, DeviceOption, JsonOption, SizeOption
+from vitrail.cli.common.options import DATA, DataDirOption, DeviceOption, JsonOption, SizeOption
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -136,7 +136,7 @@ def train(
     except Stopped as stopped:  # typer would exit with 130, the status of Ctrl-C, for every signal
         return 128 + stopped.signal
     if json and show_batch is None:
-        from vitrail.cli.tables import print_json
+        from vitrail.cli.common.tables import print_json
 
         print_json(classifier.report)
     return 0

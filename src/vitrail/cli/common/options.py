@@ -53,7 +53,7 @@ def open_model(source: str, device: str | None, img_size: str | None, precision:
 def print_loaded(classifier: "Classifier") -> "Classifier":
     """Print to stderr how a model's weights were loaded, unless it is a model folder of vitrail; returns the model."""
     if classifier.report is not None and not isinstance(classifier.report, dict):  # else a run's summary
-        from vitrail.cli.tables import stderr
+        from vitrail.cli.common.tables import stderr
 
         stderr().print(str(classifier.report))
     return classifier
