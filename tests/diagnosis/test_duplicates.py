@@ -2,6 +2,7 @@
 
 import io
 
+import imagehash
 import numpy as np
 import pytest
 import torch
@@ -12,8 +13,6 @@ from vitrail.diagnosis.alignment import compare
 from vitrail.diagnosis.duplicates import UnionFind, near_pairs
 from vitrail.diagnosis.hashes import SYMMETRIES, Candidate, Hashes, apply_symmetry
 from vitrail.diagnosis.scan import blur_effect, measure
-
-imagehash = pytest.importorskip("imagehash")
 
 
 def jpeg(image, quality):

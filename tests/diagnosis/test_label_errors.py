@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import torch
+from cleanlab import count, rank
+from cleanlab import filter as cleanlab_filter
 from sklearn.datasets import load_digits
 
 from vitrail.diagnosis.label_errors import (
@@ -10,10 +12,6 @@ from vitrail.diagnosis.label_errors import (
     out_of_fold,
     thresholds,
 )
-
-count = pytest.importorskip("cleanlab.count")
-rank = pytest.importorskip("cleanlab.rank")
-cleanlab_filter = pytest.importorskip("cleanlab.filter")
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +55,12 @@ def test_a_class_with_too_few_images_is_not_judged():
     assert np.isnan(found.quality[20:]).all()
     assert not np.isin(found.rows, [20, 21, 22]).any()
     assert len(find_label_errors(features[:12], labels[:12]).rows) == 0
+
+
+def test_features_that_know_nothing_judge_no_label():
+    draw = np.random.default_rng(0)
+    labels = draw.integers(0, 3, 300)
+    found = find_label_errors(torch.from_numpy(draw.normal(size=(300, 64))).float(), labels)
+    assert len(found.rows) == 0
+    assert found.weak is not None
+    assert found.weak < 0.5

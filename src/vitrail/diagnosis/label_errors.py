@@ -21,6 +21,7 @@ from vitrail.evaluation.linear_probe import LogisticRegression
 FOLDS = 5
 L2 = 1e-3
 MIN_IMAGES = 5  # of a class, with fewer of which its labels are not judged
+MAX_SUSPECT = 0.2  # share of suspect labels above which the features, and not the labels, are the likely cause
 _PROJECTIONS = 1024  # random Fourier features
 _MAX_CLASSES = 200  # above, fewer random features: a fit costs images x features x classes
 
@@ -31,11 +32,13 @@ Labels = npt.NDArray[np.int64]
 @dataclass(frozen=True)
 class LabelErrors:
     """rows: suspect images, most suspicious first. guesses: the class that each probably has. quality: N, see
-    `label_quality`; NaN where a label was not judged."""
+    `label_quality`; NaN where a label was not judged. weak: the accuracy of the probe, 0 to 1, if it disagrees with so
+    many labels that its features must be the cause; rows is then empty."""
 
     rows: npt.NDArray[np.int64]
     guesses: npt.NDArray[np.int64]
     quality: Probabilities
+    weak: float | None = None
 
 
 def find_label_errors(features: Tensor, labels: Labels) -> LabelErrors:
@@ -51,6 +54,8 @@ def find_label_errors(features: Tensor, labels: Labels) -> LabelErrors:
     probabilities = out_of_fold(features[judged], own, len(classes))
     quality[judged] = label_quality(own, probabilities)
     suspect = np.flatnonzero(off_diagonal(own, probabilities))
+    if len(suspect) > MAX_SUSPECT * len(judged):
+        return LabelErrors(empty, empty, quality, float((probabilities.argmax(axis=1) == own).mean()))
     order = suspect[np.argsort(quality[judged][suspect], kind="stable")]
     return LabelErrors(judged[order], classes[probabilities[order].argmax(axis=1)], quality)
 
