@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vitrail.comparison.plan import Plan
-from vitrail.evaluation.statistics import Comparison, compare_all
+from vitrail.evaluation.significance import Comparison, compare_all
 from vitrail.models.catalog import VARIANTS
 
 Record = Mapping[str, Any]  # what `measure` returns

@@ -8,15 +8,15 @@ from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from vitrail.evaluation.statistics import (
+from vitrail.evaluation.significance import (
     bootstrap_difference,
     compare_all,
     compare_pair,
     holm,
     images_needed,
     mcnemar,
-    wilson,
 )
+from vitrail.evaluation.statistics import wilson
 
 Bools = npt.NDArray[np.bool_]
 
@@ -74,7 +74,7 @@ def test_of_one_seed_each_the_bootstrap_is_scipys() -> None:
 def test_drawn_in_parts_the_images_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = simulate(np.random.default_rng(0), 3, 200, 0.1)
     whole = bootstrap_difference(a, b, resamples=999)
-    monkeypatch.setattr("vitrail.evaluation.statistics._CHUNK", 7_000)
+    monkeypatch.setattr("vitrail.evaluation.significance._CHUNK", 7_000)
     assert bootstrap_difference(a, b, resamples=999) == whole
 
 
