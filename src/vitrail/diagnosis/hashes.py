@@ -21,7 +21,7 @@ from vitrail.images.convert import Pixels
 K = 7
 _ROWS = 1024  # rows of a block of similarities
 _NEIGHBOURS = 4  # pairs per image and symmetry, at most
-_MIN_CROPS = 2000  # pairs of an image and a window that are kept at most, or as many as there are images
+_MIN_CROPS = 2000  # pairs of an image and a window that are kept, or a quarter of the images
 _FLAT = 1.5  # standard deviation, in levels, below which an image has no structure to compare
 
 Window = tuple[float, float, float]  # scale, y and x of the upper left corner, as shares of the side
@@ -113,7 +113,7 @@ def find_candidates(hashes: Hashes, threshold: float, crop_threshold: float, cro
     """Pairs whose hashes have at least a cosine of `threshold`, or `crop_threshold` for a window of one of them.
 
     crops: whether windows are searched. Of each image and symmetry, or image and window, the best few are kept;
-    and of all windows about one per image.
+    and of all windows the best, one for every four images.
     """
     base = hashes.symmetric(0)
     found: dict[tuple[int, int, int], Candidate] = {}
@@ -129,7 +129,7 @@ def find_candidates(hashes: Hashes, threshold: float, crop_threshold: float, cro
             cosine = float(views[i] @ base[j])
             if cosine > best.get((i, j), (0.0, None))[0]:
                 best[i, j] = cosine, Candidate(i, j, 0, window)
-    crop_pairs = sorted(best.values(), key=lambda each: -each[0])[: max(_MIN_CROPS, len(base))]
+    crop_pairs = sorted(best.values(), key=lambda each: -each[0])[: max(_MIN_CROPS, len(base) // 4)]
     return [*found.values(), *(candidate for _, candidate in crop_pairs)]
 
 

@@ -19,10 +19,11 @@ from vitrail.diagnosis.scan import Scan
 from vitrail.evaluation.linear_probe import LogisticRegression
 
 FOLDS = 5
-L2 = 1e-3
+L2 = 0.05  # strong: a probe that fits wrong labels does not contradict them
+_MAX_FIT = 4_000  # images that a probe is fitted to
+_MIN_AGREEMENT, _MAX_SUSPECT = 0.5, 0.2  # shares of the labels; beyond, the probe knows too little to judge any
 MIN_IMAGES = 5  # of a class, with fewer of which its labels are not judged
-MAX_SUSPECT = 0.2  # share of suspect labels above which the features, and not the labels, are the likely cause
-_PROJECTIONS = 1024  # random Fourier features
+_PROJECTIONS = 512  # random Fourier features
 _MAX_CLASSES = 200  # above, fewer random features: a fit costs images x features x classes
 
 Probabilities = npt.NDArray[np.float64]
@@ -32,13 +33,15 @@ Labels = npt.NDArray[np.int64]
 @dataclass(frozen=True)
 class LabelErrors:
     """rows: suspect images, most suspicious first. guesses: the class that each probably has. quality: N, see
-    `label_quality`; NaN where a label was not judged. weak: the accuracy of the probe, 0 to 1, if it disagrees with so
-    many labels that its features must be the cause; rows is then empty."""
+    `label_quality`; NaN where a label was not judged. agreement: share of the judged images whose label the probe
+    predicts. judged: False if it predicts too few or suspects too many for a probe that knows these classes; no label
+    is then suspected."""
 
     rows: npt.NDArray[np.int64]
     guesses: npt.NDArray[np.int64]
     quality: Probabilities
-    weak: float | None = None
+    agreement: float = 0.0
+    judged: bool = False
 
 
 def find_label_errors(features: Tensor, labels: Labels) -> LabelErrors:
@@ -53,11 +56,12 @@ def find_label_errors(features: Tensor, labels: Labels) -> LabelErrors:
     own = np.searchsorted(classes, labels[judged])
     probabilities = out_of_fold(features[judged], own, len(classes))
     quality[judged] = label_quality(own, probabilities)
+    agreement = float((probabilities.argmax(axis=1) == own).mean())
     suspect = np.flatnonzero(off_diagonal(own, probabilities))
-    if len(suspect) > MAX_SUSPECT * len(judged):
-        return LabelErrors(empty, empty, quality, float((probabilities.argmax(axis=1) == own).mean()))
+    if agreement < _MIN_AGREEMENT or len(suspect) > _MAX_SUSPECT * len(judged):
+        return LabelErrors(empty, empty, quality, agreement)
     order = suspect[np.argsort(quality[judged][suspect], kind="stable")]
-    return LabelErrors(judged[order], classes[probabilities[order].argmax(axis=1)], quality)
+    return LabelErrors(judged[order], classes[probabilities[order].argmax(axis=1)], quality, agreement, judged=True)
 
 
 def out_of_fold(features: Tensor, labels: Labels, num_classes: int) -> Probabilities:
@@ -70,11 +74,19 @@ def out_of_fold(features: Tensor, labels: Labels, num_classes: int) -> Probabili
     found = np.zeros((len(labels), num_classes))
     targets = torch.from_numpy(labels)
     for k in range(FOLDS):
-        inside, outside = torch.from_numpy(fold != k), torch.from_numpy(fold == k)
+        inside, outside = torch.from_numpy(_fitted_rows(labels, fold != k)), torch.from_numpy(fold == k)
         linear = LogisticRegression(features[inside], targets[inside], num_classes).fit(L2)
         logits = (features[outside] @ linear.weight.T + linear.bias).double()
         found[fold == k] = logits.softmax(dim=1).numpy()
     return found
+
+
+def _fitted_rows(labels: Labels, allowed: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """The allowed rows, or a stratified part of them if they are very many."""
+    rows = np.flatnonzero(allowed)
+    if len(rows) <= _MAX_FIT:
+        return rows
+    return rows[stratified(labels[rows], _MAX_FIT / len(rows), 0, "probe")[1]]
 
 
 def label_quality(labels: Labels, probabilities: Probabilities) -> Probabilities:
@@ -112,7 +124,7 @@ def simple_features(scan: Scan) -> Tensor:
     """
     thumbs = torch.from_numpy(scan.thumbs)
     parts = []
-    for part, colour in zip(thumbs.split(2048), torch.from_numpy(scan.colours).split(2048), strict=True):
+    for part, colour in zip(thumbs.split(256), torch.from_numpy(scan.colours).split(256), strict=True):
         grey = part.float() / 255
         small = torch.nn.functional.avg_pool2d(grey[:, None], 8).flatten(1)
         parts.append(torch.cat([_unit(gradients(grey)), _unit(small), 0.5 * _unit(colour.float().flatten(1))], dim=1))

@@ -16,11 +16,10 @@ def suspect_label(evidence: Evidence) -> list[Finding]:
     """Labels that a linear probe on other images confidently disagrees with, most suspicious first."""
     scan, errors = evidence.scan, evidence.label_errors
     basis = "a linear probe on the model's features" if evidence.model else "a linear probe on simple features"
-    if errors.weak is not None:
-        advice = (
-            f"Labels were not judged: {basis} is right on only {100 * errors.weak:.0f} % of the images that it was not "
-            "fitted to. Give a model that knows such images with --model."
-        )
+    if not errors.judged:
+        advice = f"Labels were not judged: {basis} predicts only {errors.agreement:.0%} of them. Try another --model."
+        if np.isnan(errors.quality).all():
+            advice = "Labels were not judged: fewer than two classes have five images."
         return [Finding("suspect_label", "note", 0, [], advice)]
     advice = f"Labels with which {basis}, fitted to the other images, confidently disagrees. Look at the first ones."
     if not evidence.model:
