@@ -1,6 +1,8 @@
 """Recommendations: what `train` would take, never beyond a limit, and honest about what was not measured."""
 
+import dataclasses
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +208,7 @@ def test_a_limit_is_positive(limit: str) -> None:
         recommend("digits", **{limit: 0})  # type: ignore[arg-type]
 
 
-def test_a_measurement_is_stored() -> None:
+def test_a_measurement_in_a_process_of_its_own() -> None:
     subject = Subject("vit_nano_patch2_8", (8, 8), 1, 10, "cpu")
     assert stored(subject) is None
     found = measure(subject)
@@ -214,7 +216,16 @@ def test_a_measurement_is_stored() -> None:
     assert found.latency_ms > 0
     assert found.peak_mb is not None
     assert 50 < found.peak_mb < 2000
-    assert stored(subject) == found
+    assert stored(subject) == (None if found.busy else found)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_measurement_of_an_idle_machine_is_stored(busy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, found = Subject("vit_nano_patch2_8", (8, 8), 1, 10, "cpu"), Measurement(1.5, 200.0, busy)
+    done = subprocess.CompletedProcess([], 0, json.dumps(dataclasses.asdict(found)), "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    assert measure(subject) == found
+    assert stored(subject) == (None if busy else found)
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:

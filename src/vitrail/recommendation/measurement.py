@@ -35,6 +35,7 @@ from vitrail.utils.torch_compat import cpu_bf16
 _WARMUP = (2, 0.3)  # calls and seconds, at least
 _CALLS = (7, 400)  # at least and at most
 _SECONDS = 2.0  # of the measurement, unless the fewest calls take longer
+_IDLE = 0.9  # share of the time in which a thread that computes has a core, if nothing else needs it
 _TIMEOUT = 120.0  # seconds for a model, with the start of its process
 
 
@@ -52,11 +53,13 @@ class Subject:
 @dataclass(frozen=True)
 class Measurement:
     """latency_ms: median for one image, milliseconds. peak_mb: peak memory, 1e6 bytes: of the process on the CPU, with
-    Python and torch; of tensors on CUDA; None if unknown.
+    Python and torch; of tensors on CUDA; None if unknown. busy: other processes took the core meanwhile, so that the
+    latency is not the model's own.
     """
 
     latency_ms: float
     peak_mb: float | None
+    busy: bool = False
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -82,7 +85,8 @@ def stored(subject: Subject) -> Measurement | None:
 
 
 def measure(subject: Subject) -> Measurement | str:
-    """Measure in a new process and store the result, or the reason why it could not be measured."""
+    """Measure in a new process; or the reason why it could not be measured. The result is stored, unless the machine
+    was busy."""
     package = str(Path(vitrail.__file__).parents[1])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", __name__, json.dumps(asdict(subject)), str(torch.get_num_threads())]
@@ -96,6 +100,8 @@ def measure(subject: Subject) -> Measurement | str:
         lines = done.stderr.strip().splitlines()
         return lines[-1] if lines else f"the process ended with status {done.returncode}"
     found = Measurement(**json.loads(done.stdout))
+    if found.busy:
+        return found
     record = {"subject": asdict(subject), "machine": machine(subject.device), "measurement": asdict(found)}
     with suppress(OSError, RunError):  # where the cache cannot be written, the next call measures again
         _file(subject).parent.mkdir(parents=True, exist_ok=True)
@@ -122,12 +128,14 @@ def time_and_memory(subject: Subject) -> Measurement:
         calls += 1
     times: list[float] = []
     fewest, most = _CALLS
+    computed = time.thread_time()
     while len(times) < fewest or (sum(times) < _SECONDS and len(times) < most):
         start = time.perf_counter()
         runtime.logits(image)  # ends with a copy to the CPU, which waits for the device
         times.append(time.perf_counter() - start)
+    busy = device.type == "cpu" and time.thread_time() - computed < _IDLE * sum(times)
     peak = peak_memory(device)
-    return Measurement(round(1e3 * statistics.median(times), 3), None if peak is None else round(peak / 1e6, 1))
+    return Measurement(round(1e3 * statistics.median(times), 3), None if peak is None else round(peak / 1e6, 1), busy)
 
 
 def _processor() -> str:

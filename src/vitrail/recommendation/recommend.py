@@ -178,6 +178,9 @@ def _measured(
                 row.note = f"could not be measured: {one_line(outcome, 100)}"
                 continue
             result = outcome
+            if result.busy:
+                row.note = "measured while other processes needed the processor; not stored"
+                log(f"the machine is busy: {candidate.model} is faster on an idle one")
         row.latency_ms, row.peak_mb = result.latency_ms, result.peak_mb
     for row in rows:
         row.fits = not limits.exceeded(row)
