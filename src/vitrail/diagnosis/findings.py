@@ -77,4 +77,4 @@ def tally(reasons: Iterable[str], limit: int = 4) -> str:
     """Reasons with how often each occurs, most frequent first."""
     counts = Counter(reasons).most_common()
     more = f", and {len(counts) - limit} other reasons" if len(counts) > limit else ""
-    return ", ".join(f"{count} {reason}" for reason, count in counts[:limit]) + more
+    return ", ".join(f"{reason}: {count}" for reason, count in counts[:limit]) + more
