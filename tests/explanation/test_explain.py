@@ -186,6 +186,7 @@ def test_images_in_memory(clf: Classifier, photos: Path) -> None:
     for each in (image, np.asarray(image), (photos / "1.png").read_bytes()):
         found = explain(clf, each)
         assert found.path is None
+        assert repr(found) == f"Explanation(image in memory: relevance · {found.score_text()})"
         assert np.array_equal(found.heatmap, oracle)
     several = explain(clf, np.asarray(image)[None])
     assert isinstance(several, list)

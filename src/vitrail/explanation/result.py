@@ -9,7 +9,7 @@ import contextlib
 import io
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,16 +66,19 @@ class Explanation:
     is_pair: bool
     score: float | None
     top: tuple[Score, ...]
-    values: Values = field(repr=False)
+    values: Values
     input_size: Size
     box: Box
     size: Size
-    picture: Image.Image = field(repr=False)
+    picture: Image.Image
     faithfulness: Faithfulness | None = None
     class_specific: bool = True
     signed: bool = False
     reference: str = ""
-    parts: Values | None = field(default=None, repr=False)
+    parts: Values | None = None
+
+    def __repr__(self) -> str:
+        return f"Explanation({self.path or 'image in memory'}: {'; '.join(self.caption())})"
 
     @property
     def grid(self) -> tuple[int, int]:
