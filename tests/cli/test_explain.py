@@ -145,6 +145,9 @@ def test_errors_are_one_line(run: Run, model: Path, photos: Path, tmp_path: Path
         ((model, photos, "--block", "0"), "block"),
         ((model, photos, "--baseline", "black", "--score"), "black"),
         ((model, photos, "--benchmark", "--method", "gradcam"), "--method"),
+        ((model, photos, "--benchmark", "--out", "elsewhere"), "--out"),
+        ((model, photos, "--limit", "3"), "--limit"),
+        ((model, "--method", "positions", "--batch-size", "2"), "--batch-size"),
         ((model, tmp_path / "missing.png"), "missing.png"),
     ):
         done = run(*arguments)

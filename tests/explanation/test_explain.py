@@ -233,6 +233,8 @@ def test_options_are_checked_before_an_image_is_read(clf: Classifier) -> None:
         explain_stream(clf, "missing.png", batch_size=0)
     with pytest.raises(ConfigError, match="middle"):
         explain_stream(clf, "missing.png", "attention", head="middle")
+    with pytest.raises(ConfigError, match="blurr"):
+        explain_stream(clf, "missing.png", baseline="blurr")
 
 
 def test_a_model_without_classes_has_maps_of_its_attention_only(photos: Path) -> None:

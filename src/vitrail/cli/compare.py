@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitrail.cli.common.options import DataArgument, DataDirOption, DeviceOption, JsonOption, SizeOption
+from vitrail.cli.common.options import DataArgument, DataDirOption, DeviceOption, JsonOption, SizeOption, refuse_options
 from vitrail.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,14 +18,17 @@ _Models = Annotated[
     str | None,
     typer.Option(
         metavar="A,B",
-        help="Names from `vitrail models`, or NAME@RECIPE; by default a ViT, a Swin if it fits, a ResNet of like cost.",
+        help="From `vitrail models`, or NAME@RECIPE; default: a ViT, a Swin if it fits, a ResNet of similar cost.",
     ),
 ]
 _Budget = Annotated[str | None, typer.Option(help="Time of each training: 90s, 10m, 2h.  [default: 10m]")]
 _Epochs = Annotated[float | None, typer.Option(help="Passes over the training images, instead of a budget.")]
 _Shares = Annotated[str, typer.Option(metavar="P,P", help="Percentages of the training images.")]
 _Pretrained = Annotated[bool, typer.Option("--pretrained", help="Start from the published weights.")]
-_Out = Annotated[str | None, typer.Option(help="The folder; by default runs/compare-DATA. Run again to continue it.")]
+_Out = Annotated[
+    str | None,
+    typer.Option(help="The folder; by default runs/compare-DATA, with --curve none. Run again to continue it."),
+]
 _Curve = Annotated[
     bool, typer.Option("--curve", help="Train nothing; what twice the images would give, from frozen features.")
 ]
@@ -106,9 +109,7 @@ def _percentages(text: str) -> list[int]:
 def _curve(
     context: typer.Context, data: str, features: str | None, out: str | None, given: dict[str, Any]
 ) -> dict[str, Any]:
-    for name in ("models", "budget", "seeds", "shares"):
-        if str(context.get_parameter_source(name)).endswith("COMMANDLINE"):
-            raise ConfigError(f"--curve trains nothing: leave out --{name}")
+    refuse_options(context, ("models", "budget", "seeds", "shares"), "--curve trains nothing")
     from vitrail.comparison.curve import FEATURES, learning_curve
 
     return learning_curve(data, features or FEATURES, out=out, command=context.obj, **given)

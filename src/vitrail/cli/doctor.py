@@ -18,7 +18,8 @@ FAILED = 3  # exit status
 def doctor(
     data: DataArgument,
     model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Use this model's features: more duplicates and wrong labels.")
+        str | None,
+        typer.Option(metavar="MODEL", help="Use this model's features, which find more duplicates and wrong labels."),
     ] = None,
     json: JsonOption = False,
     out: Annotated[str | None, typer.Option(metavar="FILE", help="Write a page with the images to this file.")] = None,

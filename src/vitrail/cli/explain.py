@@ -11,6 +11,7 @@ from vitrail.cli.common.options import (
     ModelArgument,
     SizeOption,
     print_loaded,
+    refuse_options,
 )
 from vitrail.errors import ConfigError, DataError
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from vitrail.explanation.result import Explanation, Saved
 
 _POSITIONS = "positions"  # of the model alone: needs no image
+_OF_PICTURES = ("method", "score", "out", "block", "head")  # options without effect on --benchmark
+_OF_IMAGES = ("target", "score", "baseline", "block", "head", "batch_size", "img_size")  # ... on --method positions
 _IMAGE_WIDTH = 20  # columns for the paths of images, at least
 
 PathsOrNone = Annotated[
@@ -48,13 +51,14 @@ BaselineOption = Annotated[
     str | None,
     typer.Option(
         metavar="mean|blur",
-        help="What --score covers patches with: the mean colour (default), or a blurred copy.",
+        help="What --score and --benchmark cover patches with: the mean colour (default), or a blurred copy.",
         show_default=False,
     ),
 ]
 
 
 def explain(
+    context: typer.Context,
     model: ModelArgument,
     images: PathsOrNone = None,
     method: MethodOption = None,
@@ -62,18 +66,20 @@ def explain(
     score: Annotated[bool, typer.Option("--score", help="Measure how faithful each picture is (slower).")] = False,
     baseline: BaselineOption = None,
     out: Annotated[str, typer.Option(metavar="FOLDER", help="Where the pictures are written.")] = "explanations",
-    block: Annotated[int | None, typer.Option(metavar="N", help="Attention block; -1 is the last.")] = None,
-    head: Annotated[str | None, typer.Option(metavar="N|all", help="Attention head, or all in a grid.")] = None,
+    block: Annotated[
+        int | None, typer.Option(metavar="N", help="Block of attention and tokens; -1 is the last.")
+    ] = None,
+    head: Annotated[str | None, typer.Option(metavar="N|all", help="Head of attention, or all in a grid.")] = None,
     benchmark: Annotated[
         bool, typer.Option("--benchmark", help="Compare all methods on IMAGE, a folder or a dataset's name.")
     ] = False,
-    limit: Annotated[int, typer.Option(min=1, help="Number of images of --benchmark.")] = 32,
+    limit: Annotated[int, typer.Option(min=1, help="Images of --benchmark, at most.")] = 32,
     json: JsonOption = False,
     batch_size: BatchSizeOption = None,
     img_size: SizeOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Draw which pixels of images decided, as heatmaps (.npy), pictures (.png) and one page to look at (gallery.html).
+    """Draw which pixels decided, as heatmaps (.npy), pictures (.png) and one page with the first 200 (gallery.html).
 
     No file is overwritten: a name that is taken gets a number. --json prints one object per line. Images that could not
     be read are reported as errors; the exit status is 2 if that is all of them, else 0.
@@ -84,10 +90,14 @@ def explain(
         raise ConfigError("give at least one image, or --method positions")
     if images and method == _POSITIONS:
         raise ConfigError("--method positions draws the model alone: leave out IMAGE")
-    if benchmark and (method or block is not None or head is not None or len(images or []) != 1):
-        raise ConfigError(
-            "--benchmark compares all methods on one folder or dataset: leave out --method, --block, --head"
-        )
+    if benchmark and len(images or []) != 1:
+        raise ConfigError("--benchmark compares all methods on one folder or dataset: give one IMAGE")
+    if method == _POSITIONS:
+        refuse_options(context, ("benchmark", "limit", *_OF_IMAGES), "--method positions draws the model alone")
+    elif benchmark:
+        refuse_options(context, _OF_PICTURES, "--benchmark compares all methods by their scores and draws nothing")
+    else:
+        refuse_options(context, ("limit",), "--limit belongs to --benchmark")
     if baseline is not None and not (score or benchmark):
         raise ConfigError("--baseline belongs to --score: add --score")
     baseline = baseline or "mean"

@@ -22,7 +22,9 @@ def recommend(
     max_memory_mb: Annotated[
         float | None, typer.Option(metavar="MB", help="Most memory while predicting, 10^6 bytes.")
     ] = None,
-    hours: Annotated[float | None, typer.Option(help="Longest training on this machine, estimated.")] = None,
+    hours: Annotated[
+        float | None, typer.Option(metavar="HOURS", help="Longest training on this machine, estimated.")
+    ] = None,
     pretrained: Annotated[
         bool, typer.Option("--pretrained", help="Published weights may be downloaded, as with train --pretrained.")
     ] = False,

@@ -55,7 +55,7 @@ def learning_curve(
     classifier = None if features == PIXELS else load(features, pick_device(device))
     if classifier is not None and classifier.notes.get("data") == dataset.name:
         raise ConfigError(
-            f"{features} was trained on {dataset.name}: its features would promise too much; name another"
+            f"{features} was trained on {dataset.name}: its features would give too high a forecast; name another"
         )
     (x, y), (test_x, test_y) = (_embed(classifier, dataset, split) for split in (train, dataset.split(name)))
     curve = measure_curve(x, y, test_x, test_y, dataset.num_classes)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ from vitrail.utils.device import cpu_threads, pick_device
 from vitrail.utils.distributed import SINGLE_PROCESS
 
 _TRIAL_STEPS = 3  # of which the first is a warm-up
-_TRIAL_SHARE = 0.02  # of a training, which estimate_cost spends on trial steps at most
 
 
 def plan(dataset: Dataset, settings: Mapping[str, Any]) -> Setup:
@@ -62,15 +59,11 @@ def forecast(setup: Setup) -> dict[str, Any]:
 
 
 def _measure(setup: Setup, device: torch.device) -> tuple[Cost | None, list[str]]:
-    """As in a training that is long enough for `_TRIAL_STEPS` trial steps."""
     _reset_peak()
     loader = make_train_loader(setup, device, SINGLE_PROCESS, None)
-    epochs = math.ceil(_TRIAL_STEPS / _TRIAL_SHARE) / loader.steps_per_epoch
-    changes = {"epochs": epochs + 1e-6, "warmup_epochs": 0.0, "budget": None}
-    longer = replace(setup, config=setup.config.updated(changes))
     setup.model.to(device)
-    trainer = make_trainer(longer, loader.steps_per_epoch, device, SINGLE_PROCESS)
-    return estimate_cost(trainer, loader, setup.dataset.counts(), setup.dataset.eval_split())
+    trainer = make_trainer(setup, loader.steps_per_epoch, device, SINGLE_PROCESS)
+    return estimate_cost(trainer, loader, setup.dataset.counts(), setup.dataset.eval_split(), _TRIAL_STEPS)
 
 
 def _reset_peak() -> None:

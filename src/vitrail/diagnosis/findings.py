@@ -68,7 +68,7 @@ def of_images(
     groups = [[int(i)] for i in rows]
     common = len(groups) > _COMMON * len(scan)
     if common:
-        advice = f"{len(groups) / len(scan):.0%} of the images: so these data are. {advice}"
+        advice = f"{len(groups) / len(scan):.0%} of the images: a property of these data. {advice}"
     by_path = {scan.path(i): text for i, text in (notes or {}).items()}
     return of_groups(scan, check, "note" if common else "warning", groups, advice, notes=by_path)
 

@@ -26,7 +26,7 @@ _FLAT = 1.5  # standard deviation, in levels, below which an image has no struct
 
 Window = tuple[float, float, float]  # scale, y and x of the upper left corner, as shares of the side
 
-# Crops that are searched for: one of 95 %, five of 90 % and nine of 80 % of the sides.
+# Crops that are searched for: one of 95 %, five of 88 % and nine of 80 % of the sides.
 WINDOWS: tuple[Window, ...] = (
     (0.95, 0.025, 0.025),
     *((0.88, y, x) for y, x in ((0.06, 0.06), (0.0, 0.0), (0.0, 0.12), (0.12, 0.0), (0.12, 0.12))),

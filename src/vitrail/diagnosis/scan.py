@@ -121,7 +121,6 @@ def scan_images(dataset: Dataset, on_images: Callable[[int], None] | None = None
     unreadable = [dict(each) for each in dataset.skipped]
     kept: list[tuple[int, int]] = []
     facts: list[Facts] = []
-    arrays: tuple[list[Pixels], list[Pixels]] = ([], [])
     for (s, row), found in zip(every, _read_all(dataset, every, on_images), strict=True):
         if isinstance(found, str):
             unreadable.append({"path": dataset.splits[names[s]].name(row), "reason": found})
@@ -131,9 +130,6 @@ def scan_images(dataset: Dataset, on_images: Callable[[int], None] | None = None
     if not facts:
         why = f": {unreadable[0]['path']} {unreadable[0]['reason']}" if unreadable else ""
         raise DataError(f"none of the images of {dataset.name} could be read{why}")
-    for each in facts:
-        arrays[0].append(each.thumb)
-        arrays[1].append(each.colour)
     where = np.array(kept, dtype=np.int64)
     labels = [int(dataset.splits[names[s]].labels[row]) for s, row in kept]
 
@@ -148,8 +144,8 @@ def scan_images(dataset: Dataset, on_images: Callable[[int], None] | None = None
         labels=np.array(labels, dtype=np.int64),
         digests=[each.digest for each in facts],
         sizes=np.array([each.size for each in facts], dtype=np.int64),
-        thumbs=np.stack(arrays[0]),
-        colours=np.stack(arrays[1]),
+        thumbs=np.stack([each.thumb for each in facts]),
+        colours=np.stack([each.colour for each in facts]),
         dark=column("dark"),
         bright=column("bright"),
         entropy=column("entropy"),

@@ -21,13 +21,12 @@ from vitrail.data.catalog import open_dataset
 from vitrail.errors import DataError, ModelError
 from vitrail.explanation.explain import ReadImage, compute_maps, compute_scores, normalized, read_image
 from vitrail.explanation.faithfulness import Faithfulness
-from vitrail.explanation.methods.method import Method, family_of
-from vitrail.explanation.methods.table import METHODS
+from vitrail.explanation.methods.method import Method
+from vitrail.explanation.methods.table import METHODS, methods_of
 from vitrail.explanation.targets import Target, parse_target
 from vitrail.images.reader import Input, NoImages, expand
 from vitrail.reports.charts import subsample
 
-SURE = 99.0  # percentile of the faithfulness score from which a map is called better than a random one
 _BATCH = 8
 
 
@@ -76,10 +75,9 @@ def benchmark(
     size = batch_size or _BATCH
     batches = [normalized(clf, pictures[start : start + size]) for start in range(0, len(pictures), size)]
     results = []
-    for method in METHODS.values():
-        if family_of(clf.model) in method.families:
-            results.append(_measure(clf, method, batches, parsed, baseline))
-            on_method(method.name)
+    for name in methods_of(clf.model):
+        results.append(_measure(clf, METHODS[name], batches, parsed, baseline))
+        on_method(name)
     return sorted(results, key=lambda result: -result.score)
 
 
@@ -116,6 +114,6 @@ def _measure(clf: Classifier, method: Method, batches: list[Tensor], target: Tar
         images=count,
         score=sum(score.score for score in scores) / count,
         percentile=sum(score.percentile for score in scores) / count,
-        sure=sum(score.percentile >= SURE for score in scores) / count,
+        sure=sum(score.beats_random for score in scores) / count,
         seconds=seconds / count,
     )

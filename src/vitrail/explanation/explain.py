@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from vitrail.classifier import Classifier, Score, load
 from vitrail.errors import ConfigError, DataError, ModelError
-from vitrail.explanation.faithfulness import Faithfulness, measure
+from vitrail.explanation.faithfulness import Faithfulness, choose_baseline, measure
 from vitrail.explanation.methods.attention import attention_heads
+from vitrail.explanation.methods.gradients import plain
 from vitrail.explanation.methods.method import Method, Request
 from vitrail.explanation.methods.table import METHODS, choose_method
 from vitrail.explanation.rendering import reduced
@@ -126,6 +127,7 @@ def explain_stream(
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
     size = batch_size or min(_MAX_BATCH, default_batch_size(clf.preprocess, clf.device.type))
+    choose_baseline(baseline)
     if isinstance(head, str) and head != "all":
         raise ConfigError(f"head must be a number or 'all', not {head!r}")
     options = _Options(
@@ -287,8 +289,7 @@ def _plain(device: torch.device) -> AbstractContextManager[Any]:
 
 def _for_model(model: nn.Module, images: Tensor) -> Tensor:
     """In the model's precision; a copy where the images were made in inference mode."""
-    images = images.to(next(model.parameters()).dtype)
-    return images.clone() if images.is_inference() else images
+    return plain(images.to(next(model.parameters()).dtype))
 
 
 def open_classifier(

@@ -28,6 +28,8 @@ FORWARDS = 2 + (2 + RANDOM) * len(FRACTIONS)  # images that the model sees for o
 FINEST, POOLED = 28, 14  # cells along the longer side: a grid of more than 28 is pooled to at most 14
 BLUR = 1 / 20  # standard deviation of the blur, of the longer side: 11 pixels of 224
 
+SURE = 99.0  # percentile from which a map is called better than a random one
+
 Array = NDArray[np.float64]
 
 
@@ -49,6 +51,11 @@ class Faithfulness:
     random_mean: float
     random_std: float
     percentile: float
+
+    @property
+    def beats_random(self) -> bool:
+        """Whether the score is at or above the 99th percentile of random orders."""
+        return self.percentile >= SURE
 
     @property
     def z(self) -> float:
@@ -85,8 +92,7 @@ def measure(
     Raises:
         ConfigError: unknown baseline.
     """
-    if baseline not in BASELINES:
-        raise ConfigError(f"baseline {baseline!r}{did_you_mean(baseline, BASELINES)}: use {' or '.join(BASELINES)}")
+    replace = choose_baseline(baseline)
     results = []
     with torch.no_grad():
         for image, cells in zip(images, maps, strict=True):
@@ -94,7 +100,7 @@ def measure(
             counts = [0, *(max(1, round(part * values.numel())) for part in fractions), values.numel()]
             deleted = torch.from_numpy(_deleted_cells(values.flatten().cpu().double().numpy(), counts))
             masks = deleted.unflatten(1, values.shape).to(image.device)
-            blank = BASELINES[baseline](image)
+            blank = replace(image)
             logits = [
                 logits_fn(torch.where(_in_pixels(part, side, image), blank, image)).float()
                 for part in masks.split(batch_size)
@@ -167,3 +173,10 @@ def _blurred(image: Tensor) -> Tensor:
 
 
 BASELINES: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.zeros_like, "blur": _blurred}
+
+
+def choose_baseline(name: str) -> Callable[[Tensor], Tensor]:
+    """From an image I H W to what replaces its deleted cells. Raises ConfigError for an unknown name."""
+    if name not in BASELINES:
+        raise ConfigError(f"baseline {name!r}{did_you_mean(name, BASELINES)}: use {' or '.join(BASELINES)}")
+    return BASELINES[name]

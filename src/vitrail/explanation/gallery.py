@@ -1,23 +1,20 @@
 """The gallery: explanations in one HTML file that needs nothing else, for a person to look at."""
 
-import base64
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from vitrail.explanation.colors import DIVERGING, SEQUENTIAL
-from vitrail.explanation.rendering import encode_png, reduced
+from vitrail.explanation.rendering import reduced
 from vitrail.explanation.result import Explanation, Unreadable, write_new
 from vitrail.reports.page import render_page
+from vitrail.reports.thumbnails import data_uri
 
 MAX_IMAGES = 200
 _SIDES = ((24, 640, 256), (MAX_IMAGES, 320, 160))  # up to so many images, pixels of the picture's and the heat's side
+_QUALITY = 82  # of JPEGs
 _SMALL = 128  # pixels: pictures up to this side are shown as squares, without loss
-_SURE = 99.0  # percentile of the faithfulness score from which a map is called better than a random one
 
 
 def write_gallery(folder: str | Path, found: Sequence[Explanation | Unreadable], model: str, left_out: int = 0) -> Path:
@@ -43,7 +40,7 @@ def make_gallery(found: Sequence[Explanation | Unreadable], model: str, left_out
         "images": len(explanations) + left_out,
         "left_out": len(explanations) - len(shown) + left_out,
         "scored": bool(scores),
-        "unsure": sum(score.percentile < _SURE for score in scores),
+        "unsure": sum(not score.beats_random for score in scores),
         "cards": [_card(each, side, heat_side) for each in shown],
         "unreadable": [each for each in found if isinstance(each, Unreadable)],
         "several_methods": len(methods) > 1,
@@ -68,14 +65,15 @@ def _card(explanation: Explanation, side: int, heat_side: int) -> dict[str, Any]
     ratio = min(1.0, heat_side / max(picture.size)) if not small else heat_side / max(picture.size)
     heat = explanation.heat((max(1, round(picture.height * ratio)), max(1, round(picture.width * ratio))))
     measured = explanation.faithfulness
+    heads = None if explanation.parts is None else reduced(explanation.heads_picture())
     return {
         "path": explanation.path or "image in memory",
-        "image": _png(picture) if small else _jpeg(reduced(picture, side)),
+        "image": data_uri(picture) if small else data_uri(reduced(picture, side), quality=_QUALITY),
         "small": small,
-        "heat": _png(heat),
+        "heat": data_uri(heat),
         "height": picture.height,
         "width": picture.width,
-        "heads": _jpeg(reduced(explanation.heads_picture())) if explanation.parts is not None else None,
+        "heads": None if heads is None else data_uri(heads, quality=_QUALITY),
         "method": explanation.method,
         "class_specific": explanation.class_specific,
         "target": explanation.target,
@@ -90,16 +88,6 @@ def _card(explanation: Explanation, side: int, heat_side: int) -> dict[str, Any]
             for each in explanation.top
         ],
         "measured": measured,
-        "sure": measured is not None and measured.percentile >= _SURE,
+        "sure": measured is not None and measured.beats_random,
         "z": measured.z if measured is not None and math.isfinite(measured.z) else None,
     }
-
-
-def _png(image: Image.Image) -> str:
-    return f"data:image/png;base64,{base64.b64encode(encode_png(image)).decode()}"
-
-
-def _jpeg(image: Image.Image) -> str:
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=82)
-    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"

@@ -29,7 +29,6 @@ class AttentionStep:
     output: Tensor  # ViT: B N C; Swin: B h w C
     weights: Tensor  # ViT: B A N N; Swin: (B M) A n n
     windows: Windows | None = None  # Swin: which tokens the windows hold
-    stage: int = 0  # Swin: the number of patch mergings before
 
 
 @dataclass(frozen=True)
@@ -57,16 +56,14 @@ def attention_steps(model: AttentionModel, images: Tensor) -> Iterator[Attention
     model: in evaluation mode. `model.forward_head(model.norm(output))` of the last block's output gives the logits.
     """
     x = model.embed(images) if isinstance(model, VisionTransformer) else model.patch_embed(images)
-    stage = 0
     for layer in model.modules():
         if isinstance(layer, PatchMerging):
             yield MergeStep((x.shape[1], x.shape[2]))
             x = layer(x)
-            stage += 1
         elif isinstance(layer, SwinBlock):
             windows = layer.windows(x)
             x, weights = layer.forward_with_weights(x)
-            yield AttentionStep(x, weights, windows, stage)
+            yield AttentionStep(x, weights, windows)
         elif isinstance(layer, Block):
             x, weights = layer.forward_with_weights(x)
             yield AttentionStep(x, weights)

@@ -61,9 +61,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def estimate(session: Session) -> tuple[Cost | None, list[str]]:
+def estimate(session: Session, least_steps: int = 0) -> tuple[Cost | None, list[str]]:
     dataset = session.setup.dataset
-    return estimate_cost(session.trainer, session.loader, dataset.counts(), dataset.eval_split())
+    return estimate_cost(session.trainer, session.loader, dataset.counts(), dataset.eval_split(), least_steps)
 
 
 def measured(**keys: Any) -> Cost:
@@ -96,6 +96,14 @@ def test_a_budget_is_told_in_epochs(clock: Clock) -> None:
     an_image = (0.5 + 2 / 3) / 10
     assert told.epochs == pytest.approx(1000 / (5 * 2.5 + 12 * an_image))
     assert told.seconds == pytest.approx(1000, rel=0.02)
+
+
+def test_an_estimate_that_is_asked_for_takes_its_steps_in_a_short_training_too(clock: Clock) -> None:
+    session, an_image = tiny.session(epochs=2), (0.5 + 2 / 3) / 10
+    assert estimate(session) == (None, [])
+    found, _ = estimate(session, least_steps=3)
+    assert found is not None
+    assert found.seconds == pytest.approx(2 * 5 * 2.5 + 2 * 12 * an_image + 15 * an_image)
 
 
 def test_trials_take_a_fiftieth_of_the_run_at_most(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,11 @@
 """Arguments and options that several commands have, and MODEL's classifier."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from vitrail.errors import ConfigError
 
 if TYPE_CHECKING:
     from vitrail.classifier import Classifier
@@ -57,3 +60,10 @@ def print_loaded(classifier: "Classifier") -> "Classifier":
 
         stderr().print(str(classifier.report))
     return classifier
+
+
+def refuse_options(context: typer.Context, names: Iterable[str], reason: str) -> None:
+    """Raise ConfigError if one of these options was given: it would have no effect, for this reason."""
+    for name in names:
+        if str(context.get_parameter_source(name)).endswith("COMMANDLINE"):
+            raise ConfigError(f"{reason}: leave out --{name.replace('_', '-')}")

@@ -17,7 +17,10 @@ def suspect_label(evidence: Evidence) -> list[Finding]:
     scan, errors = evidence.scan, evidence.label_errors
     basis = "a linear probe on the model's features" if evidence.model else "a linear probe on simple features"
     if not errors.judged:
-        advice = f"Labels were not judged: {basis} predicts only {errors.agreement:.0%} of them. Try another --model."
+        advice = (
+            f"Labels were not judged: {basis} predicts {errors.agreement:.0%} of them, and at least half is needed, "
+            "with at most a fifth suspect. Try another --model."
+        )
         if np.isnan(errors.quality).all():
             advice = "Labels were not judged: fewer than two classes have five images."
         return [Finding("suspect_label", "note", 0, [], advice)]
@@ -72,7 +75,7 @@ def test_interval(evidence: Evidence) -> str:
     split = evidence.scan.dataset.eval_split()
     count = int(_counts(evidence, split).sum())
     low, high = wilson(_ACCURACY, count)
-    return f"On all {count:,} {split} images, an accuracy of 90 % would mean {low:.1f} to {high:.1f} %."
+    return f"On all {count:,} {split} images, a measured accuracy of 90 % has a 95 % CI of {low:.1f} to {high:.1f} %."
 
 
 def _counts(evidence: Evidence, split: str) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":

@@ -27,9 +27,6 @@ from vitrail.models.attention_weights import (
 )
 from vitrail.models.vit import VisionTransformer
 
-# Stages of Swin, from 0, whose attention `relevance` leaves out. Their patch mergings still count.
-STAGES_LEFT_OUT: frozenset[int] = frozenset()
-
 
 def relevance(request: Request) -> Tensor:
     """Gradient-weighted attention: B h w, at least 0. For ViT and Swin; specific to the target.
@@ -49,16 +46,15 @@ def relevance(request: Request) -> Tensor:
         blocks = [step for step in steps if isinstance(step, AttentionStep)]
         output = blocks[-1].output
         score = request.target(model.forward_head(model.norm(output))).sum()
-        used = [block for block in blocks if block.windows is None or block.stage not in STAGES_LEFT_OUT]
-        gradients = torch.autograd.grad(score, [block.weights for block in used])
+        gradients = torch.autograd.grad(score, [block.weights for block in blocks])
     with torch.no_grad():
-        gradient_of = dict(zip(used, gradients, strict=True))
+        gradient_of = dict(zip(blocks, gradients, strict=True))
         start = _read_by_head(model, output)
         added = torch.zeros_like(start)  # r is start + added
         for step in reversed(steps):
             if isinstance(step, MergeStep):
                 start, added = _unmerge(start, step), _unmerge(added, step)
-            elif step in gradient_of:
+            else:
                 weighted = (gradient_of[step].float() * step.weights.float()).relu()
                 added = added + _to_keys(start + added, weighted, step.windows).mean(dim=1)
         return _patches(model, images, added)

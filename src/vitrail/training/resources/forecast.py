@@ -41,18 +41,19 @@ class Cost:
 
 
 def estimate_cost(
-    trainer: Trainer, loader: TrainLoader, images: Mapping[str, int], eval_split: str
+    trainer: Trainer, loader: TrainLoader, images: Mapping[str, int], eval_split: str, least_steps: int = 0
 ) -> tuple[Cost | None, list[str]]:
     """The cost of a training, and lines that state it and warn of too little memory.
 
     There is no cost, and there are no lines, where trial steps would take more than 2 % of the training; and no cost
     where a step might exhaust the memory. The trainer must be new, of a single process, and is left unchanged.
 
-    images: their number by split. eval_split: the split of the final evaluation.
+    images: their number by split. eval_split: the split of the final evaluation. least_steps: so many
+    trial steps are taken also where they are more than 2 %: for a user who asks for the estimate.
     """
     # With a time budget alone the number of steps is unknown; `_step_seconds` keeps to the share.
     steps = trainer.schedule.steps
-    steps = _MAX_STEPS if steps is None else min(_MAX_STEPS, int(_MAX_SHARE * steps))
+    steps = _MAX_STEPS if steps is None else max(least_steps, min(_MAX_STEPS, int(_MAX_SHARE * steps)))
     if steps < 2:
         return None, []
     limit = available_memory(trainer.device)
