@@ -22,8 +22,8 @@ from PIL import Image
 from benchmarks.measure import RESULTS, write
 from vitrail.data.catalog import open_dataset
 from vitrail.data.dataset import ArraySplit, Dataset, FileSplit, Sizes
+from vitrail.data.duplicates.groups import near_pairs
 from vitrail.diagnosis.doctor import doctor
-from vitrail.diagnosis.duplicates import near_pairs
 from vitrail.diagnosis.label_errors import find_label_errors, simple_features
 from vitrail.diagnosis.scan import scan_images
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vitrail.pretrained.load import Pretrained
 
 PRECISIONS = ("auto", "bf16", "off")  # see inference/torch_runtime.py
-_SPLIT_OPTIONS = ("val_fraction", "test_fraction", "split_seed")  # of open_dataset
+_SPLIT_OPTIONS = ("val_fraction", "test_fraction", "split_seed", "group_duplicates")  # of open_dataset
 
 
 @dataclass(frozen=True)

@@ -50,3 +50,35 @@ def test_every_row_is_held_out_equally_often():
     assert times.min() > 3
     assert times.max() < 40
     assert abs(times[:500].mean() - 20) < 0.5
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 0.5])
+def test_groups_are_held_out_whole(fraction):
+    draw = np.random.default_rng(0)
+    labels, groups = np.sort(draw.integers(0, 4, 300)), draw.integers(0, 200, 300)
+    names = [f"image{i}" for i in range(300)]
+    kept, held = stratified(labels, fraction, 0, "val", names=names, groups=groups)
+    assert sorted([*kept, *held]) == list(range(300))
+    assert not set(groups[kept]) & set(groups[held])
+    assert 0.9 * fraction * 300 <= len(held) <= math.ceil(fraction * 300)
+    for c, count in enumerate(np.bincount(labels)):
+        assert int((labels[held] == c).sum()) <= math.ceil(fraction * count)
+    order = draw.permutation(300)
+    again = stratified(labels[order], fraction, 0, "val", names=[names[i] for i in order], groups=groups[order])[1]
+    assert {names[i] for i in held} == {names[order[i]] for i in again}
+
+
+def test_groups_of_one_change_nothing():
+    labels = np.arange(200) % 7
+    for fraction in (0.1, 0.3):
+        alone = stratified(labels, fraction, 0, "val", groups=np.arange(200)[::-1])
+        for rows, expected in zip(alone, stratified(labels, fraction, 0, "val"), strict=True):
+            assert rows.tolist() == expected.tolist()
+
+
+def test_a_group_never_takes_the_last_images_of_a_class():
+    """One group has all images of class 1 and the only one of class 2."""
+    labels, groups = np.array([0] * 20 + [1] * 5 + [2]), np.array([*range(20), *[20] * 6])
+    for seed in range(20):
+        held = stratified(labels, 0.5, seed, "val", groups=groups)[1]
+        assert set(labels[held]) == {0}

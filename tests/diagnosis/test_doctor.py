@@ -110,11 +110,23 @@ def test_json_has_the_documented_keys(diagnosis):
     assert list(found) == ["images", "classes", "findings", "cost"]
     assert found["classes"] == 2
     for finding in found["findings"]:
-        assert list(finding) == ["check", "severity", "count", "groups", "advice"]
+        assert list(finding) == ["check", "severity", "count", "groups", "advice", "notes"]
         assert finding["check"] in NAMES
         assert finding["severity"] in ("error", "warning", "note")
         if finding["groups"]:
             assert finding["count"] == sum(map(len, finding["groups"]))
+            assert set(finding["notes"]) <= {path for group in finding["groups"] for path in group}
+
+
+def test_json_has_the_notes_on_images(diagnosis, folder):
+    notes = {
+        (each["check"], each["severity"], path.removeprefix(f"{folder}/")): note
+        for each in diagnosis.to_dict()["findings"]
+        for path, note in each["notes"].items()
+    }
+    assert "only the first frame" in notes["unreadable", "note", "train/class0/moving.gif"]
+    assert "0 bytes" in notes["unreadable", "warning", "train/class0/empty.jpg"]
+    assert notes["conflicting_label", "error", "train/class1/conflict.jpg"] == "class1"
 
 
 def test_fixes_name_each_path_once_and_keep_one_of_each_image(diagnosis, folder):

@@ -51,6 +51,7 @@ def open_dataset(
     val_fraction: float = 0.1,
     test_fraction: float = 0.1,
     split_seed: int = 0,
+    group_duplicates: bool = False,
     class_names: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Dataset:
@@ -59,11 +60,14 @@ def open_dataset(
     A name takes precedence over a folder of the same name in the working directory; write "./digits" for the folder.
     data_dir: the folder with a named dataset's files, which are otherwise downloaded. val_fraction, test_fraction: what
     is held out of train if there is no such split (test only with enough images). split_seed: decides which images are
-    held out; independent of the training seed. class_names: a model's classes, to which labels are matched by name.
-    progress: called with (done, total) bytes of a download or files of a scan. Raises DataError or ConfigError.
+    held out; independent of the training seed. group_duplicates: near duplicates are held out together, or not at all,
+    for which every image is read; without effect on splits that the data has. class_names: a model's classes, to which
+    labels are matched by name. progress: called with (done, total) bytes of a download or files of a scan. Raises
+    DataError or ConfigError.
     """
     # Training needs two classes; the images of an evaluation may be of a single one.
-    options = SplitOptions(val_fraction, test_fraction, split_seed, min_classes=2 if class_names is None else 1)
+    min_classes = 2 if class_names is None else 1
+    options = SplitOptions(val_fraction, test_fraction, split_seed, min_classes, group_duplicates)
     row = DATASETS.get(str(data).lower()) if isinstance(data, str) else None
     format_row, rest = _format_of(data)
     if row is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -34,12 +35,16 @@ MIN_FOR_TEST = 10  # images per class, on average, below which no test split is 
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """How a dataset is split: fractions held out where a split is missing, their seed, and the fewest classes."""
+    """How a dataset is split: fractions held out where a split is missing, their seed, and the fewest classes.
+
+    group_duplicates: whether near duplicates are held out together, or not at all.
+    """
 
     val_fraction: float = 0.1
     test_fraction: float = 0.1
     seed: int = 0
     min_classes: int = 2
+    group_duplicates: bool = False
 
     def __post_init__(self) -> None:
         for name in ("val_fraction", "test_fraction"):
@@ -72,22 +77,52 @@ def natural(name: str) -> tuple[list[int | str], str]:
 
 
 def stratified(
-    labels: npt.NDArray[np.int64], fraction: float, seed: int, stream: str, *, names: Sequence[str] | None = None
+    labels: Rows,
+    fraction: float,
+    seed: int,
+    stream: str,
+    *,
+    names: Sequence[str] | None = None,
+    groups: Rows | None = None,
 ) -> tuple[Rows, Rows]:
     """Split rows into (kept, held out), both ascending, with the same proportion of every class.
 
     ceil(fraction * N) rows are held out if the classes allow it; every class keeps at least one row. stream: the name
     of the split ("val", "test"), so that two splits with the same seed are independent. names: one per row, whose hash
-    decides which rows are held out; None to use the rows' indices.
+    decides which rows are held out; None to use the rows' indices. groups: a number per row; rows with the same number
+    stay together, and fewer rows are held out where a group is larger than what is left to hold out of a class.
     """
     n = len(labels)
     keys = np.arange(n) if names is None else np.array([hash_text(x) >> 1 for x in names], dtype=np.int64)
     draw = uniform(fold(seed, "split"), 0, keys, stream, 1)[:, 0]
     classes, counts = np.unique(labels, return_counts=True)
-    by_class = zip((np.flatnonzero(labels == c) for c in classes), _quotas(counts, fraction), strict=True)
-    held_out = [rows[np.argsort(draw[rows], kind="stable")[:k]] for rows, k in by_class]
+    quotas = _quotas(counts, fraction)
+    if groups is None:
+        by_class = zip((np.flatnonzero(labels == c) for c in classes), quotas, strict=True)
+        held_out = [rows[np.argsort(draw[rows], kind="stable")[:k]] for rows, k in by_class]
+    else:
+        held_out = _whole_groups(labels, groups, dict(zip(classes.tolist(), quotas, strict=True)), draw, keys)
     out = np.sort(np.concatenate(held_out)) if held_out else np.zeros(0, dtype=np.int64)
     return np.setdiff1d(np.arange(n, dtype=np.int64), out, assume_unique=True), out
+
+
+def _whole_groups(
+    labels: Rows, groups: Rows, quotas: dict[int, int], draw: npt.NDArray[np.float64], keys: Rows
+) -> list[Rows]:
+    """Groups, each the rows of one, in the order of their draws, as long as no class exceeds its quota.
+
+    The draw of a group is that of its row with the smallest key, so that it does not depend on the order of the rows.
+    """
+    order = np.lexsort((keys, groups))
+    members = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1) if len(order) else []
+    held_out = []
+    for rows in sorted(members, key=lambda rows: float(draw[rows[0]])):
+        counts = Counter(labels[rows].tolist())
+        if all(count <= quotas[c] for c, count in counts.items()):
+            for c, count in counts.items():
+                quotas[c] -= count
+            held_out.append(rows)
+    return held_out
 
 
 def _quotas(counts: npt.NDArray[np.int64], fraction: float) -> list[int]:
@@ -126,6 +161,8 @@ def make_dataset(
     splits = {split: part for split, part in splits.items() if len(part)}
     given = len(splits)
     how_split = _hold_out_missing(splits, options, names_of)
+    if options.group_duplicates and len(splits) == given:
+        how_split += "; group_duplicates has no effect: no images were held out"
     found: dict[str, Split] = {split: splits[split] for split in SPLITS if split in splits}
     return Dataset(
         name,
@@ -149,17 +186,34 @@ def _hold_out_missing(splits: dict[str, S], options: SplitOptions, names_of: Cal
     train = splits["train"]
     total, classes = len(train), len(np.unique(train.labels))
     too_few = total < MIN_FOR_TEST * classes
+    groups: Rows | None = None
+    copies = ""
     for split, fraction in (("test", options.test_fraction), ("val", options.val_fraction)):
         # With val/ given, the images are already split: no test images are taken out of train/.
         if split in given or fraction == 0 or (split == "test" and (too_few or "val" in given)):
             continue
         train = splits["train"]
+        if options.group_duplicates and groups is None:
+            groups, copies = _groups_of_copies(train)
         share = fraction * total / len(train)
         names = names_of(train) if names_of else None
-        kept, held_out = stratified(train.labels, share, options.seed, split, names=names)
+        kept, held_out = stratified(train.labels, share, options.seed, split, names=names, groups=groups)
+        groups = None if groups is None else groups[kept]
         if len(held_out):
             splits[split], splits["train"] = train.take(held_out), train.take(kept)
             notes.append(f"{split}: {len(held_out)} of {total} images held out, stratified, split seed {options.seed}")
+    if copies:
+        notes.append(copies)
     if too_few and len(given) == 1 and options.test_fraction:
         notes.append(f"no test split: fewer than {MIN_FOR_TEST} images per class")
     return "; ".join(notes) or "all images are in train"
+
+
+def _groups_of_copies(train: Split) -> tuple[Rows, str]:
+    """A number per image, the same for near duplicates, and how many there are."""
+    from vitrail.data.duplicates.groups import group_copies  # imports torch
+
+    groups = group_copies(train)
+    _, sizes = np.unique(groups, return_counts=True)
+    several = sizes[sizes > 1]
+    return groups, f"near duplicates stay together: {several.sum()} images in {len(several)} groups"

@@ -2,44 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from vitrail.diagnosis.alignment import Likeness, compare
-from vitrail.diagnosis.hashes import Candidate, Hashes, find_candidates
+from vitrail.data.duplicates.groups import Groups, UnionFind, join_equal, near_pairs
+from vitrail.data.duplicates.views import pixel_digest
 from vitrail.diagnosis.scan import Scan
-from vitrail.images.convert import BadImage, Pixels
-
-MAX_FOR_CROPS = 50_000  # images above which crops are not searched for: the search is quadratic
-_HASH, _CROP_HASH = 0.95, 0.56  # cosines of hashes from which pixels are compared
-_FEATURES, _NEIGHBOURS = 0.85, 3  # cosine of a model's features, and pairs per image, from which pixels are compared
-_SAME_PIXELS = 1.5  # levels: largest difference of two blocks of images whose full pixels are compared
-
-Groups = list[list[int]]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What two images must reach to be the same; see `Likeness`. Of smooth images the fine part is noise: `residual`
-    may be small instead. colour: the largest mean difference of a colour, in levels."""
-
-    coarse: float
-    fine: float
-    block: float
-    residual: float
-    colour: float
-
-
-# Copies that were resized, recompressed, mirrored or turned; and crops, whose pixels were interpolated anew
-# and whose mean colour is that of a part.
-WHOLE = Limits(coarse=0.97, fine=0.85, block=6.0, residual=4.0, colour=8.0)
-CROP = Limits(coarse=0.9, fine=0.75, block=6.0, residual=4.0, colour=64.0)
+from vitrail.images.convert import BadImage
 
 
 @dataclass(frozen=True)
@@ -52,37 +23,9 @@ class Duplicates:
     every: Groups
 
 
-class UnionFind:
-    """Disjoint sets of the numbers below `count`."""
-
-    def __init__(self, count: int) -> None:
-        self._parent = list(range(count))
-
-    def find(self, i: int) -> int:
-        while self._parent[i] != i:
-            self._parent[i] = self._parent[self._parent[i]]
-            i = self._parent[i]
-        return i
-
-    def join(self, i: int, j: int) -> None:
-        first, second = sorted((self.find(i), self.find(j)))
-        self._parent[second] = first
-
-    def groups(self) -> Groups:
-        """The sets of more than one, ascending."""
-        members = defaultdict[int, list[int]](list)
-        for i in range(len(self._parent)):
-            members[self.find(i)].append(i)
-        return [group for group in members.values() if len(group) > 1]
-
-
 def find_duplicates(scan: Scan, features: Tensor | None = None) -> Duplicates:
     """All groups. features: of a model, N F, which name further pairs whose pixels are compared."""
-    exact = UnionFind(len(scan))
-    first_of: dict[bytes, int] = {}
-    for i, digest in enumerate(scan.digests):
-        exact.join(first_of.setdefault(digest, i), i)
-    rows = np.array(sorted(first_of.values()), dtype=np.int64)  # one of each content
+    exact, rows = join_equal(scan.digests)  # rows: one of each content
     near = UnionFind(len(scan))
     pairs = near_pairs(scan.thumbs[rows], scan.colours[rows], None if features is None else features[rows])
     for i, j in _same_pixels(scan, [(int(rows[c.first]), int(rows[c.second])) for c, close in pairs if close]):
@@ -96,55 +39,6 @@ def find_duplicates(scan: Scan, features: Tensor | None = None) -> Duplicates:
     return Duplicates(exact.groups(), [g for g in every if len({exact.find(i) for i in g}) > 1], every)
 
 
-def near_pairs(thumbs: Pixels, colours: Pixels, features: Tensor | None = None) -> list[tuple[Candidate, bool]]:
-    """Pairs that are the same, and whether the two may have equal pixels."""
-    if len(thumbs) < 2:
-        return []
-    hashes = Hashes(thumbs)
-    candidates = find_candidates(hashes, _HASH, _CROP_HASH, crops=len(thumbs) <= MAX_FOR_CROPS)
-    if features is not None:
-        candidates += _by_features(features, hashes)
-    plain = compare(thumbs, candidates, align=False)
-    flat = colours.reshape(len(colours), -1, 3).astype(np.float32).mean(axis=1)
-    shift = np.abs(flat[[c.first for c in candidates]] - flat[[c.second for c in candidates]]).reshape(-1, 3)
-    colour = torch.from_numpy(shift.max(axis=1, initial=0.0))
-    same = _within(plain, colour, WHOLE) & torch.tensor([c.window[0] == 1.0 for c in candidates], dtype=torch.bool)
-    found = [
-        (c, c.symmetry == 0 and float(block) <= _SAME_PIXELS)
-        for c, yes, block in zip(candidates, same.tolist(), plain.block.tolist(), strict=True)
-        if yes
-    ]
-    known = {frozenset((c.first, c.second)) for c, _ in found}
-    rest = [k for k, c in enumerate(candidates) if c.window[0] < 1.0 and frozenset((c.first, c.second)) not in known]
-    left = [candidates[k] for k in rest]
-    aligned = _within(compare(thumbs, left, align=True), colour[rest], CROP)
-    return found + [(c, False) for c, yes in zip(left, aligned.tolist(), strict=True) if yes]
-
-
-def _within(likeness: Likeness, colour: Tensor, limits: Limits) -> Tensor:
-    fine = (likeness.fine >= limits.fine) | (likeness.residual <= limits.residual)
-    return (likeness.coarse >= limits.coarse) & fine & (likeness.block <= limits.block) & (colour <= limits.colour)
-
-
-def _by_features(features: Tensor, hashes: Hashes) -> list[Candidate]:
-    """Nearest neighbours by a model's features, each with the symmetry in which their hashes are most alike."""
-    unit = torch.nn.functional.normalize(features.float(), dim=1)
-    versions = [hashes.symmetric(s) for s in range(8)]
-    found = []
-    for start in range(0, len(unit), 1024):
-        cosine = unit[start : start + 1024] @ unit.T
-        rows = torch.arange(len(cosine))
-        cosine[rows, rows + start] = -1
-        values, nearest = cosine.topk(min(_NEIGHBOURS, len(unit) - 1), dim=1)
-        for row, k in torch.nonzero(values >= _FEATURES).tolist():
-            i, j = start + row, int(nearest[row, k])
-            if hashes.usable[i] and hashes.usable[j]:
-                symmetry = int(torch.stack([versions[0][i] @ version[j] for version in versions]).argmax())
-                found.append(Candidate(i, j, symmetry))
-                found.append(Candidate(i, j, symmetry, (0.85, 0.075, 0.075)))
-    return found
-
-
 def _same_pixels(scan: Scan, pairs: Sequence[tuple[int, int]]) -> Iterable[tuple[int, int]]:
     """The pairs whose decoded images are equal."""
     digests: dict[int, bytes | None] = {}
@@ -152,8 +46,7 @@ def _same_pixels(scan: Scan, pairs: Sequence[tuple[int, int]]) -> Iterable[tuple
     def digest(i: int) -> bytes | None:
         if i not in digests:
             try:
-                image = scan.image(i)
-                digests[i] = hashlib.blake2b(image.tobytes(), digest_size=16).digest() + repr(image.size).encode()
+                digests[i] = pixel_digest(scan.image(i))
             except BadImage:  # removed since
                 digests[i] = None
         return digests[i]

@@ -35,7 +35,7 @@ class Finding:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
-        return {name: getattr(self, name) for name in ("check", "severity", "count", "groups", "advice")}
+        return {name: getattr(self, name) for name in ("check", "severity", "count", "groups", "advice", "notes")}
 
 
 @dataclass(frozen=True)

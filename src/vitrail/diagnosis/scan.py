@@ -1,36 +1,30 @@
 """One pass over all images: each is read and decoded once, on threads, and only small arrays of it are kept.
 
-A large JPEG is decoded at a reduced size, with a shorter side of at least `WORK` pixels: statistics are those of the
-image at about the size at which a model sees it.
+Statistics are those of the image at about the size at which a model sees it, see `shrink`.
 Shapes: N readable images, H W height and width.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import re
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageChops
 from scipy import ndimage
 
-from vitrail.data.dataset import Dataset, EncodedSplit, Split
+from vitrail.data.dataset import Dataset, Split
+from vitrail.data.duplicates.views import colours, read_each, read_reduced, shrink, thumbnail
 from vitrail.errors import DataError
-from vitrail.images.convert import Pixels, quiet_pillow, to_channels
-from vitrail.images.decode import BadImage, decode, read_header
+from vitrail.images.convert import Pixels, to_channels
+from vitrail.images.decode import read_header
 from vitrail.inference.engine import default_workers
 
-WORK = 128  # pixels: shorter side of the image that statistics are computed from, at most
-THUMB = 64  # pixels: side of the square grey copy that is kept, squashed
-COLOUR = 8  # pixels: side of the square colour copy that is kept
 BLUR_SIDE = 48  # pixels: shorter side below which sharpness is not measured
-_CHUNK = 32  # images per task
 _GREY = 8  # levels: largest difference of two channels in an image without colour, but for rounding in its JPEG
 _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
 _MARKED = ("JPEG", "PNG", "WEBP")  # formats whose files end with a marker
@@ -117,15 +111,14 @@ def scan_images(dataset: Dataset, on_images: Callable[[int], None] | None = None
         DataError: no image can be read.
     """
     names = tuple(dataset.splits)
-    every = [(s, row) for s, name in enumerate(names) for row in range(len(dataset.splits[name]))]
     unreadable = [dict(each) for each in dataset.skipped]
     kept: list[tuple[int, int]] = []
     facts: list[Facts] = []
-    for (s, row), found in zip(every, _read_all(dataset, every, on_images), strict=True):
+    for (name, row), found in read_each(dataset.splits, read_facts, default_workers(), on_images):
         if isinstance(found, str):
-            unreadable.append({"path": dataset.splits[names[s]].name(row), "reason": found})
+            unreadable.append({"path": dataset.splits[name].name(row), "reason": found})
         else:
-            kept.append((s, row))
+            kept.append((names.index(name), row))
             facts.append(found)
     if not facts:
         why = f": {unreadable[0]['path']} {unreadable[0]['reason']}" if unreadable else ""
@@ -156,60 +149,11 @@ def scan_images(dataset: Dataset, on_images: Callable[[int], None] | None = None
     )
 
 
-def _read_all(
-    dataset: Dataset, every: list[tuple[int, int]], on_images: Callable[[int], None] | None
-) -> Iterator[Facts | str]:
-    """The facts of each (split, row), in order, or the reason why it cannot be read."""
-    splits = list(dataset.splits.values())
-
-    def read(part: list[tuple[int, int]]) -> list[Facts | str]:
-        found: list[Facts | str] = []
-        with quiet_pillow():
-            for s, row in part:
-                try:
-                    found.append(read_facts(splits[s], row))
-                except BadImage as bad:
-                    found.append(bad.reason)
-        return found
-
-    parts = [every[start : start + _CHUNK] for start in range(0, len(every), _CHUNK)]
-    pool = ThreadPoolExecutor(max(1, default_workers()), thread_name_prefix="doctor")
-    try:
-        for done in pool.map(read, parts):
-            yield from done
-            if on_images:
-                on_images(len(done))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def read_facts(split: Split, row: int) -> Facts:
     """Read image `row` of a split. Raises BadImage."""
-    full: list[tuple[int, int]] = []
-
-    def at_least(height: int, width: int) -> tuple[int, int]:
-        full.append((height, width))
-        scale = min(1.0, WORK / min(height, width))
-        return max(1, round(height * scale)), max(1, round(width * scale))
-
-    if not isinstance(split, EncodedSplit):
-        image = to_channels(split.image(row), 3)
-        content, odd = image.tobytes() + repr(image.size).encode(), ""
-    else:
-        source = split.encoded(row)
-        content = source if isinstance(source, bytes) else _content(source)
-        image = decode(content, 3, at_least)
-        odd = suspicion(split.name(row), content)
-    size = full[0] if full else (image.height, image.width)
-    return measure(image, hashlib.blake2b(content, digest_size=16).digest(), size, odd)
-
-
-def _content(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise BadImage(f"cannot be read: {(error.strerror or str(error)).lower()}") from None
+    decoded = read_reduced(split, row)
+    odd = "" if decoded.content is None else suspicion(split.name(row), decoded.content)
+    return measure(decoded.image, decoded.digest(), decoded.size, odd)
 
 
 def suspicion(name: str, content: bytes) -> str:
@@ -232,27 +176,24 @@ def suspicion(name: str, content: bytes) -> str:
 
 def measure(image: Image.Image, digest: bytes, size: tuple[int, int], odd: str = "") -> Facts:
     """The facts of a decoded RGB image. size: height and width of the full image."""
-    scale = min(1.0, WORK / min(image.size))
-    small = image
-    if scale < 1:
-        width, height = (max(1, round(side * scale)) for side in image.size)
-        small = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3.0)
+    small = shrink(image)
     grey = small.convert("L")
     histogram = np.array(grey.histogram(), dtype=np.float64)
     share = np.cumsum(histogram) / histogram.sum()
     used = histogram[histogram > 0] / histogram.sum()
-    pixels = np.asarray(small)
-    spread = pixels.max(axis=2) - pixels.min(axis=2)  # 0 in a grey image
+    red, green, blue = small.split()
+    lightest, darkest = (choose(choose(red, green), blue) for choose in (ImageChops.lighter, ImageChops.darker))
+    spread = ImageChops.subtract(lightest, darkest)  # 0 in a grey image
     return Facts(
         digest=digest,
         size=size,
-        thumb=np.asarray(grey.resize((THUMB, THUMB), Image.Resampling.BILINEAR)),
-        colour=np.asarray(small.resize((COLOUR, COLOUR), Image.Resampling.BILINEAR)),
+        thumb=thumbnail(grey),
+        colour=colours(small),
         dark=float(np.searchsorted(share, 0.99)) / 255,
         bright=float(np.searchsorted(share, 0.05)) / 255,
         entropy=float(-(used * np.log2(used)).sum()),
         blur=blur_effect(np.asarray(grey)) if min(grey.size) >= BLUR_SIDE else float("nan"),
-        grey=int(spread.max()) <= _GREY,
+        grey=int(np.asarray(spread).max()) <= _GREY,
         odd=odd,
     )
 

@@ -133,7 +133,7 @@ def test_keys_are_unique_and_described() -> None:
 def test_uses_of_keys() -> None:
     """What the hand-kept lists of earlier versions named."""
     assert set(keys_for(Use.RATE)) == {"lr", "backbone_lr", "head_lr", "min_lr"}
-    assert set(keys_for(Use.HELD_OUT)) == {"val_fraction", "test_fraction", "split_seed"}
+    assert set(keys_for(Use.HELD_OUT)) == {"val_fraction", "test_fraction", "split_seed", "group_duplicates"}
     assert set(keys_for(Use.BUILD)) == {"drop", "drop_path", "attn_drop"}
     assert set(Augment.model_fields) < set(keys_for(Use.VIEWS))
     assert not set(keys_for(Use.RESUME)) & set(keys_for(Use.VIEWS)), "views never change in a run"
@@ -165,6 +165,7 @@ def test_data_keys_reach_the_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(prepare, "open_dataset", opened)
     asked = {"data_dir": "/there", "val_fraction": 0.2, "test_fraction": 0.3, "split_seed": 5}
+    asked |= {"group_duplicates": True}
     prepare.prepare("digits", make_config({**tiny.PLAIN, **asked}))
     assert seen == {**asked, "data": "digits"}
 

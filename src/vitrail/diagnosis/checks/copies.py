@@ -13,7 +13,7 @@ def near_duplicate(evidence: Evidence) -> list[Finding]:
     """Images that were resized, recompressed, mirrored, turned or cropped."""
     advice = (
         "Copies that were resized, recompressed, mirrored, turned or cropped. Keep one of each, or keep a group on one "
-        "side of a split."
+        "side of a split: group_duplicates=true does so where the split is drawn."
     )
     return of_groups(evidence.scan, "near_duplicate", "warning", evidence.duplicates.near, advice)
 
@@ -23,7 +23,9 @@ def leak(evidence: Evidence) -> list[Finding]:
     scan = evidence.scan
     groups = [group for group in evidence.duplicates.every if len({int(scan.splits[i]) for i in group}) > 1]
     if all(len({scan.home(i) for i in group}) < 2 for group in groups):
-        remedy = "The split was drawn: keep one of each, or make train/, val/ and test/ with copies on one side."
+        remedy = (
+            "The split was drawn: keep one of each, or train with group_duplicates=true, which keeps copies together."
+        )
     else:
         remedy = "Remove them from the training images, or move them to the split of their copies."
     advice = f"The same image in two splits: accuracy would be measured on images that were trained on. {remedy}"

@@ -97,6 +97,9 @@ class DataSettings(Settings):
         0.1, ge=0, lt=1, description="share of the images used for testing if a folder has no test split"
     )
     split_seed: Annotated[int, Use.HELD_OUT] = Field(0, ge=0, description="seed of the split of the images")
+    group_duplicates: Annotated[bool, Use.HELD_OUT] = Field(
+        False, description="keep near duplicates on one side of the split; reads every image first"
+    )
 
 
 class ModelSettings(Settings):

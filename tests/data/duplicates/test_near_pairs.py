@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from vitrail.diagnosis.alignment import compare
-from vitrail.diagnosis.duplicates import UnionFind, near_pairs
-from vitrail.diagnosis.hashes import SYMMETRIES, Candidate, Hashes, apply_symmetry
-from vitrail.diagnosis.scan import blur_effect, measure
+from vitrail.data.duplicates.alignment import compare
+from vitrail.data.duplicates.groups import UnionFind, near_pairs
+from vitrail.data.duplicates.hashes import SYMMETRIES, Candidate, Hashes, apply_symmetry
+from vitrail.data.duplicates.views import colours, shrink, thumbnail
 
 
 def jpeg(image, quality):
@@ -45,15 +45,15 @@ def photographs():
     return [Image.fromarray(part) for part in parts]
 
 
-def facts(images):
-    found = [measure(image, b"", (image.height, image.width)) for image in images]
-    return np.stack([each.thumb for each in found]), np.stack([each.colour for each in found])
+def views(images):
+    small = [shrink(image) for image in images]
+    return np.stack([thumbnail(image.convert("L")) for image in small]), np.stack([colours(image) for image in small])
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_copies_are_found_and_nothing_else(photographs, change):
     images = photographs + [CHANGES[change](image) for image in photographs]
-    pairs = {tuple(sorted((c.first, c.second))) for c, _ in near_pairs(*facts(images))}
+    pairs = {tuple(sorted((c.first, c.second))) for c, _ in near_pairs(*views(images))}
     count = len(photographs)
     expected = {(i, i + count) for i in range(count)}
     assert pairs <= expected
@@ -65,13 +65,13 @@ def test_what_imagehash_finds_is_found(photographs):
     images = photographs + [jpeg(image, 40) for image in photographs]
     hashes = [imagehash.phash(image) for image in images]
     theirs = {(i, j) for i in range(len(images)) for j in range(i) if hashes[i] - hashes[j] <= 4}
-    ours = {tuple(sorted((c.first, c.second), reverse=True)) for c, _ in near_pairs(*facts(images))}
+    ours = {tuple(sorted((c.first, c.second), reverse=True)) for c, _ in near_pairs(*views(images))}
     assert len(theirs) >= len(photographs) - 2
     assert theirs <= ours
 
 
 def test_symmetries_of_hashes_are_those_of_images(photographs):
-    thumbs, _ = facts(photographs)
+    thumbs, _ = views(photographs)
     hashes = Hashes(thumbs)
     for symmetry in range(len(SYMMETRIES)):
         turned = apply_symmetry(torch.from_numpy(thumbs), symmetry).contiguous().numpy()
@@ -81,7 +81,7 @@ def test_symmetries_of_hashes_are_those_of_images(photographs):
 
 def test_alignment_finds_the_scale_of_a_crop(photographs):
     image = photographs[0]
-    thumbs, _ = facts([image, crop(image)])
+    thumbs, _ = views([image, crop(image)])
     found = compare(thumbs, [Candidate(0, 1, 0, (0.8, 0.1, 0.1))], align=True)
     assert abs(float(found.scale[0]) - 0.8) < 0.01
     assert float(found.coarse[0]) > 0.97
@@ -89,8 +89,8 @@ def test_alignment_finds_the_scale_of_a_crop(photographs):
 
 def test_images_of_one_colour_are_no_near_copies():
     images = [Image.new("RGB", (64, 64), (level, 0, 0)) for level in range(0, 250, 10)]
-    assert near_pairs(*facts(images)) == []
-    assert near_pairs(*facts(images[:1])) == []
+    assert near_pairs(*views(images)) == []
+    assert near_pairs(*views(images[:1])) == []
 
 
 def test_groups_are_transitive():
@@ -98,11 +98,3 @@ def test_groups_are_transitive():
     for i, j in ((4, 5), (0, 2), (2, 4)):
         sets.join(i, j)
     assert sets.groups() == [[0, 2, 4, 5]]
-
-
-def test_blur_effect_is_that_of_scikit_image(photographs):
-    measure_module = pytest.importorskip("skimage.measure")
-    for image in photographs[:3]:
-        grey = np.asarray(image.convert("L"))
-        assert blur_effect(grey) == pytest.approx(measure_module.blur_effect(grey), abs=1e-5)
-    assert blur_effect(np.full((64, 64), 9, np.uint8)) == 0

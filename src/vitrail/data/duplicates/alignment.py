@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrail.diagnosis.hashes import Candidate, apply_symmetry
+from vitrail.data.duplicates.hashes import Candidate, apply_symmetry
 from vitrail.images.convert import Pixels
 
 # Sides at which to align, steps there, and the correlation below which a pair is given up.
