@@ -23,6 +23,7 @@ ROWS = (
     ("training", "deploy"),
     ("explanation",),
     ("classifier",),
+    ("prediction",),
     ("reports",),
     ("evaluation",),
     ("inference",),

@@ -12,12 +12,13 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 import vitrail
-from vitrail.classifier import Classifier, Prediction, load
+from vitrail.classifier import Classifier, load
 from vitrail.data.catalog import open_dataset
 from vitrail.errors import ConfigError, DataError, ModelError, WeightsError
 from vitrail.images.preprocess import Preprocess
 from vitrail.models.build import build_model
 from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig
+from vitrail.prediction import Prediction, Score
 from vitrail.pretrained.create import create_model
 
 DIGITS = tuple("0123456789")
@@ -114,7 +115,7 @@ def test_top_is_at_most_the_number_of_classes(photos: Path) -> None:
 
 
 def test_a_prediction_as_json() -> None:
-    scores = (vitrail.classifier.Score("cat", 0.75), vitrail.classifier.Score("dog", 0.25))
+    scores = (Score("cat", 0.75), Score("dog", 0.25))
     assert Prediction("a.jpg", "cat", 0.75, scores).to_dict() == {
         "path": "a.jpg",
         "label": "cat",

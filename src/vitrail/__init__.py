@@ -18,7 +18,7 @@ from vitrail._version import __version__
 from vitrail.errors import VitrailError
 
 if TYPE_CHECKING:
-    from vitrail.classifier import Classifier, load
+    from vitrail.classifier import Classifier, ExportedClassifier, load
     from vitrail.comparison.run import compare
     from vitrail.diagnosis.doctor import doctor
     from vitrail.explanation.explain import explain
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Classifier",
     "Explanation",
+    "ExportedClassifier",
     "Preprocess",
     "VitrailError",
     "__version__",
@@ -49,6 +50,7 @@ __all__ = [
 
 _MODULES = {
     "Classifier": "vitrail.classifier",
+    "ExportedClassifier": "vitrail.classifier",
     "Explanation": "vitrail.explanation.result",
     "Preprocess": "vitrail.images.preprocess",
     "attention_weights": "vitrail.models.attention_weights",

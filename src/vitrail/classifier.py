@@ -1,75 +1,38 @@
-"""Classifier: a model with its preprocessing and class names; predict, embed, evaluate, save and load.
+"""Classifiers: `Classifier`, a torch model with its preprocessing and class names; `ExportedClassifier`; and `load`.
 
-Shapes: N inputs, K classes, C features.
+Importing this imports no torch, so that an export predicts without it.
+Shapes: K classes.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
-from vitrail.errors import ConfigError, DataError, ModelError
+from vitrail.errors import ConfigError, DeviceError, ModelError
 from vitrail.images.preprocess import Preprocess
-from vitrail.images.reader import Inputs, path_of
 from vitrail.inference.engine import Engine
-from vitrail.inference.torch_runtime import TorchRuntime
-from vitrail.models.base import ImageModel
-from vitrail.models.catalog import VARIANTS
-from vitrail.models.timm_compat import window_mismatch
-from vitrail.pretrained.model_folder import Contents, find_model_folder, name_of, read_model_folder, write_model_folder
+from vitrail.inference.export_folder import ExportRecord, is_export
+from vitrail.inference.exported import open_runtime
+from vitrail.prediction import BaseClassifier
 
 if TYPE_CHECKING:
-    from vitrail.data.dataset import Dataset
-    from vitrail.evaluation.metrics import Evaluation
+    import torch
+
+    from vitrail.models.base import ImageModel
     from vitrail.pretrained.load import Pretrained
 
 PRECISIONS = ("auto", "bf16", "off")  # see inference/torch_runtime.py
-_SPLIT_OPTIONS = ("val_fraction", "test_fraction", "split_seed", "group_duplicates")  # of open_dataset
 
 
-@dataclass(frozen=True)
-class Score:
-    """One class and its probability, 0 to 1."""
-
-    label: str
-    score: float
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The most probable class of one input, its score and the `top` classes; or the `error` why it could not be read.
-
-    `path` is None for an image in memory.
-    """
-
-    path: str | None
-    label: str | None = None
-    score: float | None = None
-    top: tuple[Score, ...] = ()
-    error: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON: `path` and `error`, or `path`, `label`, `score` and `top`."""
-        if self.error is not None:
-            return {"path": self.path, "error": self.error}
-        top = [asdict(score) for score in self.top]
-        return {"path": self.path, "label": self.label, "score": self.score, "top": top}
-
-
-class Classifier:
+class Classifier(BaseClassifier):
     """`model` is an nn.Module in timm's interface, `preprocess` a Preprocess, `class_names` the K names by index.
 
-    `architecture` is the variant's name. `report` is the summary of the run that trained the model, or a report of how
-    its weights were loaded. `notes` is JSON that is saved with the model, such as how the training images were split.
     `precision` is "bf16" (autocast), "off" (float32) or "auto": the faster one on this hardware.
     """
 
@@ -84,23 +47,16 @@ class Classifier:
         notes: dict[str, Any] | None = None,
         precision: str = "auto",
     ) -> None:
+        from vitrail.pretrained.model_folder import name_of
+
         if precision not in PRECISIONS:
             raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
         if len(class_names) != model.num_classes:
             raise ModelError(f"{len(class_names)} class names for a model of {model.num_classes} classes")
-        if repeated := [name for name, count in Counter(class_names).items() if count > 1]:
-            raise ModelError(f"two classes have the same name: {', '.join(repeated[:3])}")
+        super().__init__(class_names, architecture or name_of(model.config), notes or {}, precision)
         self.model = model
         self.preprocess = preprocess
-        self.class_names = tuple(class_names)
         self.report = report
-        self.architecture = architecture or name_of(model.config)
-        self.notes = notes or {}
-        self.precision = precision
-
-    def __repr__(self) -> str:
-        height, width = self.preprocess.size
-        return f"Classifier({self.architecture}, {len(self.class_names)} classes, {height}x{width} pixels)"
 
     @property
     def device(self) -> torch.device:
@@ -121,6 +77,7 @@ class Classifier:
         """
         from pydantic import TypeAdapter, ValidationError
 
+        from vitrail.inference.torch_runtime import TorchRuntime
         from vitrail.utils.settings import Size
 
         try:
@@ -138,106 +95,15 @@ class Classifier:
         return self
 
     def engine(self) -> Engine:
-        """An inference engine with the current model, preprocessing and precision."""
+        from vitrail.inference.torch_runtime import TorchRuntime
+
         return Engine(TorchRuntime(self.model, self.preprocess, self.precision, self.architecture))
-
-    def predict(self, inputs: Inputs, top: int = 5, batch_size: int | None = None) -> list[Prediction]:
-        """The `top` most probable classes of each image, in the order of `inputs`. Safe to call from several threads.
-
-        inputs: one or several paths, folders (searched recursively), glob patterns, Pillow images, or uint8 arrays
-        H W or H W C. An image that could not be read gives a Prediction with `error`. batch_size: None for the default,
-        with which the probabilities are bit-identical to those of `evaluate`.
-        """
-        return list(self.stream(inputs, top, batch_size))
-
-    def stream(self, inputs: Inputs, top: int = 5, batch_size: int | None = None) -> Iterator[Prediction]:
-        """`predict` as an iterator. Images are decoded while the model runs, a few batches at a time."""
-        if not self.class_names:
-            raise ModelError("this model has no classes to predict; use embed() for its features")
-        if top < 1:
-            raise ConfigError(f"top must be at least 1, not {top}")
-        for batch in self.engine().stream(inputs, batch_size):
-            logits = torch.from_numpy(batch.outputs)
-            # Stable: bfloat16 gives equal logits; the first of these classes comes first, as in evaluate's argmax.
-            indices = logits.argsort(dim=1, descending=True, stable=True)[:, :top]
-            scores = logits.softmax(dim=1).gather(1, indices)
-            rows = zip(scores.tolist(), indices.tolist(), strict=True)
-            for item, error in zip(batch.items, batch.errors, strict=True):
-                path = path_of(item)
-                if error is not None:
-                    yield Prediction(path, error=error)
-                    continue
-                best = tuple(Score(self.class_names[k], score) for score, k in zip(*next(rows), strict=True))
-                yield Prediction(path, best[0].label, best[0].score, best)
-
-    def embed(self, inputs: Inputs, batch_size: int | None = None) -> npt.NDArray[np.float32]:
-        """The input of the classification head, float32 N F, in the order of `inputs`.
-
-        Raises:
-            DataError: an image could not be read.
-        """
-        rows = [np.empty((0, self.model.num_features), np.float32)]
-        for batch in self.engine().stream(inputs, batch_size, features=True):
-            for item, error in zip(batch.items, batch.errors, strict=True):
-                if error is not None:
-                    raise DataError(f"{path_of(item) or 'an image'} {error}")
-            rows.append(batch.outputs)
-        return np.concatenate(rows)
-
-    def evaluate(
-        self,
-        data: str | Path | Dataset,
-        split: str | None = None,
-        *,
-        data_dir: str | Path | None = None,
-        batch_size: int | None = None,
-        on_batch: Callable[[int], None] | None = None,
-    ) -> Evaluation:
-        """Metrics on a dataset: a folder, a name or a Dataset.
-
-        split: "test", "val" or "train"; by default test if there is one, else val. The images are split as in training
-        (`notes["split"]`). Classes are matched by name. on_batch is called with the number of images of each batch.
-
-        Raises:
-            DataError: the data has a class that the model lacks, or no such split.
-        """
-        from vitrail.data.catalog import open_dataset  # not needed by predict
-        from vitrail.data.dataset import Dataset
-        from vitrail.evaluation.evaluate import evaluate
-
-        if isinstance(data, Dataset):
-            dataset = data.relabel(self.class_names)
-        else:
-            options = {key: value for key, value in self.notes.get("split", {}).items() if key in _SPLIT_OPTIONS}
-            dataset = open_dataset(data, data_dir=data_dir, class_names=self.class_names, **options)
-        name = split or dataset.eval_split()
-        self._warn_if_changed(dataset, name)
-        result = evaluate(
-            self.engine().runtime,
-            dataset.split(name),
-            self.class_names,
-            name=name,
-            batch_size=batch_size,
-            on_batch=on_batch,
-        )
-        result.skipped[:0] = dataset.skipped  # found when the folder was opened
-        return result
-
-    def _warn_if_changed(self, dataset: Dataset, name: str) -> None:
-        """Images that are split by fractions are split differently if there are more or fewer than in training."""
-        before = self.notes.get("counts")
-        if before and dataset.held_out and name != "train" and dataset.name == self.notes.get("data"):
-            now = dataset.counts()
-            if now != before:
-                counts = (", ".join(f"{count} {split}" for split, count in each.items()) for each in (before, now))
-                warnings.warn(
-                    f"the images are not the same as in training ({' then, now '.join(counts)}): "
-                    f"some of these {name} images may have been trained on",
-                    stacklevel=3,
-                )
 
     def save(self, folder: str | Path) -> Path:
         """Write a model folder, atomically; see `vitrail.pretrained.model_folder`."""
+        from vitrail.models.timm_compat import window_mismatch
+        from vitrail.pretrained.model_folder import Contents, write_model_folder
+
         folder = Path(folder)
         mismatch = window_mismatch(self.model.config, self.preprocess.size)
         if mismatch:
@@ -255,24 +121,85 @@ class Classifier:
         return folder
 
 
+class ExportedClassifier(BaseClassifier):
+    """A classifier from an export folder: predicts, embeds and evaluates without torch, on the CPU.
+
+    `precision` is that of the export ("fp32", "bf16" or "int8"), `report` the result of its check. `record` is the
+    content of its export.json.
+
+    Raises:
+        ExportError: the folder is damaged, or not of this version.
+        ModelError: the number of class names is not that of the model's logits.
+        DeviceError: the runtime of the export is not installed.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        runtime = open_runtime(folder)
+        self.record = record = runtime.record
+        super().__init__(record.class_names, record.architecture, record.notes, record.precision)
+        self.preprocess = record.preprocess
+        self.report = record.check
+        self._engine = Engine(runtime)
+
+    def engine(self) -> Engine:
+        return self._engine
+
+
 def load(
     source: str | Path,
     device: str | torch.device = "cpu",
     img_size: int | tuple[int, int] | str | None = None,
     precision: str = "auto",
-) -> Classifier:
-    """Load a classifier.
+) -> Classifier | ExportedClassifier:
+    """Load a classifier: an ExportedClassifier from an export, which imports no torch, else a Classifier.
 
-    source: a model folder or run folder; a catalog name, for its default published weights; hf:org/repo, timm:name,
-    torchvision:name, a URL; or a checkpoint file or folder of another library. img_size: an input size other than that
-    of training, see `Classifier.resize`. precision: see `Classifier`.
+    source: an export; a model folder or run folder; a catalog name, for its default published weights; hf:org/repo,
+    timm:name, torchvision:name, a URL; or a checkpoint file or folder of another library. device: "auto" for the best
+    available. img_size: an input size other than that of training, see `Classifier.resize`. precision: see
+    `Classifier`. Size and precision of an export are fixed, and its device is the CPU.
 
     Raises:
         WeightsError: the source does not exist, is damaged, or its weights do not match the model.
         ModelError: the model cannot be built, or cannot take images of this size.
-        ConfigError: not a size, or not a precision.
+        ConfigError: not a size, or not a precision; or one that an export does not have.
+        ExportError, DeviceError: see `ExportedClassifier`; or the device is not available.
     """
     path = Path(source).expanduser()
+    if not is_export(path):
+        return load_torch(source, device, img_size, precision)
+    if str(device) not in ("auto", "cpu"):
+        raise DeviceError(f"{path} is an export, which runs on the CPU: leave out the device {str(device)!r}")
+    classifier = ExportedClassifier(path)
+    if precision != "auto":
+        raise ConfigError(f"{path} is an export, computed in {classifier.precision}: leave out precision {precision!r}")
+    if img_size is not None:
+        height, width = classifier.preprocess.size
+        raise ConfigError(
+            f"{path} is an export for images of {height}x{width} pixels: export the model for another size"
+        )
+    return classifier
+
+
+def load_torch(
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    img_size: int | tuple[int, int] | str | None = None,
+    precision: str = "auto",
+) -> Classifier:
+    """`load` for what needs the torch model.
+
+    Raises:
+        ModelError: the source is an export.
+    """
+    from vitrail.models.catalog import VARIANTS
+    from vitrail.pretrained.model_folder import find_model_folder, read_model_folder
+    from vitrail.utils.device import pick_device
+
+    path = Path(source).expanduser()
+    if is_export(path):
+        origin = ExportRecord.read(path).source["name"]
+        raise ModelError(f"{path} is an export, without the torch model that this needs: use the original, {origin}")
     if folder := find_model_folder(path):
         found = read_model_folder(folder)
         classifier = Classifier(
@@ -289,7 +216,7 @@ def load(
 
         name = str(source) if str(source) in VARIANTS else None
         classifier = _from_weights(load_pretrained("default" if name else source, name), precision)
-    classifier.to(device)
+    classifier.to(pick_device(device) if isinstance(device, str) else device)
     return classifier if img_size is None else classifier.resize(img_size)
 
 

@@ -17,7 +17,7 @@ from vitrail.inference.torch_runtime import TorchRuntime
 def evaluation(logits: torch.Tensor, labels: torch.Tensor, parts: int = 3) -> Evaluation:
     recorder = Recorder()
     for rows in torch.arange(len(labels)).chunk(parts):
-        recorder.add(logits[rows], labels[rows], rows)
+        recorder.add(logits[rows].float().numpy(), labels[rows].numpy(), rows.numpy())
     return Evaluation(recorder.records(), tuple(map(str, range(logits.shape[1]))), "test")
 
 

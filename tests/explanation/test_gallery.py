@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitrail.classifier import Score
 from vitrail.explanation import gallery
 from vitrail.explanation.colors import colorize, strength
 from vitrail.explanation.gallery import make_gallery, write_gallery
 from vitrail.explanation.result import Explanation, Unreadable
+from vitrail.prediction import Score
 
 CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = "<img src=x onerror=alert(1)>\"'&\x1b\u202e"

@@ -22,7 +22,7 @@ from vitrail.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vitrail.classifier import Prediction
+    from vitrail.prediction import Prediction
 
 _TOP = {"text": 3, "json": 5, "csv": 1}  # default of --top
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from vitrail.classifier import Classifier, load
+from vitrail.classifier import Classifier, load_torch
 from vitrail.comparison.plan import Arm, Plan
 from vitrail.data.dataset import Dataset
 from vitrail.data.splits import stratified
@@ -54,4 +54,4 @@ def train_arm(arm: Arm, plan: Plan, dataset: Dataset, out: Path, verbose: bool =
                 progress=verbose,
                 **plan.settings,
             )
-    return load(folder.path, pick_device(plan.settings.get("device", "auto")))
+    return load_torch(folder.path, pick_device(plan.settings.get("device", "auto")))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitrail.classifier import Classifier, load
+from vitrail.classifier import load
 from vitrail.comparison.page import write_curve_page
 from vitrail.comparison.run import open_data, write_json
 from vitrail.comparison.verdict import spread
@@ -18,8 +18,8 @@ from vitrail.errors import ConfigError, DataError
 from vitrail.evaluation.learning_curve import forecast, measure_curve
 from vitrail.images.preprocess import Preprocess
 from vitrail.inference.engine import Engine, SplitReader, default_workers
+from vitrail.prediction import BaseClassifier
 from vitrail.training.config.schema import Use, keys_for
-from vitrail.utils.device import pick_device
 
 FEATURES = "deit_small_patch16_224"  # whose published weights give the features by default
 PIXELS = "pixels"
@@ -52,7 +52,7 @@ def learning_curve(
     """
     dataset = _open(data, settings)
     name, train = dataset.eval_split(), dataset.split("train")
-    classifier = None if features == PIXELS else load(features, pick_device(device))
+    classifier = None if features == PIXELS else load(features, device)
     if classifier is not None and classifier.notes.get("data") == dataset.name:
         raise ConfigError(
             f"{features} was trained on {dataset.name}: its features would give too high a forecast; name another"
@@ -99,7 +99,7 @@ def _open(data: str | Path | Dataset, settings: Mapping[str, Any]) -> Dataset:
     return dataset
 
 
-def _embed(classifier: Classifier | None, dataset: Dataset, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
+def _embed(classifier: BaseClassifier | None, dataset: Dataset, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
     """Features N C and classes N of the images that can be read."""
     rows: list[int] = []
     found: list[np.ndarray[Any, Any]] = []
@@ -109,7 +109,7 @@ def _embed(classifier: Classifier | None, dataset: Dataset, split: Split) -> tup
     return torch.from_numpy(np.concatenate(found)).float(), torch.from_numpy(split.labels[rows])
 
 
-def _features(classifier: Classifier, split: Split) -> Iterable[tuple[list[int], np.ndarray[Any, Any]]]:
+def _features(classifier: BaseClassifier, split: Split) -> Iterable[tuple[list[int], np.ndarray[Any, Any]]]:
     engine = classifier.engine()
     reader = SplitReader(split, classifier.preprocess)
     for batch in engine.run(range(len(split)), reader, workers=default_workers(split), features=True):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitrail.classifier import Classifier, load
+from vitrail.classifier import Classifier, load_torch
 from vitrail.comparison.arms import run_folder, train_arm
 from vitrail.comparison.measurements import measure
 from vitrail.comparison.page import write_page
@@ -169,7 +169,7 @@ def _timings(plan: Plan, out: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         device = pick_device(plan.settings.get("device", "auto"))
         models: dict[str, Classifier] = {
-            each.label: load(run_folder(out, Arm(each, 100, 0)).path, device) for each in plan.contenders
+            each.label: load_torch(run_folder(out, Arm(each, 100, 0)).path, device) for each in plan.contenders
         }
         write_json(path, time_models(models))
     found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))

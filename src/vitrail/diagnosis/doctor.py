@@ -24,7 +24,7 @@ from vitrail.errors import VitrailError
 from vitrail.inference.engine import Engine, SplitReader, default_workers
 
 if TYPE_CHECKING:
-    from vitrail.classifier import Classifier
+    from vitrail.prediction import BaseClassifier
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 _DEFAULT_INPUT = (224, 224)
@@ -73,7 +73,7 @@ class Diagnosis:
 
 def doctor(
     data: str | Path | Dataset,
-    model: str | Path | Classifier | None = None,
+    model: str | Path | BaseClassifier | None = None,
     *,
     forecast_model: str | None = None,
     data_dir: str | Path | None = None,
@@ -129,11 +129,10 @@ def doctor(
     return Diagnosis(len(scan), dataset.num_classes, findings, cost, evidence)
 
 
-def _classifier(model: str | Path | Classifier, device: str | None) -> Classifier:
-    from vitrail.classifier import Classifier, load
-    from vitrail.utils.device import pick_device
+def _classifier(model: str | Path | BaseClassifier, device: str | None) -> BaseClassifier:
+    from vitrail.classifier import load
 
-    return model if isinstance(model, Classifier) else load(model, pick_device(device or "auto"))
+    return load(model, device or "auto") if isinstance(model, str | Path) else model
 
 
 def model_features(scan: Scan, engine: Engine, advance: Callable[[int], None]) -> torch.Tensor:

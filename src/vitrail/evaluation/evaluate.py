@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 
 import numpy as np
-import torch
 
 from vitrail.data.dataset import SkippedImage, Split
 from vitrail.evaluation.metrics import Evaluation, Recorder, Records
@@ -61,8 +60,7 @@ def evaluate(
             if batch:
                 skipped += reader.skipped(batch)
             if batch and counted:
-                labels = torch.from_numpy(split.labels[counted])
-                recorder.add(torch.from_numpy(batch.outputs), labels, torch.tensor(counted))
+                recorder.add(batch.outputs, split.labels[counted], np.array(counted))
                 if on_batch:
                     on_batch(len(counted))
             elif sharded:

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch.nn.functional as F
-from torch import Tensor
 
 from vitrail.evaluation.calibration import expected_calibration_error
+from vitrail.inference.probabilities import Logits, log_softmax, ranking
 
 IMBALANCE_RATIO = 1.5  # images of the largest class to those of the smallest, above which a split is imbalanced
 
@@ -55,15 +54,21 @@ class Recorder:
     def __init__(self) -> None:
         self._parts = [_NO_RECORDS]
 
-    def add(self, logits: Tensor, labels: Tensor, indices: Tensor) -> None:
+    def add(self, logits: Logits, labels: npt.NDArray[np.int64], indices: npt.NDArray[np.int64]) -> None:
         """Logits B K, class numbers B and indices in the split B."""
-        logits = logits.float()
-        predicted = logits.argmax(dim=1)
-        confidence = logits.softmax(dim=1).gather(1, predicted[:, None])[:, 0].cpu().double()
-        loss = F.cross_entropy(logits, labels, reduction="none").cpu().double()
-        in_top5 = (logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]).any(dim=1)
-        columns = (indices, labels, predicted, confidence, loss, in_top5)
-        self._parts.append(Records(*(column.cpu().numpy() for column in columns)))
+        log_probabilities, order = log_softmax(logits), ranking(logits, 5)
+        predicted = order[:, 0]
+        rows = np.arange(len(labels))
+        self._parts.append(
+            Records(
+                indices=indices,
+                labels=labels,
+                predicted=predicted,
+                confidence=np.exp(log_probabilities[rows, predicted]).astype(np.float32).astype(np.float64),
+                loss=-log_probabilities[rows, labels],
+                in_top5=(order == labels[:, None]).any(axis=1),
+            )
+        )
 
     def records(self) -> Records:
         """Everything so far, ordered by index."""

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vitrail.classifier import Classifier, Score, load
+from vitrail.classifier import Classifier, load_torch
 from vitrail.errors import ConfigError, DataError, ModelError
 from vitrail.explanation.faithfulness import Faithfulness, choose_baseline, measure
 from vitrail.explanation.methods.attention import attention_heads
@@ -34,6 +34,7 @@ from vitrail.images.decode import BadImage, decode
 from vitrail.images.reader import Input, Inputs, NoImages, crop, expand, path_of
 from vitrail.inference.engine import default_workers
 from vitrail.inference.runtime import default_batch_size
+from vitrail.prediction import Score
 from vitrail.pretrained.external import open_external_model
 from vitrail.utils.eval_view import eval_view
 
@@ -295,11 +296,11 @@ def _for_model(model: nn.Module, images: Tensor) -> Tensor:
 def open_classifier(
     source: str | os.PathLike[str], device: str | torch.device = "cpu", img_size: str | None = None
 ) -> Classifier:
-    """`vitrail.load`, and external models: timm:NAME and torchvision:NAME, with ImageNet's class names if they have
-    1,000 classes."""
+    """What `load_torch` loads, and external models: timm:NAME and torchvision:NAME, with ImageNet's class names if
+    they have 1,000 classes."""
     external = open_external_model(os.fspath(source))
     if external is None:
-        return load(Path(source) if isinstance(source, os.PathLike) else source, device, img_size)
+        return load_torch(Path(source) if isinstance(source, os.PathLike) else source, device, img_size)
     model: Any = external.model.eval()
     if external.class_names is not None:
         model.num_classes = len(external.class_names)  # torchvision's models do not say

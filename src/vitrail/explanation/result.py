@@ -21,8 +21,8 @@ from vitrail.explanation.rendering import Box, Size, encode_png, enlarged, grid,
 from vitrail.utils.files import atomic_write_bytes, disk_errors
 
 if TYPE_CHECKING:
-    from vitrail.classifier import Score
     from vitrail.explanation.faithfulness import Faithfulness
+    from vitrail.prediction import Score
 
 _NAME_BYTES = 120  # of a file name, without its number and suffix
 NOT_CLASS_SPECIFIC = "not class-specific: the map is the same for every class"

@@ -1,7 +1,7 @@
-"""The ONNX runtime: models in ONNX files, run by onnxruntime without torch.
+"""Models in ONNX files, run by onnxruntime without torch: those of exports (`OnnxSession`), and any (`OnnxModel`).
 
-A file takes normalised float images B C H W. Its first output is the logits B K; an output named "features", if there
-is one, is the input of the classification head, B F. Its metadata may contain `class_names` (a JSON list) and
+An OnnxModel takes normalised float images B C H W. Its first output is the logits B K; an output named "features", if
+there is one, is the input of the classification head, B F. Its metadata may contain `class_names` (a JSON list) and
 `preprocess` (JSON, as in a model folder).
 
 Shapes: B batch, C channels, H W height and width, K classes, F features.
@@ -16,15 +16,31 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from vitrail.errors import ConfigError, DeviceError, ModelError
+from vitrail.errors import ConfigError, DeviceError, ExportError, ModelError
 from vitrail.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from vitrail.inference.runtime import Images, Outputs, default_batch_size
 from vitrail.utils.text import format_shape, one_line
 
 T = TypeVar("T")
+Shape = tuple[int | None, ...]
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _FEATURES = "features"  # the name of the output
+_ERRORS = 3  # the lowest severity of messages that onnxruntime prints
+
+
+def _import(path: Path) -> Any:
+    """The package onnxruntime, which `path` needs."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise DeviceError(f"{path} needs onnxruntime: pip install 'vitrail[onnx]'") from None
+    return onnxruntime
+
+
+def _shape(node: Any) -> Shape:
+    """The shape of an input or output, None for a side of any length."""
+    return tuple(side if isinstance(side, int) else None for side in node.shape)
 
 
 class OnnxModel:
@@ -39,10 +55,7 @@ class OnnxModel:
     """
 
     def __init__(self, path: Path, threads: int = 0) -> None:
-        try:
-            import onnxruntime
-        except ImportError:
-            raise DeviceError(f"{path} needs onnxruntime: pip install 'vitrail[onnx]'") from None
+        onnxruntime = _import(path)
         if not path.is_file():
             raise ModelError(f"{path} does not exist: check the path")
         self.path = path
@@ -61,7 +74,7 @@ class OnnxModel:
             raise ModelError(f"{path} takes {found}, not one batch of float images (B, C, H, W)")
         self._input = inputs[0].name
         self._dtype = _TYPES[inputs[0].type]
-        self.shape = tuple(side if isinstance(side, int) else None for side in inputs[0].shape)  # B C H W
+        self.shape = _shape(inputs[0])  # B C H W
         self.outputs: list[str] = [each.name for each in self.session.get_outputs()]
         self.bytes = path.stat().st_size
         self.identity = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
@@ -154,3 +167,35 @@ class OnnxRuntime:
         mean, std = np.array(self.preprocess.mean), np.array(self.preprocess.std)
         scale, shift = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
         return np.ascontiguousarray((images * scale + shift).transpose(0, 3, 1, 2))
+
+
+class OnnxSession:
+    """The model of an export, on the CPU: uint8 images B H W C, and outputs by name.
+
+    precision: as in the file; onnxruntime chooses none.
+
+    Raises:
+        DeviceError: onnxruntime is not installed.
+        ExportError: the file is not an ONNX model.
+    """
+
+    def __init__(self, path: Path, threads: int, precision: str) -> None:
+        onnxruntime = _import(path)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = _ERRORS
+        # Threads that wait for work without sleeping take the cores from the decoder and from other processes.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's errors have no common base class of their own
+            raise ExportError(f"{path} is not a model for this version of onnxruntime: {one_line(error)}") from None
+        (node,) = self._session.get_inputs()
+        self._input = node.name
+        self.input_shape = _shape(node)
+        self.output_shapes: dict[str, Shape] = {each.name: _shape(each) for each in self._session.get_outputs()}
+
+    def run(self, images: Images, output: str) -> Outputs:
+        """The output of this name, for images B H W C. May be called from several threads."""
+        (found,) = self._session.run([output], {self._input: images})
+        return np.asarray(found, np.float32)

@@ -214,7 +214,7 @@ def _evaluate_head(
     for values, labels, indices in zip(*parts, strict=True):
         with precision(device, bf16):
             logits = F.linear(values, head.weight, head.bias)
-        recorder.add(logits, labels, indices)
+        recorder.add(logits.float().cpu().numpy(), labels.cpu().numpy(), indices.cpu().numpy())
     return Evaluation(recorder.records(), setup.dataset.class_names, name)
 
 

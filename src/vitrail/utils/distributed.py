@@ -1,9 +1,11 @@
 """The processes that train together: one, or as many as torchrun started.
 
 A single process makes no collective call. Python objects and numbers are exchanged between CPUs by gloo, even if
-tensors use NCCL, so that they do not wait for the device.
+tensors use NCCL, so that they do not wait for the device. Importing this, and a single process, import no torch.
 Shapes: R processes.
 """
+
+from __future__ import annotations
 
 import os
 import signal
@@ -12,13 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count
-from typing import Any, TypeVar
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vitrail.errors import DistributedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -52,6 +53,8 @@ class DistributedContext:
         """Every process's value, by rank."""
         if self.world_size == 1:
             return [value]
+        import torch.distributed as dist
+
         found: list[Any] = [None] * self.world_size
         dist.all_gather_object(found, value)
         return found
@@ -60,6 +63,8 @@ class DistributedContext:
         """Rank 0's value, in all processes."""
         if self.world_size == 1:
             return value
+        import torch.distributed as dist
+
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
@@ -68,6 +73,9 @@ class DistributedContext:
         """Every process's numbers, by rank: R lists. Much cheaper than `all_gather_object`."""
         if self.world_size == 1:
             return [list(values)]
+        import torch
+        import torch.distributed as dist
+
         mine = torch.tensor(values, dtype=torch.float64)
         found = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(found, mine)
@@ -76,6 +84,8 @@ class DistributedContext:
     def all_reduce(self, tensor: Tensor) -> None:
         """Sum a tensor over all processes, in place."""
         if self.world_size > 1:
+            import torch.distributed as dist
+
             dist.all_reduce(tensor)
 
     def barrier(self) -> None:
@@ -109,6 +119,9 @@ def distributed_context() -> Iterator[DistributedContext]:
     if (size := int(os.environ.get("WORLD_SIZE", "1"))) == 1:
         yield SINGLE_PROCESS
         return
+    import torch
+    import torch.distributed as dist
+
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise DistributedError(
             f"WORLD_SIZE is {size}, but {missing[0]} is not set: start with torchrun, or unset WORLD_SIZE"
@@ -144,6 +157,8 @@ def distributed_context() -> Iterator[DistributedContext]:
 
 def _error_to_raise(error: Exception, store: Any, distributed: DistributedContext) -> Exception:
     """This error if this process is the first one to fail, else PeerFailedError with the first one's message."""
+    import torch.distributed as dist
+
     # When a peer has ended, NCCL raises a DistError and gloo (torch 2.13) a bare RuntimeError, from our collectives or
     # from those in DDP's and FSDP's passes. A user's mistake is a VitrailError and out of memory a subclass.
     if isinstance(error, dist.DistError) or type(error) is RuntimeError:

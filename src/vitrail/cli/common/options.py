@@ -1,20 +1,21 @@
 """Arguments and options that several commands have, and MODEL's classifier."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from vitrail.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vitrail.classifier import Classifier
+    from vitrail.prediction import BaseClassifier
 
+AnyClassifier = TypeVar("AnyClassifier", bound="BaseClassifier")
 ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A run or model folder, a catalog name, hf:org/repo, or a checkpoint file.",
+        help="A run or model folder, an export, a catalog name, hf:org/repo, or a checkpoint file.",
         show_default=False,
     ),
 ]
@@ -31,12 +32,14 @@ SizeOption = Annotated[
     typer.Option(metavar="SIZE", help="Input size of the model, pixels: 384, or height x width such as 320x192."),
 ]
 DeviceOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 or mps; by default the best available.")
+    str | None,
+    typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 or mps; by default the best available. Exports: cpu."),
 ]
 PrecisionOption = Annotated[
     str,
     typer.Option(
-        metavar="auto|bf16|off", help="bfloat16 (bf16), float32 (off), or the faster one on this hardware (auto)."
+        metavar="auto|bf16|off",
+        help="bfloat16 (bf16), float32 (off), or the faster one on this hardware (auto). Exports: auto.",
     ),
 ]
 BatchSizeOption = Annotated[int | None, typer.Option(min=1, help="Images per batch; by default by image size.")]
@@ -45,15 +48,14 @@ DataDirOption = Annotated[str | None, typer.Option(metavar="FOLDER", help="Folde
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
-def open_model(source: str, device: str | None, img_size: str | None, precision: str) -> "Classifier":
+def open_model(source: str, device: str | None, img_size: str | None, precision: str) -> "BaseClassifier":
     """Load MODEL; see `print_loaded`."""
     from vitrail.classifier import load
-    from vitrail.utils.device import pick_device
 
-    return print_loaded(load(source, pick_device(device or "auto"), img_size, precision))
+    return print_loaded(load(source, device or "auto", img_size, precision))
 
 
-def print_loaded(classifier: "Classifier") -> "Classifier":
+def print_loaded(classifier: "AnyClassifier") -> "AnyClassifier":
     """Print to stderr how a model's weights were loaded, unless it is a model folder of vitrail; returns the model."""
     if classifier.report is not None and not isinstance(classifier.report, dict):  # else a run's summary
         from vitrail.cli.common.tables import stderr

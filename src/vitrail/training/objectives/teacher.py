@@ -12,14 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.classifier import Classifier, load
+from vitrail.classifier import Classifier, ExportedClassifier, load_torch
 from vitrail.errors import ConfigError, ModelError, VitrailError, did_you_mean
 from vitrail.images.preprocess import Preprocess
+from vitrail.inference.export_folder import is_export
+from vitrail.inference.exported import ExportRuntime, open_runtime
 from vitrail.inference.onnx_runtime import OnnxModel
+from vitrail.inference.runtime import Outputs
 from vitrail.inference.torch_runtime import autocast
 from vitrail.pretrained.external import open_external_model
 from vitrail.training.engine.batch_augmenter import View
@@ -32,7 +37,7 @@ _OBJECT = "python:"  # prefix, in the config, of a teacher that was passed as an
 _NO_PREPROCESS = "it has no preprocessing: the student's is used"
 _GREY = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow converts RGB to grey
 
-Source = str | Path | Classifier | nn.Module
+Source = str | Path | Classifier | ExportedClassifier | nn.Module
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,13 @@ def config_name(source: Source) -> str:
     if isinstance(source, Classifier | nn.Module):
         model = source.model if isinstance(source, Classifier) else source
         return f"{_OBJECT}{type(model).__name__}:{model_fingerprint(model)[:16]}"
+    if isinstance(source, ExportedClassifier):
+        source = source.folder
     return absolute_path(str(source), must_exist=not isinstance(source, Path))
 
 
 def open_teacher(source: Source) -> Teacher:
-    """Open a teacher: a MODEL, an .onnx file, or a classifier or module passed by the caller.
+    """Open a teacher: a MODEL, an export, an .onnx file, or a classifier or module passed by the caller.
 
     Raises:
         VitrailError: as for a MODEL; ModelError if it has no classification head.
@@ -85,11 +92,13 @@ def open_teacher(source: Source) -> Teacher:
     try:
         if name.lower().endswith(".onnx"):
             return _of_onnx(name, OnnxModel(Path(name).expanduser(), torch.get_num_threads()))
+        if is_export(name):
+            return _of_export(name, open_runtime(name, torch.get_num_threads()))
         if (external := open_external_model(name)) is not None:
             return _teacher(name, external.model, external.preprocess, external.class_names)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            classifier = load(name)
+            classifier = load_torch(name)
         return _of_classifier(classifier, classifier.model, name, tuple(str(warning.message) for warning in caught))
     except VitrailError as error:
         raise type(error)(f"the teacher cannot be opened: {error}") from None
@@ -103,21 +112,36 @@ def _of_classifier(classifier: Classifier, model: nn.Module, name: str, notes: t
     return _teacher(name, model, classifier.preprocess, classifier.class_names, notes)
 
 
-class _OnnxModule(nn.Module):
-    """An ONNX file as a module: float B C H W to logits B K, on any device."""
+class _NumpyModule(nn.Module):
+    """A function from NumPy's float32 B C H W to logits B K as a module, on any device."""
 
-    def __init__(self, model: OnnxModel) -> None:
+    def __init__(self, logits: Callable[[npt.NDArray[np.float32]], Outputs]) -> None:
         super().__init__()
-        self.onnx = model
+        self.logits = logits
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.from_numpy(self.onnx.run(images.detach().float().cpu().numpy())).to(images.device)
+        return torch.from_numpy(self.logits(images.detach().float().cpu().numpy())).to(images.device)
 
 
 def _of_onnx(name: str, model: OnnxModel) -> Teacher:
     notes = model.notes if model.preprocess else (_NO_PREPROCESS,)
     size = f"{model.bytes / 1e6:,.1f} MB"
-    return Teacher(name, _OnnxModule(model), model.preprocess, model.class_names, model.identity, size, notes)
+    return Teacher(name, _NumpyModule(model.run), model.preprocess, model.class_names, model.identity, size, notes)
+
+
+def _of_export(name: str, runtime: ExportRuntime) -> Teacher:
+    """It takes uint8 images, to which the augmented ones are rounded: no normalisation, which is inside."""
+    record = runtime.record
+    neutral = record.preprocess.replace(
+        mean=(0.0,) * record.preprocess.channels, std=(1.0,) * record.preprocess.channels
+    )
+
+    def logits(images: npt.NDArray[np.float32]) -> Outputs:
+        pixels = np.rint(images * 255).clip(0, 255).astype(np.uint8)
+        return runtime.logits(np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)))
+
+    size = f"{sum(each['bytes'] for each in record.files.values()) / 1e6:,.1f} MB"
+    return Teacher(name, _NumpyModule(logits), neutral, record.class_names, runtime.fingerprint(), size)
 
 
 def _of_module(module: nn.Module) -> Teacher:

@@ -1,0 +1,67 @@
+"""OpenVINO models (model.xml and model.bin) of an export, on the CPU without torch.
+
+Shapes: B batch, H W height and width, C channels, K classes, F features.
+"""
+
+import warnings
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitrail.errors import DeviceError, ExportError
+from vitrail.inference.runtime import Images, Outputs
+from vitrail.utils.text import one_line
+
+
+class OpenVINOSession:
+    """A model of uint8 images B H W C with named outputs, compiled for one batch at a time.
+
+    precision: "bf16" computes in bfloat16 where the CPU has instructions for it, else, with a warning, in float32.
+    "fp32" and "int8" compute what is not quantised in float32, so that an export gives the same on every CPU: left to
+    itself, OpenVINO takes bfloat16 on a CPU that has it.
+
+    Raises:
+        DeviceError: openvino is not installed.
+        ExportError: the file is not an OpenVINO model.
+    """
+
+    def __init__(self, path: Path, threads: int, precision: str) -> None:
+        try:
+            import openvino
+        except ImportError:
+            raise DeviceError(f"{path} needs OpenVINO: pip install 'vitrail[openvino]'") from None
+        core = openvino.Core()
+        bf16 = precision == "bf16"
+        if bf16 and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            warnings.warn(f"{path}: this CPU has no bfloat16: computed in float32, at its speed", stacklevel=2)
+            bf16 = False
+        settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
+            "INFERENCE_NUM_THREADS": threads,
+        }
+        try:
+            self._model: Any = core.compile_model(str(path), "CPU", settings)
+        except RuntimeError as error:
+            raise ExportError(f"{path} is not a model for this version of OpenVINO: {one_line(error)}") from None
+        self.input_shape = _sizes(self._model.inputs[0])
+        self.output_shapes = {port.any_name: _sizes(port) for port in self._model.outputs}
+        self._idle = deque[Any]()  # infer requests; each is used by one thread at a time
+
+    def run(self, images: Images, output: str) -> Outputs:
+        """The output of this name, for images B H W C. May be called from several threads."""
+        try:
+            request = self._idle.pop()
+        except IndexError:
+            request = self._model.create_infer_request()
+        try:
+            request.infer([images], share_inputs=True)
+            return np.array(request.get_tensor(output).data, np.float32)
+        finally:
+            self._idle.append(request)
+
+
+def _sizes(port: Any) -> tuple[int | None, ...]:
+    return tuple(size.get_length() if size.is_static else None for size in port.partial_shape)

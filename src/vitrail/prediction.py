@@ -1,0 +1,178 @@
+"""What every classifier does, on whatever runtime: predict, embed and evaluate. Importing this imports no torch.
+
+Shapes: N inputs, K classes, F features.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vitrail.errors import ConfigError, DataError, ModelError
+from vitrail.images.preprocess import Preprocess
+from vitrail.images.reader import Inputs, path_of
+from vitrail.inference.engine import Engine
+from vitrail.inference.probabilities import ranking, softmax
+
+if TYPE_CHECKING:
+    from vitrail.data.dataset import Dataset
+    from vitrail.evaluation.metrics import Evaluation
+
+_SPLIT_OPTIONS = ("val_fraction", "test_fraction", "split_seed", "group_duplicates")  # of open_dataset
+
+
+@dataclass(frozen=True)
+class Score:
+    """One class and its probability, 0 to 1."""
+
+    label: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable class of one input, its score and the `top` classes; or the `error` why it could not be read.
+
+    `path` is None for an image in memory.
+    """
+
+    path: str | None
+    label: str | None = None
+    score: float | None = None
+    top: tuple[Score, ...] = ()
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON: `path` and `error`, or `path`, `label`, `score` and `top`."""
+        if self.error is not None:
+            return {"path": self.path, "error": self.error}
+        top = [asdict(score) for score in self.top]
+        return {"path": self.path, "label": self.label, "score": self.score, "top": top}
+
+
+class BaseClassifier:
+    """`preprocess` is a Preprocess, `class_names` the K names by index, `architecture` the variant's name.
+
+    `notes` is JSON that is stored with the model, such as how the training images were split. `report` says how the
+    weights were loaded, or is the summary of a run. `precision` is that of the computation.
+    """
+
+    preprocess: Preprocess
+    report: Any = None
+
+    def __init__(self, class_names: Sequence[str], architecture: str, notes: dict[str, Any], precision: str) -> None:
+        if repeated := [name for name, count in Counter(class_names).items() if count > 1]:
+            raise ModelError(f"two classes have the same name: {', '.join(repeated[:3])}")
+        self.class_names = tuple(class_names)
+        self.architecture = architecture
+        self.notes = notes
+        self.precision = precision
+
+    def __repr__(self) -> str:
+        height, width = self.preprocess.size
+        return f"{type(self).__name__}({self.architecture}, {len(self.class_names)} classes, {height}x{width} pixels)"
+
+    def engine(self) -> Engine:
+        """An inference engine with the current model, preprocessing and precision."""
+        raise NotImplementedError
+
+    def predict(self, inputs: Inputs, top: int = 5, batch_size: int | None = None) -> list[Prediction]:
+        """The `top` most probable classes of each image, in the order of `inputs`. Safe to call from several threads.
+
+        inputs: one or several paths, folders (searched recursively), glob patterns, Pillow images, or uint8 arrays
+        H W or H W C. An image that could not be read gives a Prediction with `error`. batch_size: None for the default,
+        with which the probabilities are bit-identical to those of `evaluate`.
+        """
+        return list(self.stream(inputs, top, batch_size))
+
+    def stream(self, inputs: Inputs, top: int = 5, batch_size: int | None = None) -> Iterator[Prediction]:
+        """`predict` as an iterator. Images are decoded while the model runs, a few batches at a time."""
+        if not self.class_names:
+            raise ModelError("this model has no classes to predict; use embed() for its features")
+        if top < 1:
+            raise ConfigError(f"top must be at least 1, not {top}")
+        for batch in self.engine().stream(inputs, batch_size):
+            indices = ranking(batch.outputs, top)
+            scores = np.take_along_axis(softmax(batch.outputs), indices, axis=1)
+            rows = zip(scores.tolist(), indices.tolist(), strict=True)
+            for item, error in zip(batch.items, batch.errors, strict=True):
+                path = path_of(item)
+                if error is not None:
+                    yield Prediction(path, error=error)
+                    continue
+                best = tuple(Score(self.class_names[k], score) for score, k in zip(*next(rows), strict=True))
+                yield Prediction(path, best[0].label, best[0].score, best)
+
+    def embed(self, inputs: Inputs, batch_size: int | None = None) -> npt.NDArray[np.float32]:
+        """The input of the classification head, float32 N F, in the order of `inputs`.
+
+        Raises:
+            DataError: an image could not be read.
+        """
+        engine = self.engine()
+        rows = [np.empty((0, engine.runtime.num_features), np.float32)]
+        for batch in engine.stream(inputs, batch_size, features=True):
+            for item, error in zip(batch.items, batch.errors, strict=True):
+                if error is not None:
+                    raise DataError(f"{path_of(item) or 'an image'} {error}")
+            rows.append(batch.outputs)
+        return np.concatenate(rows)
+
+    def evaluate(
+        self,
+        data: str | Path | Dataset,
+        split: str | None = None,
+        *,
+        data_dir: str | Path | None = None,
+        batch_size: int | None = None,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> Evaluation:
+        """Metrics on a dataset: a folder, a name or a Dataset.
+
+        split: "test", "val" or "train"; by default test if there is one, else val. The images are split as in training
+        (`notes["split"]`). Classes are matched by name. on_batch is called with the number of images of each batch.
+
+        Raises:
+            DataError: the data has a class that the model lacks, or no such split.
+        """
+        from vitrail.data.catalog import open_dataset  # not needed by predict
+        from vitrail.data.dataset import Dataset
+        from vitrail.evaluation.evaluate import evaluate
+
+        if isinstance(data, Dataset):
+            dataset = data.relabel(self.class_names)
+        else:
+            options = {key: value for key, value in self.notes.get("split", {}).items() if key in _SPLIT_OPTIONS}
+            dataset = open_dataset(data, data_dir=data_dir, class_names=self.class_names, **options)
+        name = split or dataset.eval_split()
+        self._warn_if_changed(dataset, name)
+        result = evaluate(
+            self.engine().runtime,
+            dataset.split(name),
+            self.class_names,
+            name=name,
+            batch_size=batch_size,
+            on_batch=on_batch,
+        )
+        result.skipped[:0] = dataset.skipped  # found when the folder was opened
+        return result
+
+    def _warn_if_changed(self, dataset: Dataset, name: str) -> None:
+        """Images that are split by fractions are split differently if there are more or fewer than in training."""
+        before = self.notes.get("counts")
+        if before and dataset.held_out and name != "train" and dataset.name == self.notes.get("data"):
+            now = dataset.counts()
+            if now != before:
+                counts = (", ".join(f"{count} {split}" for split, count in each.items()) for each in (before, now))
+                warnings.warn(
+                    f"the images are not the same as in training ({' then, now '.join(counts)}): "
+                    f"some of these {name} images may have been trained on",
+                    stacklevel=3,
+                )

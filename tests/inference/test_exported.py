@@ -1,0 +1,133 @@
+"""Exports on the inference engine, in ONNX Runtime and OpenVINO. Oracle: the matrix that the file contains."""
+
+import builtins
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from inference.export_files import GREY, WEIGHT, expected_features, make_export
+from vitrail.errors import DeviceError, ExportError, ModelError
+from vitrail.inference import threads
+from vitrail.inference.engine import Engine
+from vitrail.inference.export_folder import ExportRecord
+from vitrail.inference.exported import SESSIONS, ExportRuntime, open_runtime
+from vitrail.inference.runtime import Runtime
+
+DIGITS = (load_digits().images[:23] * 15).astype(np.uint8)
+FEATURES = expected_features(DIGITS)
+LOGITS = FEATURES @ WEIGHT
+
+
+@pytest.fixture(scope="module", params=list(SESSIONS))
+def runtime(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ExportRuntime:
+    return open_runtime(make_export(tmp_path_factory.mktemp("exports") / request.param, request.param), 1)
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 4])
+def test_the_engine_runs_an_export(runtime: ExportRuntime, batch_size: int | None, tmp_path: Path) -> None:
+    as_runtime: Runtime = runtime
+    assert (as_runtime.name, as_runtime.preprocess, as_runtime.num_classes) == ("linear", GREY, 10)
+    inputs: list[Any] = [*DIGITS[:20], tmp_path / "gone.png", *DIGITS[20:]]
+    for features, expected in ((False, LOGITS), (True, FEATURES)):
+        batches = list(Engine(runtime).stream(inputs, batch_size, features=features))
+        found = np.concatenate([batch.outputs for batch in batches])
+        assert [error for batch in batches for error in batch.errors if error] == ["does not exist"]
+        assert found.dtype == np.float32
+        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_threads_share_a_runtime(runtime: ExportRuntime) -> None:
+    """Each call gets its own images' logits, which later calls do not overwrite."""
+    batches = [DIGITS[k : k + 1 + k % 3, :, :, None] for k in range(20)] * 20
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(runtime.logits, batches))
+    for k, logits in enumerate(found):
+        assert np.abs(logits - LOGITS[k % 20 : k % 20 + len(logits)]).max() <= 1e-5 * np.abs(LOGITS).max()
+
+
+@pytest.mark.parametrize("target", SESSIONS)
+@pytest.mark.parametrize(
+    ("change", "kind", "facts"),
+    [
+        ({"class_names": tuple("abc")}, ModelError, r"10.* 3 class names"),
+        ({"num_features": 63}, ModelError, r"64.* 63 features"),
+        ({"preprocess": GREY.replace(size=(9, 8))}, ModelError, r"8, 8, 1\).*9, 8, 1\)"),
+        ({}, ExportError, "not a model"),
+    ],
+)
+def test_what_does_not_match_the_model_is_named(
+    target: str, change: dict[str, Any], kind: type[Exception], facts: str, tmp_path: Path
+) -> None:
+    folder = make_export(tmp_path / "e", target, **change)
+    record = ExportRecord.read(folder)
+    if not change:
+        (folder / record.model).write_text("nonsense")
+        record.write(folder)
+    with pytest.raises(kind, match=rf"{record.model}.*{facts}") as error:
+        open_runtime(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("target", "module"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
+def test_a_missing_package_is_named(target: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_export(tmp_path / "e", target)
+    original = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == module:
+            raise ImportError
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(DeviceError, match=rf"model\.\w+ .*vitrail\[{target}\]"):
+        open_runtime(folder)
+
+
+def test_openvino_computes_in_the_precision_of_the_export(tmp_path: Path) -> None:
+    """Left to itself, it computes fp32 models in bfloat16 on a CPU that has it."""
+    import openvino
+
+    def hint(precision: str) -> str:
+        session: Any = open_runtime(make_export(tmp_path / precision, "openvino", precision=precision)).session
+        return str(session._model.get_property("INFERENCE_PRECISION_HINT"))
+
+    assert hint("fp32") == hint("int8") == str(openvino.Type.f32)
+    if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        assert hint("bf16") == str(openvino.Type.bf16)
+    else:
+        with pytest.warns(UserWarning, match="float32"):
+            assert hint("bf16") == str(openvino.Type.f32)
+
+
+def test_threads_are_those_asked_for_the_exports_or_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    class Counted(SESSIONS["onnx"]):  # type: ignore[misc, valid-type]
+        def __init__(self, path: Path, threads: int, precision: str) -> None:
+            seen.append(threads)
+            super().__init__(path, threads, precision)
+
+    monkeypatch.setitem(SESSIONS, "onnx", Counted)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    open_runtime(make_export(tmp_path / "a", threads=2), 1)
+    open_runtime(tmp_path / "a")
+    open_runtime(make_export(tmp_path / "b"))
+    assert seen == [1, 2, 3]
+
+
+def test_default_threads_are_the_physical_cores_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("", "0", "4,2"):
+        monkeypatch.setenv("OMP_NUM_THREADS", text)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+        monkeypatch.setattr(threads, "_siblings", lambda cpu: f"{cpu % 2},{cpu % 2 + 2}")
+        assert threads.default_threads() == 2
+        monkeypatch.setattr(threads, "_siblings", str)
+        assert threads.default_threads() == 4
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert threads.default_threads() == 7
