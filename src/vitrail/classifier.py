@@ -20,6 +20,7 @@ from vitrail.inference.engine import Engine
 from vitrail.inference.export_folder import ExportRecord, is_export
 from vitrail.inference.exported import open_runtime
 from vitrail.prediction import BaseClassifier
+from vitrail.utils.files import user_path
 
 if TYPE_CHECKING:
     import torch
@@ -165,7 +166,7 @@ def load(
         ConfigError: not a size, or not a precision; or one that an export does not have.
         ExportError, DeviceError: see `ExportedClassifier`; or the device is not available.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if not is_export(path):
         return load_torch(source, device, img_size, precision)
     if str(device) not in ("auto", "cpu"):
@@ -196,7 +197,7 @@ def load_torch(
     from vitrail.pretrained.model_folder import find_model_folder, read_model_folder
     from vitrail.utils.device import pick_device
 
-    path = Path(source).expanduser()
+    path = user_path(source)
     if is_export(path):
         origin = ExportRecord.read(path).source["name"]
         raise ModelError(f"{path} is an export, without the torch model that this needs: use the original, {origin}")

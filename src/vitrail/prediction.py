@@ -152,7 +152,7 @@ class BaseClassifier:
             options = {key: value for key, value in self.notes.get("split", {}).items() if key in _SPLIT_OPTIONS}
             dataset = open_dataset(data, data_dir=data_dir, class_names=self.class_names, **options)
         name = split or dataset.eval_split()
-        self._warn_if_changed(dataset, name)
+        self._warn_if_changed(dataset, data, name)
         result = evaluate(
             self.engine().runtime,
             dataset.split(name),
@@ -164,15 +164,23 @@ class BaseClassifier:
         result.skipped[:0] = dataset.skipped  # found when the folder was opened
         return result
 
-    def _warn_if_changed(self, dataset: Dataset, name: str) -> None:
-        """Images that are split by fractions are split differently if there are more or fewer than in training."""
-        before = self.notes.get("counts")
-        if before and dataset.held_out and name != "train" and dataset.name == self.notes.get("data"):
-            now = dataset.counts()
-            if now != before:
-                counts = (", ".join(f"{count} {split}" for split, count in each.items()) for each in (before, now))
-                warnings.warn(
-                    f"the images are not the same as in training ({' then, now '.join(counts)}): "
-                    f"some of these {name} images may have been trained on",
-                    stacklevel=3,
-                )
+    def _warn_if_changed(self, dataset: Dataset, data: str | Path | Dataset, name: str) -> None:
+        """Images of the data that were trained on, split by fractions, are split differently if some were added,
+        removed or renamed since.
+        """
+        from vitrail.data.catalog import absolute_data
+        from vitrail.data.contents import digest, names_digest
+
+        before = self.notes.get("trained_on")
+        if not before or not dataset.held_out or name == "train":
+            return
+        where = absolute_data(data) if isinstance(data, str | Path) else dataset.name
+        if before["data"] != digest(where) or before["images"] == names_digest(dataset.split("train")):
+            return
+        then, now = self.notes.get("counts", {}), dataset.counts()
+        counts = (", ".join(f"{count} {split}" for split, count in each.items()) for each in (then, now))
+        how = f"then {' and now '.join(counts)}" if then != now else "some have other names"
+        warnings.warn(
+            f"the images are not the same as in training ({how}): some of these {name} images may have been trained on",
+            stacklevel=3,
+        )

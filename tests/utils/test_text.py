@@ -6,7 +6,7 @@ from vitrail.utils.text import format_bytes, format_duration, format_shape, join
 
 
 def test_printable() -> None:
-    assert printable("a\nb\x1b") == "a?b?"
+    assert printable("a\nb\x1b") == "a\\nb\\x1b"
     assert printable("x" * 10, 5) == "xx..."
 
 

@@ -22,6 +22,8 @@ from vitrail.cli.recommend import recommend
 from vitrail.cli.report import report
 from vitrail.cli.train import train
 from vitrail.errors import VitrailError
+from vitrail.utils.streams import lossy
+from vitrail.utils.text import plain, printable
 
 app = typer.Typer(
     name="vitrail",
@@ -62,21 +64,27 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may not be valid UTF-8
+    messages, sys.stderr = sys.stderr, lossy(sys.stderr)
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments  # in any position
     warnings.showwarning = _warn
     try:
         status = _run([argument for argument in arguments if argument != "--debug"], debug)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has exited
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports it again at exit
-        status = 0
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports it again at exit
+            if not isinstance(error, BrokenPipeError):  # else the reader, such as `head`, has exited
+                print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
+                status = status or 2
+    finally:
+        sys.stderr = messages
     sys.exit(status)
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
     """Python's warnings as one line without the source location."""
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {plain(str(message))}", file=sys.stderr)
 
 
 def _run(arguments: list[str], debug: bool) -> int:
@@ -87,15 +95,15 @@ def _run(arguments: list[str], debug: bool) -> int:
         return result if isinstance(result, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return 130
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError:  # the reader of stdout has exited
+        return 0
     except Exception as error:
         text = _explain(error)
         if text is None or debug:
-            traceback.print_exc()
+            print(plain(traceback.format_exc()), end="", file=sys.stderr)
         if text != "" and not getattr(error, "reported_elsewhere", False):
             bug = f"{type(error).__name__}: {error}; this is a bug in vitrail, please report it with the lines above"
-            print(f"error: {text or bug}", file=sys.stderr)
+            print(f"error: {plain(text or bug)}", file=sys.stderr)
         return 1 if text is None else 2
 
 
@@ -110,6 +118,6 @@ def _explain(error: Exception) -> str | None:
             return ""
         return f"{error.format_message().rstrip('.')} (see `{command} --help`)"
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{printable(str(error.filename))}: " if error.filename else ""
         return f"{where}{error.strerror.lower()}"
     return None

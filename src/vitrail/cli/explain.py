@@ -137,6 +137,7 @@ def _explain(classifier: "Classifier", images: list[str], out: str, json: bool, 
     from vitrail.explanation.explain import explain_stream
     from vitrail.explanation.gallery import MAX_IMAGES, write_gallery
     from vitrail.explanation.result import Unreadable
+    from vitrail.utils.text import plain_json
 
     shown: list[Explanation | Unreadable] = []
     failed: list[Unreadable] = []
@@ -156,7 +157,7 @@ def _explain(classifier: "Classifier", images: list[str], out: str, json: bool, 
                 if count <= MAX_IMAGES:
                     shown.append(found)
             if json:
-                print(dumps(record, ensure_ascii=False), flush=True)
+                print(plain_json(dumps(record, ensure_ascii=False)), flush=True)
     if count:
         gallery = write_gallery(out, [*shown, *failed], classifier.architecture, count - len(shown))
         if not json:

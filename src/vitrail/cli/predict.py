@@ -65,19 +65,25 @@ def predict(
 def _print_json(predictions: "Iterator[Prediction]", top: int) -> None:
     from json import dumps
 
+    from vitrail.utils.text import plain_json
+
     for prediction in predictions:
-        print(dumps(prediction.to_dict(), ensure_ascii=False), flush=True)
+        print(plain_json(dumps(prediction.to_dict(), ensure_ascii=False)), flush=True)
 
 
 def _print_csv(predictions: "Iterator[Prediction]", top: int) -> None:
     from csv import writer
 
+    from vitrail.utils.text import plain
+
+    terminal = sys.stdout.isatty()  # elsewhere, paths stay as they are
     out = writer(sys.stdout, lineterminator="\n")
     more = [f"{column}_{rank}" for rank in range(2, top + 1) for column in ("label", "score")]
     out.writerow(["path", "label", "score", "error", *more])
     for prediction in predictions:
         others: list[Any] = [value for score in prediction.top[1:] for value in (score.label, score.score)]
-        out.writerow([prediction.path, prediction.label, prediction.score, prediction.error, *others])
+        row = [prediction.path, prediction.label, prediction.score, prediction.error, *others]
+        out.writerow([plain(value) if terminal and isinstance(value, str) else value for value in row])
         sys.stdout.flush()
 
 

@@ -22,13 +22,14 @@ def push(
     """
     from vitrail.pretrained.push import plan_upload
     from vitrail.pretrained.push import push as send
+    from vitrail.utils.text import plain
 
     plan = plan_upload(model, repo)
     if dry_run:
         sizes = plan.sizes()
         for name, size in sizes.items():
-            print(f"{size:>15,}  {name}")
+            print(f"{size:>15,}  {plain(name)}")
         target = f"hf:{repo}@{revision}" if revision else f"hf:{repo}"
         print(f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files to upload to {target}")
         return
-    print(send(plan, private=private, revision=revision, message=message, create_pr=create_pr))
+    print(plain(send(plan, private=private, revision=revision, message=message, create_pr=create_pr)))

@@ -12,9 +12,8 @@ def report(
 
     Example: `vitrail report runs/photos`
     """
-    from pathlib import Path
-
     from vitrail.training.checkpoints.run_folder import RunFolder
     from vitrail.training.monitoring.report import write_report
+    from vitrail.utils.files import user_path
 
-    print(write_report(RunFolder(Path(run).expanduser())))
+    print(write_report(RunFolder(user_path(run))))

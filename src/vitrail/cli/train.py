@@ -152,6 +152,10 @@ def _arguments(context: typer.Context, data: str | None, settings: list[str]) ->
         settings, data = [data, *settings], None  # no DATA: the run or the recipe names it
     given: dict[str, Any] = {name: value for name, value in options.items() if name not in _NOT_PASSED_ON}
     overrides = parse_overrides(settings)
+    if data is None:
+        data = overrides.pop("data", None)
+    elif "data" in overrides:
+        raise ConfigError(f"DATA is given twice: as {data} and as data={overrides['data']}")
     if twice := given.keys() & overrides.keys():
         name = min(twice)
         raise ConfigError(f"{name} is given twice: as --{name.replace('_', '-')} and as {name}=")

@@ -20,6 +20,7 @@ from vitrail.images.preprocess import Preprocess
 from vitrail.inference.engine import Engine, SplitReader, default_workers
 from vitrail.prediction import BaseClassifier
 from vitrail.training.config.schema import Use, keys_for
+from vitrail.utils.files import user_path
 
 FEATURES = "deit_small_patch16_224"  # whose published weights give the features by default
 PIXELS = "pixels"
@@ -80,7 +81,7 @@ def learning_curve(
         "command": command,
     }
     if out is not None:
-        folder = Path(out).expanduser()
+        folder = user_path(out)
         write_json(folder / "learning_curve.json", result)
         write_curve_page(result, folder / "learning_curve.html")
     return result

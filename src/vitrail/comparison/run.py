@@ -22,14 +22,15 @@ from vitrail.comparison.page import write_page
 from vitrail.comparison.plan import SEEDS, SHARES, Arm, Plan, make_plan
 from vitrail.comparison.timings import time_models
 from vitrail.comparison.verdict import paragraph, summarize
-from vitrail.data.catalog import open_dataset
+from vitrail.data.catalog import check_outside, open_dataset
+from vitrail.data.contents import fingerprint
 from vitrail.data.dataset import Dataset
 from vitrail.errors import RunError
-from vitrail.training.checkpoints.provenance import dataset_fingerprint, environment
+from vitrail.training.checkpoints.provenance import environment
 from vitrail.training.checkpoints.run_folder import RUNS
 from vitrail.training.config.schema import Use, keys_for, make_config
 from vitrail.utils.device import pick_device
-from vitrail.utils.files import atomic_write_text, lock_or_raise
+from vitrail.utils.files import atomic_write_text, lock_or_raise, user_path
 from vitrail.utils.text import format_duration
 
 Log = Callable[[str], None]
@@ -72,7 +73,8 @@ def compare(
     log = log or (lambda text: None)
     dataset = data if isinstance(data, Dataset) else open_data(data, settings)
     plan = make_plan(dataset, models, seeds=seeds, shares=shares, settings={**settings, "budget": budget})
-    folder = RUNS / f"compare-{Path(dataset.name).name}" if out is None else Path(out).expanduser()
+    folder = RUNS / f"compare-{Path(dataset.name).name}" if out is None else user_path(out)
+    check_outside(folder, dataset.name)
     folder.mkdir(parents=True, exist_ok=True)
     busy = RunError(f"another comparison is writing to {folder}: wait for it, or choose another folder with --out")
     with lock_or_raise(folder / ".lock", busy):
@@ -129,7 +131,7 @@ def plan_lines(plan: Plan, dataset: Dataset) -> list[str]:
 
 def _enter(folder: Path, plan: Plan, dataset: Dataset) -> None:
     """Write the plan, or check that it is the one in the folder. Raises RunError."""
-    record = {**plan.to_dict(), "data": dataset.name, "fingerprint": dataset_fingerprint(dataset)}
+    record = {**plan.to_dict(), "data": dataset.name, "fingerprint": fingerprint(dataset).text}
     path = folder / "plan.json"
     if not path.exists():
         if any(not entry.name.startswith(".") for entry in folder.iterdir()):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vitrail.data.contents import warn_about_leaks
 from vitrail.data.dataset import Dataset
 from vitrail.data.formats import hf_datasets, webdataset
 from vitrail.data.formats.cifar import open_cifar
@@ -22,6 +23,7 @@ from vitrail.data.named import DatasetFile, DatasetRow
 from vitrail.data.splits import SplitOptions, make_dataset
 from vitrail.errors import DataError, did_you_mean
 from vitrail.utils.download import Progress
+from vitrail.utils.files import user_path
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ def open_dataset(
     group_duplicates: bool = False,
     class_names: Sequence[str] | None = None,
     progress: Progress | None = None,
+    find_copies: bool = True,
 ) -> Dataset:
     """Open a dataset of DATASETS by name, a folder of images, or data with the prefix of a format in FORMATS.
 
@@ -62,8 +65,8 @@ def open_dataset(
     is held out of train if there is no such split (test only with enough images). split_seed: decides which images are
     held out; independent of the training seed. group_duplicates: near duplicates are held out together, or not at all,
     for which every image is read; without effect on splits that the data has. class_names: a model's classes, to which
-    labels are matched by name. progress: called with (done, total) bytes of a download or files of a scan. Raises
-    DataError or ConfigError.
+    labels are matched by name. progress: called with (done, total) bytes of a download or files of a scan. find_copies:
+    warn of images that are in two splits, byte for byte. Raises DataError or ConfigError.
     """
     # Training needs two classes; the images of an evaluation may be of a single one.
     min_classes = 2 if class_names is None else 1
@@ -74,8 +77,10 @@ def open_dataset(
         splits = row.opener(row, Path(data_dir) if data_dir else None, progress)
         dataset = make_dataset(row.name, row.class_names, splits, options)
         dataset = replace(dataset, channels=row.channels, mean=row.mean, std=row.std)
-    elif format_row.prefix or Path(data).expanduser().is_dir():
+    elif format_row.prefix or user_path(data).is_dir():
         dataset = format_row.opener(rest, options, progress)
+        if find_copies:
+            warn_about_leaks(dataset)
     else:
         hint = did_you_mean(str(data), DATASETS)
         problem = "is a file, not a folder" if Path(data).exists() else f"is neither a folder nor a known dataset{hint}"
@@ -89,6 +94,16 @@ def absolute_data(data: str | Path) -> str:
         return data
     row, rest = _format_of(data)
     return row.prefix + (os.path.abspath(os.path.expanduser(rest)) if row.is_path(rest) else rest)
+
+
+def check_outside(out: str | Path, data: str | Path) -> None:
+    """Raise DataError if `out`, which will be written, is in the folder DATA, where it would be taken for a class."""
+    if str(data).lower() in DATASETS:
+        return
+    row, rest = _format_of(data)
+    folder = user_path(rest).resolve()
+    if row.is_path(rest) and folder.is_dir() and user_path(out).resolve().is_relative_to(folder):
+        raise DataError(f"{out} is in the folder of images {rest}: choose --out outside of it")
 
 
 def _format_of(data: str | Path) -> tuple[FormatRow, str]:

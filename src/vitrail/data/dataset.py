@@ -130,6 +130,12 @@ class EncodedSplit:
         """A line per image that changes when its content does."""
         raise NotImplementedError
 
+    def stats(self) -> npt.NDArray[np.int64]:
+        """(N, 2): the length of each image's content in bytes, and the time in ns at which its file was changed; -1 if
+        unknown.
+        """
+        raise NotImplementedError
+
 
 @dataclass
 class FileSplit(EncodedSplit):
@@ -154,9 +160,20 @@ class FileSplit(EncodedSplit):
         for path in self.paths:
             yield f"{os.path.abspath(path)}\t{file_fingerprint(path)}"
 
+    def stats(self) -> npt.NDArray[np.int64]:
+        return np.array([_stat(path) for path in self.paths], dtype=np.int64).reshape(-1, 2)
+
     def take(self, rows: npt.NDArray[np.int64]) -> FileSplit:
         sizes = None if self.sizes is None else self.sizes[rows]
         return FileSplit([self.paths[i] for i in rows], self.labels[rows], sizes)
+
+
+def _stat(path: str) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
 
 
 def file_fingerprint(path: str) -> str:

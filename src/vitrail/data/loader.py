@@ -25,7 +25,7 @@ from vitrail.data.dataset import ArraySplit, SkippedImage, Split
 from vitrail.data.sampling import Keys, balanced_rows, count_repetitions, epoch_order, rows_of
 from vitrail.errors import ConfigError, DataError, DistributedError
 from vitrail.images.convert import Pixels
-from vitrail.images.decode import BadImage
+from vitrail.images.decode import BadImage, one_image
 from vitrail.images.preprocess import Preprocess
 from vitrail.images.resize import resize_part
 from vitrail.utils.counter_rng import uniform
@@ -220,7 +220,8 @@ class TrainLoader:
         """Read image i of a batch; False, and an entry in `skipped`, if it cannot be read."""
         row = int(rows_of(job.keys[i]))
         try:
-            self._sample(row, job.draws[i], job.images[i])
+            with one_image():
+                self._sample(row, job.draws[i], job.images[i])
         except BadImage as bad:
             self._unreadable[row] = {"path": self.split.name(row), "reason": bad.reason}
             return False

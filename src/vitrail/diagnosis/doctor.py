@@ -96,7 +96,7 @@ def doctor(
         DataError: the data cannot be opened, or no image can be read.
         VitrailError: the model cannot be loaded or, if named, trained.
     """
-    dataset = data if isinstance(data, Dataset) else open_dataset(data, data_dir=data_dir, **split)
+    dataset = data if isinstance(data, Dataset) else open_dataset(data, data_dir=data_dir, find_copies=False, **split)
     show = progress or (lambda name, total: nullcontext(lambda count: None))
     setup = None
     if forecast_model != "none" and "train" in dataset.splits:

@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Pixels = npt.NDArray[np.uint8]
 
 _ORIENTATION = 0x0112  # the EXIF tag
+_STRIP = 1 << 20  # pixels that are converted at a time where a conversion takes much memory
 _lock = threading.Lock()
 _users = 0
 
@@ -120,31 +121,45 @@ def to_channels(image: Image.Image, channels: int = 3) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
+    """Composited on white, in strips: converting all of a large image at once would take five times its memory."""
     from PIL import Image
 
-    try:
-        rgba = image.convert("RGBA")
-    except (ValueError, TypeError, OverflowError):
-        # The transparent colour is out of range for the mode (16 bits in an 8-bit image), so no pixel has it.
-        image.info.pop("transparency", None)
-        return image.convert("RGB")
-    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, rgba).convert("RGB")
+    result = Image.new("RGB", image.size, "white")
+    for top, strip in _strips(image):
+        try:
+            rgba = strip.convert("RGBA")
+        except (ValueError, TypeError, OverflowError):
+            # The transparent colour is out of range for the mode (16 bits in an 8-bit image), so no pixel has it.
+            image.info.pop("transparency", None)
+            return image.convert("RGB")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        result.paste(Image.alpha_composite(white, rgba).convert("RGB"), (0, top))
+    return result
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Horizontal strips of an image, each with the row where it begins."""
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(image.height, top + rows)))
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
     from PIL import Image
 
-    values = np.asarray(image)
-    low, high = float(values.min()), float(values.max())
-    if not (np.isfinite(low) and np.isfinite(high)):
+    ranges = [(float(v.min()), float(v.max())) for v in (np.asarray(strip) for _, strip in _strips(image))]
+    low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+    if not all(np.isfinite(ends).all() for ends in ranges):
         raise BadImage("contains NaN or infinite values")
     if image.mode == "F":
         if low < 0 or high > 255:
             raise BadImage(f"contains floats from {low:g} to {high:g}; save it with 8 or 16 bits, or scaled to 0..1")
-        scaled = values * 255.0 if high <= 1 else values
+        scale: np.floating[Any] = np.float32(255.0 if high <= 1 else 1.0)
+    elif low < 0 or high > 65535:
+        raise BadImage(f"contains integers from {low:g} to {high:g}; save it with 8 or 16 bits")
     else:
-        if low < 0 or high > 65535:
-            raise BadImage(f"contains integers from {low:g} to {high:g}; save it with 8 or 16 bits")
-        scaled = values.astype(np.float64) / 257.0  # 65535 / 255
-    return Image.fromarray(np.rint(scaled).astype(np.uint8))
+        scale = np.float64(1 / 257)  # 65535 / 255
+    result = Image.new("L", image.size)
+    for top, strip in _strips(image):
+        result.paste(Image.fromarray(np.rint(np.asarray(strip) * scale).astype(np.uint8)), (0, top))
+    return result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import stat
 from collections.abc import Callable
@@ -11,7 +10,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import IO, TYPE_CHECKING
 
+from vitrail.errors import VitrailError
 from vitrail.images.convert import BadImage, orientation, quiet_pillow, to_channels
+from vitrail.images.limits import (
+    DECODING_BYTES,
+    PIXEL_LIMIT,
+    TimedBytes,
+    TimedFile,
+    check_scans,
+    check_size,
+    decoding_bytes,
+    holding,
+    reserved,
+)
 from vitrail.utils.text import one_line
 
 if TYPE_CHECKING:
@@ -19,9 +30,17 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-__all__ = ["AtLeast", "BadImage", "Header", "decode", "image_extensions", "read_header"]
+__all__ = [
+    "AtLeast",
+    "BadImage",
+    "Header",
+    "bad_image_errors",
+    "decode",
+    "image_extensions",
+    "one_image",
+    "read_header",
+]
 
-PIXEL_LIMIT = 178_956_970  # Pillow's limit for decompression bombs
 AtLeast = tuple[int, int] | Callable[[int, int], tuple[int, int]]
 
 # Readers that start another program (EPS runs Ghostscript), that never decode, or that work on one system only.
@@ -55,11 +74,11 @@ def image_extensions() -> frozenset[str]:
 
 
 @contextmanager
-def _bad_image_errors() -> Iterator[None]:
-    """Turn any exception of a decoder into BadImage; on damaged files Pillow raises nearly any."""
+def bad_image_errors() -> Iterator[None]:
+    """Turn any exception of Pillow into BadImage, except those of this package; on damaged files it is nearly any."""
     try:
         yield
-    except BadImage:
+    except (BadImage, VitrailError):
         raise
     except FileNotFoundError:
         raise BadImage("does not exist") from None
@@ -71,8 +90,20 @@ def _bad_image_errors() -> Iterator[None]:
         raise BadImage(_reason(error)) from None
 
 
+@contextmanager
+def one_image() -> Iterator[None]:
+    """A block that reads one image of many and crops it: memory that does not suffice is a BadImage too."""
+    try:
+        with holding():
+            yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # of torch
+            raise
+        raise BadImage("does not fit in memory") from None
+
+
 def _reason(error: Exception) -> str:
-    text = one_line(error, 160)
+    text = one_line(error.strerror if isinstance(error, OSError) and error.strerror else error, 160)
     if type(error).__name__ == "DecompressionBombError":
         return f"has more pixels than the limit of {PIXEL_LIMIT:,}"
     if type(error).__name__ == "UnidentifiedImageError":
@@ -86,12 +117,12 @@ def _reason(error: Exception) -> str:
 def _opened(source: str | os.PathLike[str] | bytes) -> Iterator[tuple[IO[bytes], int]]:
     """A regular file or its content, opened, and its size in bytes. Opening a pipe would block."""
     if isinstance(source, bytes):
-        yield io.BytesIO(source), len(source)
+        yield TimedBytes(source), len(source)
         return
     status = os.stat(source)
     if not stat.S_ISREG(status.st_mode):
         raise BadImage("is a folder" if stat.S_ISDIR(status.st_mode) else "is not a regular file")
-    with open(source, "rb") as file:
+    with TimedFile(open(source, "rb", buffering=0)) as file:
         yield file, status.st_size
 
 
@@ -101,11 +132,7 @@ def _open(file: IO[bytes], size: int) -> Image.Image:
     if size == 0:
         raise BadImage("is empty (0 bytes)")
     image = Image.open(file, formats=_formats())
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise BadImage(f"has no pixels ({width} x {height})")
-    if width * height > PIXEL_LIMIT:
-        raise BadImage(f"has {width * height:,} pixels ({width} x {height}), more than the limit of {PIXEL_LIMIT:,}")
+    check_size(*image.size)
     return image
 
 
@@ -118,31 +145,38 @@ def decode(
     then be decoded at 1/2, 1/4 or 1/8 of its size, several times faster; omit it if pixels must be exact.
 
     Raises:
-        BadImage: the image cannot be read.
+        BadImage: the image cannot be read, or takes more memory or time than `limits` allows.
     """
-    with quiet_pillow(), _bad_image_errors():
+    with quiet_pillow(), bad_image_errors():
         if isinstance(source, bytes | str | os.PathLike):
-            with _opened(source) as (file, size):
-                return _decode_file(file, size, channels, at_least)
-        if source.width < 1 or source.height < 1:
-            raise BadImage(f"has no pixels ({source.width} x {source.height})")
+            try:
+                return _decode_file(source, channels, at_least)
+            except MemoryError:  # again without other threads' images
+                return _decode_file(source, channels, at_least, alone=True)
+        check_size(*source.size)
         return to_channels(source, channels)
 
 
-def _decode_file(file: IO[bytes], size: int, channels: int, at_least: AtLeast | None) -> Image.Image:
-    with _open(file, size) as image:
+def _decode_file(
+    source: str | os.PathLike[str] | bytes, channels: int, at_least: AtLeast | None, alone: bool = False
+) -> Image.Image:
+    with _opened(source) as (file, size), _open(file, size) as image:
+        full = image.size
         if at_least is not None and image.format in ("JPEG", "MPO"):
             sideways = orientation(image) >= 5
             height, width = image.size if sideways else image.size[::-1]
             need_h, need_w = at_least(height, width) if callable(at_least) else at_least
             # draft keeps both sides at least this long.
             image.draft(None, (need_h, need_w) if sideways else (need_w, need_h))
-        return to_channels(image, channels)
+        needed = decoding_bytes(image, full)
+        check_scans(file, image)
+        with reserved(DECODING_BYTES if alone else needed):
+            return to_channels(image, channels)
 
 
 def read_header(source: str | os.PathLike[str] | bytes) -> Header:
     """The header, from the first and last bytes of a file or of its content. Raises BadImage."""
-    with quiet_pillow(), _bad_image_errors(), _opened(source) as (file, size), _open(file, size) as image:
+    with quiet_pillow(), bad_image_errors(), _opened(source) as (file, size), _open(file, size) as image:
         width, height = image.size
         # For TIFF, Pillow applies the orientation itself and reports the size after it.
         if image.format in ("JPEG", "MPO", "PNG", "WEBP", "AVIF") and orientation(image) >= 5:

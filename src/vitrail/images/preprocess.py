@@ -28,6 +28,11 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 CROP_MODES = ("center", "squash", "border")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_MAX_SIDE = 8192  # pixels
+_MIN_CROP_PCT = 0.05
+_MAX_MEAN = 1e4  # on the scale 0..1, far beyond what images have
+_LARGE = 1 << 24  # pixels of a resized image above which only the part that the crop keeps is computed
+_REACH = 3  # source pixels, or resized ones if they are larger, on which a value depends on each side: lanczos's
 _IN_CACHE = 1 << 18  # floats that one thread processes at a time: 1 MiB
 
 
@@ -53,20 +58,24 @@ class Preprocess:
     def __post_init__(self) -> None:
         for name in ("size", "mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if len(self.size) != 2 or not all(isinstance(x, int) and x > 0 for x in self.size):
-            raise ConfigError(f"preprocessing: size must be two positive integers (height, width), not {self.size}")
+        if len(self.size) != 2 or not all(isinstance(x, int) and 0 < x <= _MAX_SIDE for x in self.size):
+            raise ConfigError(
+                f"preprocessing: size must be two integers (height, width) from 1 to {_MAX_SIDE}, not {self.size}"
+            )
         for name, known in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
             if (value := getattr(self, name)) not in known:
                 raise ConfigError(f"preprocessing: {name} {value!r} must be one of {', '.join(known)}")
-        if not (isinstance(self.crop_pct, int | float) and 0 < self.crop_pct <= 1):
-            raise ConfigError(f"preprocessing: crop_pct must be above 0 and at most 1, not {self.crop_pct}")
+        if not (isinstance(self.crop_pct, int | float) and _MIN_CROP_PCT <= self.crop_pct <= 1):
+            raise ConfigError(f"preprocessing: crop_pct must be from {_MIN_CROP_PCT} to 1, not {self.crop_pct}")
         if self.channels < 1 or len(self.mean) != self.channels or len(self.std) != self.channels:
             raise ConfigError(
                 f"preprocessing: {self.channels} channels need {self.channels} values of mean and std, "
                 f"not {len(self.mean)} and {len(self.std)}"
             )
-        if not all(math.isfinite(x) for x in (*self.mean, *self.std)) or min(self.std) <= 0:
-            raise ConfigError("preprocessing: mean must be finite and std positive")
+        if not (all(abs(x) <= _MAX_MEAN for x in self.mean) and all(1 / _MAX_MEAN <= x <= _MAX_MEAN for x in self.std)):
+            raise ConfigError(
+                f"preprocessing: mean must be within {_MAX_MEAN:g} of 0 and std from {1 / _MAX_MEAN:g} to {_MAX_MEAN:g}"
+            )
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """One image, any Pillow mode -> float32 C H W, normalised. Raises BadImage."""
@@ -81,14 +90,18 @@ class Preprocess:
         from PIL import Image
 
         from vitrail.images.convert import to_channels
+        from vitrail.images.decode import bad_image_errors
 
         if self.channels not in (1, 3):
             raise ModelError(f"this model takes {self.channels} channels; image files have 1 or 3")
-        image = to_channels(image, self.channels)
-        height, width = self._resized(image.height, image.width)
-        if (width, height) != image.size:
-            image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
-        return np.array(self._center_crop(image)).reshape(*self.size, self.channels)
+        with bad_image_errors():
+            image = to_channels(image, self.channels)
+            height, width = self._resized(image.height, image.width)
+            if height * width > _LARGE:  # of a long and thin image
+                image = self._resize_seen(image, height, width)
+            elif (width, height) != image.size:
+                image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
+            return np.array(self._center_crop(image)).reshape(*self.size, self.channels)
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         """The size after resizing and before cropping, with the rounding of timm or torchvision."""
@@ -102,6 +115,23 @@ class Preprocess:
         ratios = height / target_h, width / target_w
         ratio = max(ratios) if self.crop_mode == "border" else min(ratios)
         return max(1, round(height / ratio)), max(1, round(width / ratio))  # timm's ResizeKeepRatio
+
+    def _resize_seen(self, image: Image.Image, height: int, width: int) -> Image.Image:
+        """The part that the center crop keeps of the image resized to (height, width), without computing the rest."""
+        from PIL import Image
+
+        size, outer, inner = [], [], []
+        for length, resized, crop in ((image.width, width, self.size[1]), (image.height, height, self.size[0])):
+            scale, start, kept = length / resized, max(0, _crop_start(resized, crop)), min(resized, crop)
+            low, high, reach = start * scale, (start + kept) * scale, _REACH * max(1.0, scale)
+            # Cut out first: Pillow's box has single precision, too coarse for the coordinates of a long image.
+            first, last = max(0, math.floor(low - reach)), min(length, math.ceil(high + reach))
+            size.append(kept)
+            outer.append((first, last))
+            inner.append((low - first, min(high - first, last - first)))
+        part = image.crop((outer[0][0], outer[1][0], outer[0][1], outer[1][1]))
+        box = (inner[0][0], inner[1][0], inner[0][1], inner[1][1])
+        return part.resize((size[0], size[1]), Image.Resampling[self.interpolation.upper()], box=box)
 
     def keeps(self, height: int, width: int) -> bool:
         """Whether `crop` leaves images of this size unchanged."""

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from vitrail.errors import DataError
 from vitrail.images.convert import Pixels
 from vitrail.images.decode import BadImage, decode, image_extensions
 from vitrail.images.preprocess import Preprocess
@@ -60,7 +61,11 @@ def _or_error(path: str, found: Iterator[str], error: str) -> Iterator[str | NoI
 
 
 def _matching(pattern: str) -> Iterator[str]:
-    for path in sorted(glob.glob(os.path.expanduser(pattern), recursive=True)):
+    try:
+        paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+    except RecursionError:
+        raise DataError(f"{pattern}: the folders are nested too deeply for a pattern; name the folder") from None
+    for path in paths:
         if os.path.isdir(path):
             if "**" not in pattern:  # "**" matches its content too
                 yield from _images_below(path)
@@ -69,12 +74,22 @@ def _matching(pattern: str) -> Iterator[str]:
 
 
 def _images_below(folder: str) -> Iterator[str]:
-    """Files with an image's extension, in alphabetical order, without hidden ones."""
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in image_extensions():
-                yield os.path.join(parent, name)
+    """Files with an image's extension, in alphabetical order, without hidden ones. Links to folders are not followed.
+
+    Without recursion, which would limit the depth.
+    """
+    waiting = [folder]
+    while waiting:
+        try:
+            with os.scandir(waiting.pop()) as found:
+                entries = sorted((each for each in found if not each.name.startswith(".")), key=lambda each: each.name)
+        except OSError:
+            continue
+        folders = [each.path for each in entries if each.is_dir(follow_symlinks=False)]
+        for entry in entries:
+            if os.path.splitext(entry.name)[1].lower() in image_extensions() and not os.path.isdir(entry.path):
+                yield entry.path
+        waiting += reversed(folders)
 
 
 def crop(source: Input | NoImages, preprocess: Preprocess) -> Pixels:

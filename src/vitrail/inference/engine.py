@@ -24,7 +24,7 @@ import numpy as np
 from vitrail.data.dataset import ArraySplit, Split
 from vitrail.errors import ConfigError, DataError
 from vitrail.images.convert import Pixels
-from vitrail.images.decode import BadImage
+from vitrail.images.decode import BadImage, one_image
 from vitrail.images.preprocess import Preprocess
 from vitrail.images.reader import Input, Inputs, NoImages, crop, expand
 from vitrail.inference.runtime import Outputs, Runtime
@@ -172,7 +172,8 @@ def _read_ahead(
         found: list[Decoded[T]] = []
         for item in part:
             try:
-                found.append((item, read(item), None))
+                with one_image():
+                    found.append((item, read(item), None))
             except BadImage as bad:
                 found.append((item, None, bad.reason))
         return found

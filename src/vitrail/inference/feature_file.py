@@ -29,7 +29,14 @@ from safetensors.numpy import load_file, save
 from vitrail.errors import ConfigError, DataError, DeviceError, RunError
 from vitrail.images.reader import Inputs, NoImages, expand, path_of
 from vitrail.inference.engine import Engine
-from vitrail.utils.files import atomic_write_bytes, atomic_write_text, disk_errors, lock_or_raise, remove_leftovers
+from vitrail.utils.files import (
+    atomic_write_bytes,
+    atomic_write_text,
+    disk_errors,
+    lock_or_raise,
+    remove_leftovers,
+    user_path,
+)
 
 Source = str | NoImages  # a path, or a folder or pattern without images
 Rows = Iterator[tuple[str, npt.NDArray[np.float32]]]  # paths and their features F
@@ -81,7 +88,7 @@ def embed_to_file(
         RunError: `out` exists, or `<out>.part` belongs to another model or to other files.
         DeviceError: pyarrow is missing.
     """
-    out = Path(out).expanduser()
+    out = user_path(out)
     write = _writer(out)
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, not {batch_size}")

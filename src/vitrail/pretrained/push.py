@@ -14,6 +14,7 @@ from vitrail.pretrained.hub import endpoint, hub_error
 from vitrail.pretrained.local import CARD, CONFIG
 from vitrail.pretrained.model_card import without_paths
 from vitrail.pretrained.model_folder import WEIGHTS, find_model_folder, read_model_folder, to_card
+from vitrail.utils.files import user_path
 from vitrail.utils.text import printable
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def plan_upload(model: str | Path, repo: str) -> UploadPlan:
     """
     if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
         raise ConfigError(f"{printable(repo)!r} is not a repository name: use ORG/NAME or USER/NAME")
-    path = Path(model).expanduser()
+    path = user_path(model)
     folder = find_model_folder(path)
     if folder is None:
         what = "contains no model" if path.is_dir() else "is not a folder" if path.exists() else "does not exist"

@@ -18,6 +18,7 @@ from vitrail.pretrained.foreign_configs import Architecture, check, from_record
 from vitrail.pretrained.hub import hub_weights, is_cached
 from vitrail.pretrained.local import CONFIG, SUFFIXES, USUAL, find_weights, licence_of, read_architecture, read_tensors
 from vitrail.utils.download import cache_dir, fetch
+from vitrail.utils.files import user_path
 from vitrail.utils.text import printable
 from vitrail.weights.formats.detect import convert_names
 from vitrail.weights.heads import num_classes_of
@@ -95,7 +96,7 @@ def load_source(source: str | Path, model: str | None = None) -> Loaded:
         WeightsError: no such source, a failed download, or a file that is damaged or not trusted.
         ModelError: its config is invalid or not supported.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if isinstance(source, Path):
         return _local(path)
     if record := _by_tag(source, model):

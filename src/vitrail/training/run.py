@@ -10,13 +10,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vitrail.classifier import Classifier
+from vitrail.data.catalog import check_outside
+from vitrail.data.contents import digest, names_digest
 from vitrail.data.dataset import Dataset
 from vitrail.errors import ConfigError, DeviceError, DistributedError, RunError
 from vitrail.evaluation.metrics import Evaluation
 from vitrail.models.base import ImageModel
 from vitrail.training.checkpoints.checkpoint import unshared
 from vitrail.training.checkpoints.provenance import python_call, session_record
-from vitrail.training.checkpoints.run_folder import RunFolder, check_empty, create_run_folder, unfinished_run
+from vitrail.training.checkpoints.run_folder import RUNS, RunFolder, check_empty, create_run_folder, unfinished_run
 from vitrail.training.config.recipes import find_recipe
 from vitrail.training.config.schema import KEYS, TrainConfig, Use, keys_for, make_config, read_config, to_toml
 from vitrail.training.engine.interrupt import Stopped
@@ -35,7 +37,7 @@ from vitrail.training.session import Session
 from vitrail.training.setup import Setup, prepare, split_settings
 from vitrail.utils.device import compiling, cpu_threads, pick_device, uses_bf16
 from vitrail.utils.distributed import DistributedContext, distributed_context
-from vitrail.utils.files import atomic_folder
+from vitrail.utils.files import atomic_folder, user_path
 from vitrail.utils.memory import is_out_of_memory
 from vitrail.utils.text import one_line
 
@@ -110,7 +112,7 @@ def _check_folders(
             raise ConfigError("--resume continues a run in its folder with its settings: leave out --out and --recipe")
         return _read_run_config(unfinished_run(resume))
     if out is not None and show_batch is None:
-        check_empty(RunFolder(Path(out).expanduser()))  # before a download, not after
+        check_empty(RunFolder(user_path(out)))  # before a download, not after
     return None
 
 
@@ -225,6 +227,8 @@ def _folder(
 
     def choose() -> Path:
         old = None if resume is None else unfinished_run(resume)
+        if old is None:
+            check_outside(RUNS if out is None else out, setup.config.data.data)
         return (old or create_run_folder(out, setup.dataset.name, setup.config.model.model)).path
 
     folder = RunFolder(distributed.run_on_main(choose), distributed.is_main)
@@ -247,7 +251,8 @@ def _train(session: Session, folder: RunFolder, reporter: Reporter, resumed: boo
     for line in plan_lines(setup, session.trainer, session.loader.steps_per_epoch, str(folder.path)):
         reporter.log(line)
     if resumed:
-        reporter.log(f"resumed at epoch {session.trainer.state.epoch + 1}, step {session.trainer.state.steps}")
+        state = session.trainer.state
+        reporter.log(f"resumed at epoch {state.epoch + 1}, step {state.steps}; {session.checked}")
 
     def work() -> tuple[dict[str, Any], Evaluation]:
         if not resumed and session.distributed.world_size == 1:
@@ -314,6 +319,10 @@ def _finish(
         "data": setup.dataset.name,
         "split": split_settings(setup.config),
         "counts": setup.dataset.counts(),
+        "trained_on": {
+            "data": digest(setup.config.data.data),
+            "images": names_digest(setup.dataset.split("train")),
+        },
         "figures": {key: summary[key] for key in ("split", "images", "top1", "top5", "loss")},
         **({"source": loaded.source, "licence": loaded.licence} if loaded else {}),  # the model inherits the licence
     }

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from vitrail.data.contents import fingerprint
 from vitrail.errors import RunError
 from vitrail.evaluation.evaluate import Interrupted, evaluate
 from vitrail.evaluation.metrics import Evaluation
@@ -23,7 +24,6 @@ from vitrail.training.build import make_train_loader, make_trainer
 from vitrail.training.checkpoints.best import BestWeights
 from vitrail.training.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from vitrail.training.checkpoints.policy import CheckpointPolicy
-from vitrail.training.checkpoints.provenance import dataset_fingerprint
 from vitrail.training.checkpoints.run_folder import RunFolder
 from vitrail.training.engine.interrupt import Interrupt, Stopped
 from vitrail.training.engine.non_finite import MAX_CONSECUTIVE_BAD_STEPS, MAX_ROLLBACKS, ROLLBACK_LR_SCALE
@@ -66,11 +66,12 @@ class Session:
         converted = distributed.world_size > 1 and (config.machine.shard or device.type == "cuda")
         self.model = copy.deepcopy(setup.model) if converted else setup.model
         self.trainer = make_trainer(setup, self.loader.steps_per_epoch, device, distributed)
-        self.images = dataset_fingerprint(dataset)
+        self.images = fingerprint(dataset)
         self.teacher = self.trainer.task.teacher_fingerprint
         self.best = BestWeights()
         self.history: list[dict[str, Any]] = []
         self.skipped: dict[str, str] = {}
+        self.checked = ""  # a line about the images, of a resumed run
         self._policy = CheckpointPolicy(config)
         self._initial: Checkpoint | None = None
         self._sync = ProcessSync(distributed)
@@ -267,7 +268,7 @@ class Session:
             "best": self.best.record(),
             "history": list(self.history),
             "skipped": dict(self.skipped),
-            "images": self.images,
+            "images": self.images.to_dict(),
             "teacher": self.teacher,
             "torch": torch.__version__,
         }
@@ -277,10 +278,11 @@ class Session:
         record = self.distributed.broadcast_object(None if found is None else found.record)
         if record is None:
             return False
-        for name in ("images", "teacher"):
-            if record[name] != getattr(self, name):
-                verb = "are" if name == "images" else "is"
-                raise RunError(f"cannot resume {self.folder.path}: the {name} {verb} not the same as before")
+        if difference := self.images.difference(record["images"]):
+            raise RunError(f"cannot resume {self.folder.path}: the images are not the same as before ({difference})")
+        self.checked = self.images.checked(record["images"])
+        if record["teacher"] != self.teacher:
+            raise RunError(f"cannot resume {self.folder.path}: the teacher is not the same as before")
         tensors = found.tensors if found else {}
         self.trainer.state = TrainState(**record["state"])
         self.trainer.load_state_dict(tensors)

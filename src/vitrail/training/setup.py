@@ -11,7 +11,7 @@ from torch import nn
 
 from vitrail.data.catalog import absolute_data, open_dataset
 from vitrail.data.dataset import Dataset
-from vitrail.errors import ConfigError, ModelError
+from vitrail.errors import ConfigError, DataError, ModelError
 from vitrail.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from vitrail.inference.engine import default_workers
 from vitrail.models.base import ImageModel
@@ -26,7 +26,8 @@ from vitrail.training.config.recipes import Recipe, named_recipe, recipe_names
 from vitrail.training.config.schema import TrainConfig, Use, keys_for
 from vitrail.training.resources.image_cache import settle_cache
 from vitrail.utils.counter_rng import fold
-from vitrail.utils.text import one_line
+from vitrail.utils.files import user_path
+from vitrail.utils.text import one_line, printable
 
 _FULL_CROP = 64  # largest input side, pixels, that is evaluated without a center crop
 _CROP_PCT = 0.95
@@ -88,7 +89,7 @@ def prepare(
     folder, split = requested.data.data_dir, split_settings(requested)
     dataset = data if isinstance(data, Dataset) else open_dataset(data, data_dir=folder, **split)
     train = dataset.split("train")
-    given = _portable(requested.given) | {"data": data.name if isinstance(data, Dataset) else absolute_data(data)}
+    given = _portable(requested.given) | {"data": data.name if isinstance(data, Dataset) else _storable(data)}
     if external is not None:
         given["model"] = type(external).__name__
     if auto_batch := given.get("batch_size") == 0:
@@ -162,7 +163,7 @@ def split_settings(config: TrainConfig) -> dict[str, Any]:
 
 def absolute_path(text: str, *, must_exist: bool = True) -> str:
     """A path made absolute; other text, such as a catalog name, unchanged."""
-    path = Path(text).expanduser()
+    path = user_path(text)
     return text if text in VARIANTS or (must_exist and not path.exists()) else str(path.resolve())
 
 
@@ -170,6 +171,14 @@ def _portable(given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with absolute paths, so that the run can be resumed from another directory."""
     paths = {key: given[key] for key in ("teacher", "teacher_outputs") if given.get(key)}
     return {**given, **{key: absolute_path(path, must_exist=key == "teacher") for key, path in paths.items()}}
+
+
+def _storable(data: str | Path) -> str:
+    """DATA as it is written to config.toml, which is UTF-8. Raises DataError if it cannot be."""
+    text = absolute_data(data)
+    if text.encode("utf-8", "replace") != text.encode("utf-8", "surrogateescape"):
+        raise DataError(f"{printable(text)} is not UTF-8, and could not be written to the run: make a link to it")
+    return text
 
 
 def _make_model(

@@ -24,7 +24,7 @@ from typing import IO
 from urllib.parse import urlsplit
 
 from vitrail.errors import DownloadError
-from vitrail.utils.files import wait_for_lock
+from vitrail.utils.files import user_path, wait_for_lock
 
 Progress = Callable[[int, int | None], None]  # bytes so far, total bytes (None: unknown)
 
@@ -37,8 +37,8 @@ _PAUSE = 0.2  # seconds before the second attempt, doubled each time
 def cache_dir() -> Path:
     """$VITRAIL_CACHE, or vitrail's folder in $XDG_CACHE_HOME or ~/.cache."""
     if own := os.environ.get("VITRAIL_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vitrail"
+        return user_path(own)
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vitrail"
 
 
 def fetch(

@@ -86,8 +86,13 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
-    """`atomic_write_bytes` for text, as UTF-8."""
-    atomic_write_bytes(path, text.encode())
+    """`atomic_write_bytes` for text, as UTF-8; bytes of a file name that are not UTF-8 are escaped."""
+    atomic_write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def user_path(path: str | Path) -> Path:
+    """A path with ~ replaced by the home folder; unchanged, unlike by `Path.expanduser`, if there is no such user."""
+    return Path(os.path.expanduser(path))
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """How much memory is available and how much the process uses. Sizes are in bytes."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -41,9 +42,7 @@ def resident_memory() -> int:
     """The resident set size of this process, on Linux; 0 elsewhere."""
     if not _STATM.exists():
         return 0
-    import resource
-
-    return int(_STATM.read_text().split()[1]) * resource.getpagesize()
+    return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_memory(device: torch.device) -> int | None:

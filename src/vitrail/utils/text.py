@@ -1,12 +1,43 @@
-"""Text for messages and logs: printable names, short lists, one-line errors, shapes, durations and sizes."""
+"""Text for messages and logs: text without control characters, short lists, one-line errors, durations and sizes."""
 
+import re
 from collections.abc import Iterable
+
+# Control characters but line feed and tab, marks that reverse the writing direction, other line separators; and
+# surrogates, as which Python reads the bytes of file names that are not UTF-8.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def plain(text: str) -> str:
+    """Text from outside, such as file and class names, for a terminal: control characters as escapes (\\x1b)."""
+    return _CONTROL.sub(lambda found: _escape(found[0]), text)
+
+
+def _escape(character: str) -> str:
+    number = ord(character)
+    if 0xDC80 <= number <= 0xDCFF:  # a byte of a file name
+        number -= 0xDC00
+    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
+
+
+def readable(name: str) -> str:
+    """A file name as text: bytes that are not UTF-8 are read as Latin-1, and control characters escaped."""
+    return _in_line("".join(chr(ord(c) - 0xDC00) if "\udca0" <= c <= "\udcff" else c for c in name))
+
+
+def plain_json(text: str) -> str:
+    """JSON that was written without ASCII escapes, with the characters that `plain` replaces as JSON's escapes."""
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _in_line(text: str) -> str:
+    return plain(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def printable(name: str, limit: int = 120) -> str:
-    """`name` with control characters replaced by "?", cut to `limit` characters."""
-    plain = "".join(c if c.isprintable() else "?" for c in name)
-    return plain if len(plain) <= limit else plain[: limit - 3] + "..."
+    """`name` in one line: control characters and line breaks as escapes, cut to `limit` characters."""
+    text = _in_line(name)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def one_line(value: object, limit: int = 200) -> str:

@@ -12,6 +12,7 @@ from vitrail.data.loader import TrainLoader
 from vitrail.data.splits import natural
 from vitrail.errors import DataError
 from vitrail.images.preprocess import Preprocess
+from vitrail.images.reader import expand
 
 SMALL = Preprocess(size=(32, 32))
 
@@ -153,10 +154,10 @@ def test_natural_order_of_class_names(tmp_path):
 
 
 def test_a_class_named_like_a_split(tmp_path):
-    for name in ("train", "bus", "test"):
+    for c, name in enumerate(("train", "bus", "test")):
         (tmp_path / "d" / name).mkdir(parents=True)
         for i in range(3):
-            picture(0, i).save(tmp_path / "d" / name / f"{i}.png")
+            picture(c, i).save(tmp_path / "d" / name / f"{i}.png")
     assert open_dataset(tmp_path / "d").class_names == ("bus", "test", "train")
 
 
@@ -242,3 +243,82 @@ def test_progress(tmp_path):
     seen = []
     open_dataset(tmp_path / "d", progress=lambda done, total: seen.append((done, total)))
     assert seen == [(64, 80), (80, 80)]
+
+
+def test_a_class_folder_whose_name_is_not_utf8(tmp_path):
+    root = tmp_path / "d"
+    for c, name in enumerate((b"caf\xe9", "thé".encode(), b"\x1b[31mred")):
+        folder = os.path.join(os.fsencode(root), name)
+        os.makedirs(folder)
+        for i in range(4):
+            picture(c, i).save(os.path.join(os.fsdecode(folder), f"{i}.png"))
+    with pytest.warns(UserWarning, match=r"caf\\xe9 as café"):
+        dataset = open_dataset(root)
+    assert sorted(dataset.class_names) == ["\\x1b[31mred", "café", "thé"]
+    assert "\x1b" not in "".join(dataset.class_names)
+    "".join(dataset.class_names).encode()
+    assert sum(dataset.counts().values()) == 12
+    assert all(dataset.splits[name].image(0).size == (64, 48) for name in dataset.splits)
+    # Two names that read alike stay two classes.
+    os.makedirs(os.path.join(os.fsencode(root), "café".encode()))
+    picture(3, 0).save(root / "café" / "0.png")
+    with pytest.warns(UserWarning, match="by another name"):
+        assert sorted(open_dataset(root, val_fraction=0).class_names) == ["\\x1b[31mred", "caf\\xe9", "café", "thé"]
+
+
+def test_links_that_would_relabel_the_images_of_other_classes(tmp_path):
+    made = make_folder(tmp_path / "up/d", classes=3, per_class=5, broken=False)
+    (made.root / "class0/root").symlink_to(made.root)
+    (made.root / "class0/up").symlink_to(tmp_path / "up")
+    (made.root / "class1/other").symlink_to(made.root / "class2")
+    (made.root / "class1/self").symlink_to(made.root / "class1")
+    (tmp_path / "elsewhere").mkdir()
+    picture(2, 77).save(tmp_path / "elsewhere/77.png")
+    (made.root / "class2/more").symlink_to(tmp_path / "elsewhere")
+    dataset = open_dataset(made.root, val_fraction=0)
+    label = {
+        os.path.realpath(p): dataset.class_names[k]
+        for p, k in zip(paths(dataset, "train"), dataset.splits["train"].labels, strict=True)
+    }
+    assert len(paths(dataset, "train")) == len(label) == 16
+    assert all(os.path.basename(os.path.dirname(p)) in (name, "elsewhere") for p, name in label.items())
+    assert {os.path.relpath(s["path"], made.root) for s in dataset.skipped} == {
+        "class0/root",
+        "class0/up",
+        "class1/other",
+    }
+
+
+def test_folders_beside_the_splits_are_named(tmp_path):
+    made = make_folder(tmp_path / "d", classes=2, per_class=5, broken=False, layout=("train",))
+    (made.root / "dogs").mkdir()
+    picture(0, 9).save(made.root / "dogs/9.png")
+    dataset = open_dataset(made.root)
+    assert [(s["path"], "train/" in s["reason"]) for s in dataset.skipped] == [(str(made.root / "dogs"), True)]
+
+
+@pytest.fixture
+def deep(tmp_path):
+    """A folder of images with 1,500 folders in each other, which are removed one by one: rmtree is recursive."""
+    made = make_folder(tmp_path / "d", classes=2, per_class=3, broken=False)
+    inner, other = made.root / "class0/s", made.root / "class0/t"
+    inner.mkdir()
+    for _ in range(1500):
+        inner.rename(other)
+        inner.mkdir()
+        other.rename(inner / "s")
+    yield made.root
+    while inner.exists():
+        if (inner / "s").exists():
+            (inner / "s").rename(other)
+        inner.rmdir()
+        if other.exists():
+            other.rename(inner)
+
+
+@pytest.mark.slow
+def test_a_folder_1500_deep(deep):
+    assert sum(open_dataset(deep).counts().values()) == 6
+    assert len(list(expand(str(deep)))) == 6
+    with pytest.raises(DataError, match="deep"):
+        list(expand(f"{deep}/**/*.png"))

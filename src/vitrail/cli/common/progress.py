@@ -14,11 +14,13 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], No
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from vitrail.utils.streams import lossy
+
     terminal = sys.stderr.isatty()
     columns = (BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     start = last = time.perf_counter()
     done = 0
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not terminal) as bar:
+    with Progress(*columns, console=Console(file=lossy(sys.stderr)), transient=True, disable=not terminal) as bar:
         task = bar.add_task(what, total=total, rate="")
 
         def advance(count: int) -> None:
@@ -29,6 +31,6 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], No
             bar.update(task, completed=done, rate=rate)
             if not terminal and now - last >= _LINE_SECONDS:
                 last = now
-                print(f"{rate}, of {total:,}" if total else rate, file=sys.stderr)
+                print(f"{rate}, of {total:,}" if total else rate, file=lossy(sys.stderr))
 
         yield advance

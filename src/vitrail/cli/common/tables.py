@@ -6,27 +6,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from vitrail.utils.console import PlainConsole, plain_text
+from vitrail.utils.streams import lossy
+from vitrail.utils.text import plain_json
 
 _PIPE_WIDTH = 10_000  # columns if stdout is not a terminal
 
 
-def stdout() -> Console:
+def stdout() -> PlainConsole:
     """The console for results."""
     terminal = sys.stdout.isatty()
-    return Console(file=sys.stdout, width=None if terminal else _PIPE_WIDTH, highlight=False, markup=False)
+    return PlainConsole(file=sys.stdout, width=None if terminal else _PIPE_WIDTH, highlight=False, markup=False)
 
 
-def stderr() -> Console:
+def stderr() -> PlainConsole:
     """The console for messages; long lines are not wrapped."""
-    return Console(file=sys.stderr, highlight=False, markup=False, soft_wrap=True)
+    return PlainConsole(file=lossy(sys.stderr), highlight=False, markup=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
     """Print indented JSON to stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(plain_json(json.dumps(value, indent=2, ensure_ascii=False)))
 
 
 def print_skipped(skipped: Iterable[Mapping[str, str]]) -> None:
@@ -40,7 +43,7 @@ def table(headers: Sequence[tuple[str, str]], rows: Iterable[Sequence[str | Text
 
     width: truncate the last column so that the table fits.
     """
-    cells = [[cell if isinstance(cell, Text) else Text(cell) for cell in row] for row in rows]
+    cells = [[plain_text(cell) for cell in row] for row in rows]
     result = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     used = 0
     for column, (title, align) in enumerate(headers):

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from vitrail.data.dataset import Split, decode_reduced
 from vitrail.images.convert import Pixels
+from vitrail.images.decode import bad_image_errors
 from vitrail.images.preprocess import Preprocess
 
 _TRIES = 10
@@ -63,5 +64,6 @@ def random_crop(
     top, left, h, w = crop_box(height, width, scale, ratio, draw)
     x, y = image.width / width, image.height / height  # below 1 if a JPEG was decoded at a reduced size
     box = (left * x, top * y, min((left + w) * x, image.width), min((top + h) * y, image.height))
-    image = image.resize((target_w, target_h), Image.Resampling[preprocess.interpolation.upper()], box=box)
+    with bad_image_errors():
+        image = image.resize((target_w, target_h), Image.Resampling[preprocess.interpolation.upper()], box=box)
     return np.asarray(image).reshape(target_h, target_w, preprocess.channels)

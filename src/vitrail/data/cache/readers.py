@@ -15,6 +15,7 @@ import numpy as np
 from vitrail.data.cache.pixel_cache import Log, Shapes, open_cache
 from vitrail.data.dataset import EncodedSplit, Split, decode_reduced
 from vitrail.images.convert import Pixels
+from vitrail.images.decode import bad_image_errors
 from vitrail.images.preprocess import Preprocess
 
 ReadImage = Callable[[int], Pixels]  # row -> uint8 H W C, or BadImage
@@ -86,5 +87,6 @@ def decode_shrunk(split: Split, row: int, channels: int, side: int) -> Pixels:
     image, full = decode_reduced(split, row, channels, lambda height, width: shrunk_size(height, width, side))
     height, width = shrunk_size(*full, side)
     if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        with bad_image_errors():
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image).reshape(height, width, channels)

@@ -16,7 +16,7 @@ import numpy as np
 
 from vitrail.data.dataset import EncodedSplit, Split
 from vitrail.images.convert import BadImage, Pixels, quiet_pillow, to_channels
-from vitrail.images.decode import decode
+from vitrail.images.decode import decode, one_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -135,7 +135,8 @@ def read_each(
         with quiet_pillow():
             for name, row in part:
                 try:
-                    found.append(read(splits[name], row))
+                    with one_image():
+                        found.append(read(splits[name], row))
                 except BadImage as bad:
                     found.append(bad.reason)
         return found

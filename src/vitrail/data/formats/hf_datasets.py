@@ -39,6 +39,7 @@ class TableSplit(EncodedSplit):
     rows: npt.NDArray[np.int64]
     labels: Labels
     sizes: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]  # of the images' contents, bytes
     prefix: str
     fingerprint: str
 
@@ -52,8 +53,12 @@ class TableSplit(EncodedSplit):
         for row in self.rows.tolist():
             yield f"{self.fingerprint}\t{row}"
 
+    def stats(self) -> npt.NDArray[np.int64]:
+        return np.stack([self.lengths, np.full(len(self.rows), -1)], axis=1)
+
     def take(self, rows: npt.NDArray[np.int64]) -> TableSplit:
-        return replace(self, rows=self.rows[rows], labels=self.labels[rows], sizes=self.sizes[rows])
+        lengths = self.lengths[rows]
+        return replace(self, rows=self.rows[rows], labels=self.labels[rows], sizes=self.sizes[rows], lengths=lengths)
 
 
 def open_hf_dataset(name: str, options: SplitOptions, progress: Progress | None = None) -> Dataset:
@@ -114,10 +119,12 @@ def is_path(name: str) -> bool:
 
 def _parquet_files(path: str) -> list[str]:
     if os.path.isdir(path):
-        return sorted(glob.glob(os.path.join(glob.escape(path), "**", "*.parquet"), recursive=True))
+        found = sorted(glob.glob(os.path.join(glob.escape(path), "**", "*.parquet"), recursive=True))
+        return [file for file in found if os.path.isfile(file)]
     if os.path.isfile(path):
         return [path]
-    return [found for found in sorted(glob.glob(path, recursive=True)) if found.endswith(".parquet")]
+    matching = sorted(glob.glob(path, recursive=True))
+    return [file for file in matching if file.endswith(".parquet") and os.path.isfile(file)]
 
 
 def _load_parquet(name: str, files: list[str]) -> Any:
@@ -203,7 +210,9 @@ def _scan_table(table: Any, image: str, label: str, prefix: str, progress: Progr
 
     scan = cached_scan(f"{prefix}\t{image}\t{label}", f"{fingerprint}\t{len(table)}", scan_rows)
     rows = np.array([sample.offset for sample in scan.samples], dtype=np.int64)
-    return TableSplit(table, image, rows, np.zeros(len(rows), dtype=np.int64), scan.sizes, prefix, fingerprint), scan
+    lengths = np.array([sample.length or -1 for sample in scan.samples], dtype=np.int64)
+    labels = np.zeros(len(rows), dtype=np.int64)
+    return TableSplit(table, image, rows, labels, scan.sizes, lengths, prefix, fingerprint), scan
 
 
 def _add(scan: Scan, row: int, path: str, value: Any, label: Any) -> None:

@@ -13,7 +13,7 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
-from vitrail.data.dataset import EncodedSplit, Labels, file_fingerprint
+from vitrail.data.dataset import EncodedSplit, FileSplit, Labels, file_fingerprint
 from vitrail.data.formats.scan import Label, Scan
 from vitrail.errors import DataError
 from vitrail.images.decode import BadImage
@@ -62,6 +62,10 @@ class ShardSplit(EncodedSplit):
         shards = [f"{os.path.abspath(path)}\t{file_fingerprint(path)}" for path in self.shards]
         for shard, offset, length in self.locations.tolist():
             yield f"{shards[shard]}\t{offset}\t{length}"
+
+    def stats(self) -> npt.NDArray[np.int64]:
+        shards = FileSplit(self.shards, np.zeros(len(self.shards), dtype=np.int64)).stats()
+        return np.stack([self.locations[:, 2], shards[self.locations[:, 0], 1]], axis=1)
 
     def take(self, rows: npt.NDArray[np.int64]) -> ShardSplit:
         names, locations = [self.names[i] for i in rows], self.locations[rows]

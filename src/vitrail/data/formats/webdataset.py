@@ -70,6 +70,9 @@ def expand(pattern: str) -> list[str]:
             matches = sorted(glob.glob(path, recursive=True))
         else:
             matches = [path] if os.path.isfile(path) else []
+        for match in matches:
+            if os.path.exists(match) and not os.path.isfile(match):
+                raise DataError(f"the shard {match} is not a regular file")
         if not matches:
             raise DataError(
                 f"{path} contains no .tar file" if os.path.isdir(path) else f"could not find the shard {path}"

@@ -1,6 +1,5 @@
 """How a run was started: the command, environment and data, stored with the run."""
 
-import hashlib
 import os
 import platform
 from collections.abc import Mapping
@@ -8,11 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from vitrail._version import __version__
-from vitrail.data.dataset import Dataset
 
 
 def session_record(command: str, step: int, device: torch.device) -> dict[str, Any]:
@@ -52,18 +49,3 @@ def _value(value: object) -> str:
         return repr(value)
     name = getattr(value, "name", None)
     return f"<{type(value).__name__} {name}>" if isinstance(name, str) else f"<{type(value).__name__}>"
-
-
-def dataset_fingerprint(dataset: Dataset) -> str:
-    """A hash that changes when the training or validation images, their order or their labels do.
-
-    Images are identified by the last two parts of their paths, so that a folder may move.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    for name in ("train", "val"):
-        split = dataset.splits.get(name)
-        if split is not None:
-            digest.update(np.ascontiguousarray(split.labels).tobytes())
-            names = ("/".join(split.name(i).split(os.sep)[-2:]) for i in range(len(split)))
-            digest.update("\n".join(names).encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrail.errors import RunError
-from vitrail.utils.files import atomic_write_text, disk_errors, lock_or_raise, remove_leftovers
+from vitrail.utils.files import atomic_write_text, disk_errors, lock_or_raise, remove_leftovers, user_path
 
 RUNS = Path("runs")  # of runs without --out
 
@@ -93,7 +93,7 @@ def create_run_folder(out: str | Path | None, data: str, model: str) -> RunFolde
     """
     if out is None:
         return _create_numbered(f"{_slug(Path(data).name or 'data')}-{_slug(model)}")
-    folder = RunFolder(Path(out).expanduser())
+    folder = RunFolder(user_path(out))
     check_empty(folder)
     with disk_errors(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def unfinished_run(path: str | Path) -> RunFolder:
     Raises:
         RunError: there is no run, or it is finished.
     """
-    folder = RunFolder(Path(path).expanduser())
+    folder = RunFolder(user_path(path))
     if not folder.config.is_file():
         raise RunError(f"{folder.path} contains no run to resume: it has no {folder.config.name}")
     if folder.summary.exists():

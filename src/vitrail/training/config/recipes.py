@@ -16,6 +16,7 @@ from typing import Any
 
 from vitrail.errors import ConfigError, did_you_mean
 from vitrail.training.config.schema import SECTION_OF, Use, keys_for, read_config
+from vitrail.utils.files import user_path
 
 _FOLDER = files("vitrail.training.config") / "named_recipes"
 
@@ -80,7 +81,7 @@ def find_recipe(source: str | Path) -> Recipe:
     name = str(source)
     if name in recipe_names():
         return named_recipe(name)
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.suffix.lower() != ".toml" and not path.is_file():
         raise ConfigError(_unknown(name))
     settings = read_config(path).given

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM take effect after the current step, so that a checkpoint is saved first."""
+"""Ctrl-C, SIGTERM and SIGHUP take effect after the current step, so that a checkpoint is saved first."""
 
 import signal
 import threading
@@ -15,8 +15,9 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupt:
-    """While it is entered, the first Ctrl-C or SIGTERM only sets `number`; a second one acts as usual.
+    """While it is entered, the first Ctrl-C, SIGTERM or SIGHUP only sets `number`; a second one acts as usual.
 
+    SIGHUP, which a closed terminal sends, often twice, never acts as usual; under nohup it stays ignored.
     Outside the main thread, where Python allows no signal handlers, it does nothing. ignore_repeats: further signals
     are ignored: torchrun repeats them to processes that have received them already, and kills after 30 s.
     """
@@ -28,7 +29,10 @@ class Interrupt:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            self._previous = {s: signal.signal(s, self._handle) for s in numbers}
         return self
 
     def __exit__(
@@ -43,5 +47,5 @@ class Interrupt:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        if not self.ignore_repeats:
+        if not self.ignore_repeats and number != getattr(signal, "SIGHUP", None):
             self._restore()

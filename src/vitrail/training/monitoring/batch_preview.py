@@ -19,7 +19,7 @@ from vitrail.images.preprocess import Preprocess
 from vitrail.training.config.schema import TrainConfig
 from vitrail.training.engine.batch_augmenter import View
 from vitrail.training.session import Session
-from vitrail.utils.files import atomic_write_bytes
+from vitrail.utils.files import atomic_write_bytes, user_path
 from vitrail.utils.settings import format_value
 from vitrail.utils.text import printable
 
@@ -42,7 +42,7 @@ _FONTS = (
 
 def draw_first_batch(session: Session, path: str | Path) -> str:
     """Draw the first training batch of a session to an image file. Returns a line that describes it."""
-    path = Path(path).expanduser()
+    path = user_path(path)
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ConfigError(f"--show-batch {path}: the file name must end in .png, .jpg or .webp")
     loader, setup = session.loader, session.setup

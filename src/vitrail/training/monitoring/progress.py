@@ -9,11 +9,12 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from vitrail.training.engine.state import TrainState
 from vitrail.training.engine.trainer import Trainer
+from vitrail.utils.console import PlainConsole
+from vitrail.utils.streams import lossy
 from vitrail.utils.text import format_duration
 
 _BAR_SECONDS = 0.25  # between two updates of the bar
@@ -25,7 +26,7 @@ class Reporter:
     """Prints steps, epochs and messages of a run; nothing if `enabled` is False."""
 
     def __init__(self, enabled: bool = True) -> None:
-        self.console = Console(file=sys.stderr, quiet=not enabled)
+        self.console = PlainConsole(file=lossy(sys.stderr), quiet=not enabled)
         self._bar: Progress | None = None
         self._every = _BAR_SECONDS if self.console.is_terminal else _LINE_SECONDS
         self._last = 0.0

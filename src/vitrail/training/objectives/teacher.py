@@ -30,6 +30,7 @@ from vitrail.pretrained.external import open_external_model
 from vitrail.training.engine.batch_augmenter import View
 from vitrail.training.setup import absolute_path
 from vitrail.utils.device import uses_bf16
+from vitrail.utils.files import user_path
 from vitrail.utils.fingerprint import model_fingerprint
 from vitrail.utils.text import one_line
 
@@ -91,7 +92,7 @@ def open_teacher(source: Source) -> Teacher:
         raise ConfigError(f"this run's teacher was passed from Python ({name}): pass it again, as teacher=")
     try:
         if name.lower().endswith(".onnx"):
-            return _of_onnx(name, OnnxModel(Path(name).expanduser(), torch.get_num_threads()))
+            return _of_onnx(name, OnnxModel(user_path(name), torch.get_num_threads()))
         if is_export(name):
             return _of_export(name, open_runtime(name, torch.get_num_threads()))
         if (external := open_external_model(name)) is not None:

@@ -36,7 +36,7 @@ from vitrail.training.engine.batch_augmenter import View
 from vitrail.training.objectives.teacher import TeacherLogits
 from vitrail.training.setup import Setup
 from vitrail.utils.counter_rng import mix
-from vitrail.utils.files import atomic_write_text, disk_errors
+from vitrail.utils.files import atomic_write_text, disk_errors, user_path
 
 Tags = npt.NDArray[np.uint64]
 
@@ -95,7 +95,7 @@ class StoredLogits:
         self.logits = logits
         self.mixes = bool(key["mixes"])
         self.record = np.dtype([("tag", "<u8"), ("check", "<u8"), ("logits", "<f4", (len(logits.class_names),))])
-        self.folder = Path(folder).expanduser() / digest
+        self.folder = user_path(folder) / digest
         self._about = self.folder / "store.json"
         if self.folder.parent.is_file():
             raise RunError(f"{self.folder.parent} is a file: choose a folder for teacher_outputs")
