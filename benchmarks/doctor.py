@@ -1,6 +1,6 @@
 """What `vitrail doctor` finds among planted faults, what it finds where there are none, and what it costs.
 
-    python -m benchmarks.doctor --fashion FOLDER --textile FOLDER [--parts duplicates,clean,labels,speed]
+    python -m benchmarks.doctor --fashion FOLDER --textile FOLDER [--parts duplicates,clean,labels,cleanvision,speed]
 
 FOLDER of --fashion: the idx files of Fashion-MNIST (Debian's dataset-fashion-mnist); of --textile: 2,000 photographs
 (conformal-clip-data 0.1.4). Faults are planted in copies in a temporary folder. Results of parts are merged.
@@ -9,6 +9,7 @@ FOLDER of --fashion: the idx files of Fashion-MNIST (Debian's dataset-fashion-mn
 import argparse
 import io
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.measure import RESULTS, write
+from benchmarks.planted_faults import agreement
 from vitrail.data.catalog import open_dataset
 from vitrail.data.dataset import ArraySplit, Dataset, FileSplit, Sizes
 from vitrail.data.duplicates.groups import near_pairs
@@ -140,7 +142,7 @@ def wrong_labels(name: str, dataset: Dataset, share: float = 0.05) -> dict[str, 
 
 
 def speed(images: list[Image.Image], folder: Path, count: int = 10_000) -> dict[str, Any]:
-    """The whole command on `count` JPEG photographs of 500 x 375 pixels: seconds and peak memory of the process."""
+    """The whole command on `count` JPEG photographs of 500 x 375 pixels, without and with a forecast."""
     draw = np.random.default_rng(0)
     for i in range(count):
         image = images[i % len(images)]
@@ -150,19 +152,32 @@ def speed(images: list[Image.Image], folder: Path, count: int = 10_000) -> dict[
         path.parent.mkdir(parents=True, exist_ok=True)
         part = image.crop((left, top, left + 2 * width // 3, top + 2 * height // 3))
         part.resize((500, 375), Image.Resampling.BILINEAR).save(path, quality=85)
-    code = (
-        "import sys, resource, vitrail.cli\n"
-        "try:\n    vitrail.cli.main(['doctor', sys.argv[1], '--json'])\n"
-        "finally:\n    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
-    )
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - start
     return {
         "images": count,
         "size": [500, 375],
+        "load_before": os.getloadavg()[0],
+        "without_forecast": _command(folder, "--forecast-model", "none"),
+        "with_forecast": _command(folder),
+    }
+
+
+def _command(folder: Path, *options: str) -> dict[str, Any]:
+    """Seconds, seconds of processor time and peak memory of the process."""
+    code = (
+        "import sys, resource, vitrail.cli\n"
+        "try:\n    vitrail.cli.main(['doctor', *sys.argv[1:], '--json'])\n"
+        "finally:\n    used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "    print(used.ru_utime + used.ru_stime, used.ru_maxrss, file=sys.stderr)\n"
+    )
+    command = [sys.executable, "-c", code, str(folder), *options]
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - start
+    processor, peak = done.stderr.split()[-2:]
+    return {
         "seconds": round(seconds, 1),
-        "peak_mb": int(done.stderr.split()[-1]) // 1024,
+        "processor_seconds": round(float(processor), 1),
+        "peak_mb": int(peak) // 1024,
         "status": done.returncode,
         "findings": {each["check"]: each["count"] for each in json.loads(done.stdout)["findings"]},
     }
@@ -174,7 +189,7 @@ def main() -> None:
     parser.add_argument("--textile", required=True)
     parser.add_argument("--count", type=int, default=2000, help="photographs in which duplicates are planted")
     parser.add_argument("--clean", type=int, default=20_000, help="images without planted faults")
-    parser.add_argument("--parts", default="duplicates,clean,labels,speed")
+    parser.add_argument("--parts", default="duplicates,clean,labels,cleanvision,speed")
     options = parser.parse_args()
     file = RESULTS / "doctor.json"
     results: dict[str, Any] = json.loads(file.read_text())["results"] if file.exists() else {}
@@ -195,6 +210,9 @@ def main() -> None:
                     wrong_labels("digits", open_dataset("digits")),
                     wrong_labels("fashion-mnist, 5,000 images", small),
                 ]
+            elif part == "cleanvision":
+                photos = [resized(image, 0.5) for image in textile[::10]]
+                results["cleanvision"] = agreement(photos, Path(temporary, "cleanvision"), 8)
             elif part == "speed":
                 results["speed"] = speed(textile, Path(temporary, "speed"))
             write("doctor", "python -m benchmarks.doctor --fashion FOLDER --textile FOLDER", results=results)

@@ -15,6 +15,7 @@ from sklearn.model_selection import LeaveOneOut, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from data.make_folder import picture
+from vitrail.classifier import Classifier
 from vitrail.data.catalog import open_dataset
 from vitrail.data.dataset import ArraySplit, Dataset, Sizes
 from vitrail.errors import ConfigError
@@ -24,10 +25,11 @@ from vitrail.pretrained.resolve import at_hand
 from vitrail.recommendation import recommend as module
 from vitrail.recommendation.measurement import Measurement, Subject, measure, stored
 from vitrail.recommendation.recommend import recommend
-from vitrail.recommendation.sample import leave_one_out, sample_rows, training_seconds
+from vitrail.recommendation.sample import leave_one_out, sample_rows, sample_size, training_seconds
 from vitrail.training.config import automatic
 from vitrail.training.config.automatic import DatasetStats, ModelRow, candidates, choose
 from vitrail.training.config.schema import make_config
+from vitrail.training.run import train
 from vitrail.training.setup import dataset_stats, prepare
 
 TINY = "vit_tiny_patch16_224"
@@ -76,15 +78,15 @@ def fashion() -> Dataset:
     return Dataset("fashion", tuple("abcdefghij"), dict(splits), sizes, channels=1, mean=(0.5,), std=(0.25,))
 
 
-def add_to_hub_cache(hub: Path, model: str) -> None:
-    """Random weights where huggingface_hub would have stored the published ones."""
+def add_to_hub_cache(hub: Path, model: str, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Weights, random where none are given, where huggingface_hub would have stored the published ones."""
     folder = hub / f"models--timm--{VARIANTS[model].weights[0].name}"
     snapshot = folder / "snapshots" / ("c" * 40)
     snapshot.mkdir(parents=True)
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("c" * 40)
     torch.manual_seed(0)
-    save_file(create_model(model).state_dict(), snapshot / "model.safetensors")
+    save_file({**create_model(model).state_dict(), **(weights or {})}, snapshot / "model.safetensors")
 
 
 def agree(data: Any) -> str:
@@ -285,3 +287,25 @@ def test_hours(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tried == ["vit_micro_patch8_32", result.choice.model]
     assert any("30 m 00 s of at most 1 h" in line for line in result.reasons)
     assert recommend(fashion(), hours=0.1).choice is None
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("costs")
+def test_the_probe_with_trained_weights(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that was trained here, stored as published weights are: the probe is scikit-learn's on its features."""
+    monkeypatch.setattr(automatic, "MODELS", (*automatic.MODELS[:-1], ModelRow(float("inf"), True, TINY, "small")))
+    settings = {"model": TINY, "epochs": 0.6, "batch_size": 16, "lr": 3e-4}
+    trained = train(photos, out=tmp_path / "run", progress=False, **settings)  # type: ignore[arg-type]
+    body = {key: value for key, value in trained.model.state_dict().items() if not key.startswith("head.")}
+    add_to_hub_cache(tmp_path / "hub", TINY, body)
+    row = next(row for row in recommend(photos, pretrained=True).candidates if row.candidate.model == TINY)
+
+    split = open_dataset(photos).split("train")
+    rows = sample_rows(split.labels, sample_size(row.latency_ms or 0.0))
+    published = VARIANTS[TINY].weights[0].preprocess
+    own = Classifier(trained.model, published, trained.class_names)
+    features = own.embed([split.name(int(i)) for i in rows])
+    nearest = KNeighborsClassifier(20, metric="cosine", weights=dino)
+    expected = 100 * cross_val_score(nearest, features, split.labels[rows], cv=LeaveOneOut()).mean()
+    assert row.probe_top1 == pytest.approx(expected, abs=0.01)
+    assert f"{len(rows)} images" in row.note

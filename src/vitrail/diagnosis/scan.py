@@ -25,7 +25,6 @@ from vitrail.images.decode import read_header
 from vitrail.inference.engine import default_workers
 
 BLUR_SIDE = 48  # pixels: shorter side below which sharpness is not measured
-_GREY = 8  # levels: largest difference of two channels in an image without colour, but for rounding in its JPEG
 _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
 _MARKED = ("JPEG", "PNG", "WEBP")  # formats whose files end with a marker
 
@@ -37,8 +36,8 @@ class Facts:
     """What is kept of an image.
 
     digest: of the content of the file, else of the pixels. dark, bright: the 99th and the 5th percentile of grey, 0 to
-    1. entropy: of the grey histogram, bits. blur: 0 to 1, see `blur_effect`; NaN for a small image. grey: whether it
-    has no colour. odd: what is suspicious about the file, or "".
+    1. entropy: of the grey histogram, bits. blur: 0 to 1, see `blur_effect`; NaN for a small image. chroma: the largest
+    difference of two channels, in levels. odd: what is suspicious about the file, or "".
     """
 
     digest: bytes
@@ -49,7 +48,7 @@ class Facts:
     bright: float
     entropy: float
     blur: float
-    grey: bool
+    chroma: float
     odd: str
 
 
@@ -58,7 +57,7 @@ class Scan:
     """The readable images of all splits; N rows, in the order of the splits.
 
     splits: index into `split_names`. rows: index in the split. labels: index into the dataset's class names. sizes:
-    N 2, height and width. thumbs: uint8 N 64 64, grey. colours: uint8 N 8 8 3. dark, bright, entropy, blur, grey: see
+    N 2, height and width. thumbs: uint8 N 64 64, grey. colours: uint8 N 8 8 3. dark, bright, entropy, blur, chroma: see
     `Facts`. odd: {row: reason}. unreadable: {"path", "reason"} of every other file.
     """
 
@@ -75,7 +74,7 @@ class Scan:
     bright: Floats
     entropy: Floats
     blur: Floats
-    grey: npt.NDArray[np.bool_]
+    chroma: Floats
     odd: dict[int, str] = field(default_factory=dict)
     unreadable: list[dict[str, str]] = field(default_factory=list)
 
@@ -143,7 +142,7 @@ def scan_images(dataset: Dataset, on_images: Callable[[int], None] | None = None
         bright=column("bright"),
         entropy=column("entropy"),
         blur=column("blur"),
-        grey=column("grey") > 0,
+        chroma=column("chroma"),
         odd={i: each.odd for i, each in enumerate(facts) if each.odd},
         unreadable=unreadable,
     )
@@ -193,7 +192,7 @@ def measure(image: Image.Image, digest: bytes, size: tuple[int, int], odd: str =
         bright=float(np.searchsorted(share, 0.05)) / 255,
         entropy=float(-(used * np.log2(used)).sum()),
         blur=blur_effect(np.asarray(grey)) if min(grey.size) >= BLUR_SIDE else float("nan"),
-        grey=int(np.asarray(spread).max()) <= _GREY,
+        chroma=float(np.asarray(spread).max()),
         odd=odd,
     )
 

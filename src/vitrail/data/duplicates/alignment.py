@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrail.data.duplicates.hashes import Candidate, apply_symmetry
+from vitrail.data.duplicates.hashes import Candidate, apply_symmetry, map_on_threads
 from vitrail.images.convert import Pixels
 
 # Sides at which to align, steps there, and the correlation below which a pair is given up.
 _STEPS = ((16, 6, 0.65), (32, 4, 0.8), (64, 4, 0.0))
 _ALIKE = 0.95  # the same of pairs that are compared as they are
-_BATCH = 512  # pairs at once
+_BATCH = 128  # pairs at once
+_NONE = (torch.zeros(0),) * 5  # the columns of Likeness, of no pair
 _SMALLEST, _LARGEST = 0.7, 1.06  # scale of a window that is accepted
 
 
@@ -42,25 +43,29 @@ class Likeness:
 
 def compare(thumbs: Pixels, candidates: Sequence[Candidate], *, align: bool) -> Likeness:
     """Compare candidates; without `align`, as they are."""
-    likeness = Likeness(*(torch.zeros(len(candidates)) for _ in range(5)))
-    for start in range(0, len(candidates), _BATCH):
-        part = candidates[start : start + _BATCH]
-        first = torch.from_numpy(thumbs[[c.first for c in part]]).float()
-        second = torch.from_numpy(thumbs[[c.second for c in part]]).float()
-        symmetries = torch.tensor([c.symmetry for c in part])
-        for symmetry in symmetries.unique().tolist():
-            second[symmetries == symmetry] = apply_symmetry(second[symmetries == symmetry], symmetry)
-        place = torch.tensor([_place(c) for c in part])
-        if align:
-            place, kept = _align(first, second, place)
-        else:
-            a, b = (F.adaptive_avg_pool2d(x[:, None], _STEPS[0][0])[:, 0] for x in (first, second))
-            kept = torch.nonzero(_correlation(a, b, torch.ones_like(a)) > _ALIKE)[:, 0]
-            place = place[kept]
-        first, second = first[kept], second[kept]
-        for column, values in zip(vars(likeness).values(), _likeness(first, second, place, align), strict=True):
-            column[start + kept] = values
-    return likeness
+    parts = [candidates[start : start + _BATCH] for start in range(0, len(candidates), _BATCH)]
+    found = map_on_threads(lambda part: _compare_part(thumbs, part, align), parts)
+    return Likeness(*(torch.cat(columns) for columns in zip(*found, strict=True))) if found else Likeness(*_NONE)
+
+
+def _compare_part(thumbs: Pixels, part: Sequence[Candidate], align: bool) -> list[Tensor]:
+    """The columns of Likeness."""
+    first = torch.from_numpy(thumbs[[c.first for c in part]]).float()
+    second = torch.from_numpy(thumbs[[c.second for c in part]]).float()
+    symmetries = torch.tensor([c.symmetry for c in part])
+    for symmetry in symmetries.unique().tolist():
+        second[symmetries == symmetry] = apply_symmetry(second[symmetries == symmetry], symmetry)
+    place = torch.tensor([_place(c) for c in part])
+    if align:
+        place, kept = _align(first, second, place)
+    else:
+        a, b = (F.adaptive_avg_pool2d(x[:, None], _STEPS[0][0])[:, 0] for x in (first, second))
+        kept = torch.nonzero(_correlation(a, b, torch.ones_like(a)) > _ALIKE)[:, 0]
+        place = place[kept]
+    columns = [torch.zeros(len(part)) for _ in _NONE]
+    for column, values in zip(columns, _likeness(first[kept], second[kept], place, align), strict=True):
+        column[kept] = values
+    return columns
 
 
 def _place(candidate: Candidate) -> tuple[float, float, float, float]:

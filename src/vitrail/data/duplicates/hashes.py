@@ -9,22 +9,29 @@ Shapes: N images, S side of a thumbnail, K coefficients per axis, D = K * K - 1 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vitrail.images.convert import Pixels
+from vitrail.utils.device import cpu_threads
 
 K = 7
-_ROWS = 1024  # rows of a block of similarities
+_ROWS = 256  # rows of a block of similarities
 _NEIGHBOURS = 4  # pairs per image and symmetry, at most
 _MIN_CROPS = 2000  # pairs of an image and a window that are kept, or a quarter of the images
 _FLAT = 1.5  # standard deviation, in levels, below which an image has no structure to compare
 
 Window = tuple[float, float, float]  # scale, y and x of the upper left corner, as shares of the side
+Pair = tuple[int, int, float]  # two images and the cosine of their hashes
+S = TypeVar("S")
+R = TypeVar("R")
 
 # Crops that are searched for: one of 95 %, five of 88 % and nine of 80 % of the sides.
 WINDOWS: tuple[Window, ...] = (
@@ -84,7 +91,7 @@ class Hashes:
         scale, y, x = window
         side = self._thumbs.shape[1]
         rows, columns = _dct(side, scale, y), _dct(side, scale, x)
-        parts = torch.from_numpy(self._thumbs).split(4096)
+        parts = torch.from_numpy(self._thumbs).split(_ROWS)
         return torch.cat([rows @ part.float() @ columns.T for part in parts])
 
     @staticmethod
@@ -116,37 +123,45 @@ def find_candidates(hashes: Hashes, threshold: float, crop_threshold: float, cro
     and of all windows the best, one for every four images.
     """
     base = hashes.symmetric(0)
-    found: dict[tuple[int, int, int], Candidate] = {}
-    for symmetry in range(8):
-        for i, j in _pairs(base, hashes.symmetric(symmetry), hashes.usable, threshold, _NEIGHBOURS):
-            found.setdefault((min(i, j), max(i, j), 0), Candidate(i, j, symmetry))
+
+    def symmetric(symmetry: int) -> list[Pair]:
+        return _pairs(base, hashes.symmetric(symmetry), hashes.usable, threshold, _NEIGHBOURS)
+
+    def cropped(window: Window) -> list[Pair]:
+        return _pairs(hashes.window(window), base, hashes.usable, crop_threshold, 1)
+
+    found: dict[tuple[int, int], Candidate] = {}
+    for symmetry, pairs in enumerate(map_on_threads(symmetric, range(len(SYMMETRIES)))):
+        for i, j, _ in pairs:
+            found.setdefault((min(i, j), max(i, j)), Candidate(i, j, symmetry))
     if not crops:
         return list(found.values())
     best: dict[tuple[int, int], tuple[float, Candidate]] = {}
-    for window in WINDOWS:
-        views = hashes.window(window)
-        for i, j in _pairs(views, base, hashes.usable, crop_threshold, 1):
-            cosine = float(views[i] @ base[j])
+    for window, pairs in zip(WINDOWS, map_on_threads(cropped, WINDOWS), strict=True):
+        for i, j, cosine in pairs:
             if cosine > best.get((i, j), (0.0, None))[0]:
                 best[i, j] = cosine, Candidate(i, j, 0, window)
     crop_pairs = sorted(best.values(), key=lambda each: -each[0])[: max(_MIN_CROPS, len(base) // 4)]
     return [*found.values(), *(candidate for _, candidate in crop_pairs)]
 
 
-def _pairs(queries: Tensor, base: Tensor, usable: Tensor, threshold: float, most: int) -> Iterator[tuple[int, int]]:
-    """(i, j), i != j: the up to `most` rows j of `base` with the largest cosine of at least `threshold` to query i."""
+def _pairs(queries: Tensor, base: Tensor, usable: Tensor, threshold: float, most: int) -> list[Pair]:
+    """(i, j, cosine), i != j: of query i at most `most` rows j of `base`, with the largest cosines from `threshold`."""
+    found: list[Pair] = []
     for start in range(0, len(queries), _ROWS):
         cosine = queries[start : start + _ROWS] @ base.T
         rows = torch.arange(len(cosine))
         cosine[rows, rows + start] = -1
-        best, j = cosine.max(dim=1)
-        hits = torch.nonzero((best >= threshold) & usable[start : start + _ROWS])[:, 0]
-        if most == 1:
-            pairs = torch.stack([hits, j[hits]], dim=1)
-        else:
-            values, nearest = cosine[hits].topk(min(most, cosine.shape[1]), dim=1)
-            keep = values >= threshold
-            pairs = torch.stack([hits[:, None].expand_as(nearest)[keep], nearest[keep]], dim=1)
-        for i, j_ in pairs.tolist():
-            if usable[j_]:
-                yield i + start, j_
+        hits = torch.nonzero((cosine.amax(dim=1) >= threshold) & usable[start : start + _ROWS])[:, 0]
+        values, nearest = cosine[hits].topk(min(most, cosine.shape[1]), dim=1)
+        keep = (values >= threshold) & usable[nearest]
+        i = (hits + start)[:, None].expand_as(nearest)[keep]
+        found += zip(i.tolist(), nearest[keep].tolist(), values[keep].tolist(), strict=True)
+    return found
+
+
+def map_on_threads(work: Callable[[S], R], parts: Iterable[S]) -> list[R]:
+    """`work` on each part, in order, on a thread a core. Threads of torch's own, which wait for each other in every
+    operation, are many times slower when another program uses a core."""
+    with cpu_threads(1), ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="search") as pool:
+        return list(pool.map(work, parts))

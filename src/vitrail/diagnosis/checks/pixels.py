@@ -11,6 +11,7 @@ _BRIGHT = 0.93  # 95 % of the pixels are brighter
 _BITS = 3.0  # entropy of the grey histogram, of 8 at most
 _BLUR = 0.6  # of the blur effect, and so much above the median:
 _BLUR_ABOVE = 0.12
+_GREY = 8  # levels: largest difference of two channels in an image without colour, but for rounding in its JPEG
 _MOSTLY = 0.9  # share of images with colour, from which on grey ones are odd
 
 
@@ -73,10 +74,13 @@ def low_information(evidence: Evidence) -> list[Finding]:
 def grey_among_colour(evidence: Evidence) -> list[Finding]:
     """Images without colour among images with colour; they lack information that others have."""
     scan = evidence.scan
-    if scan.grey.mean() > 1 - _MOSTLY:
+    # In dark and bright images, the channels hardly differ even where there is colour.
+    visible = (scan.dark >= _DARK) & (scan.bright <= _BRIGHT)
+    grey = np.where(visible, scan.chroma <= _GREY, scan.chroma == 0)
+    if not visible.any() or grey[visible].mean() > 1 - _MOSTLY:
         return []
     advice = "Grey images among images with colour: a model may learn the missing colour instead of the subject."
-    rows = np.flatnonzero(scan.grey)
+    rows = np.flatnonzero(grey)
     return of_images(scan, "low_information", rows, advice, {int(i): "has no colour" for i in rows})
 
 
