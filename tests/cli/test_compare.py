@@ -1,5 +1,6 @@
 """`vitrail compare`."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from vitrail.errors import ConfigError, DataError
 from vitrail.images.preprocess import Preprocess
 from vitrail.models.build import build_model
 from vitrail.models.catalog import variant
+from vitrail.training.run import train
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +90,13 @@ def test_features_that_were_trained_on_the_images_are_refused(tmp_path: Path) ->
     Classifier(model, Preprocess(size=(8, 8)), names, notes={"data": "digits"}).save(tmp_path / "model")
     with pytest.raises(ConfigError, match="trained on digits"):
         learning_curve("digits", str(tmp_path / "model"))
+
+
+def test_the_same_images_under_another_name_are_recognised(tmp_path: Path) -> None:
+    renamed = dataclasses.replace(open_dataset("digits"), name="others")
+    train(renamed, model="vit_nano_patch2_8", epochs=0.01, out=tmp_path / "run", progress=False)
+    with pytest.raises(ConfigError, match="trained on digits"):
+        learning_curve("digits", str(tmp_path / "run"))
 
 
 def test_too_few_images_for_a_curve() -> None:

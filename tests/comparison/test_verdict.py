@@ -40,7 +40,7 @@ def result(accuracies: dict[str, dict[int, float]], count: int = 400, seeds: int
     ]
     found = summarize(plan, records, dict.fromkeys(accuracies, TIMING))
     about = {"data": "planted", "images": {"train": 1000, "test": count}, "split": "test", "length": plan.length}
-    found |= {"plan": plan.to_dict(), **about}
+    found |= {"plan": plan.to_dict(), "most_frequent": 40.0, **about}
     return found | {"paragraph": paragraph(found)}
 
 
@@ -60,6 +60,13 @@ def test_of_three_the_two_best_are_tested_and_all_pairs_are_adjusted() -> None:
     assert (found["a"], found["b"], found["verdict"], found["best"]) == (b, c, "b", c)
     assert len(found["pairs"]) == 3
     assert "adjusted for 3 pairs by Holm's method" in found["paragraph"]
+
+
+def test_models_that_have_learned_nothing_are_said_to() -> None:
+    a, b, _ = NAMES
+    text = "most frequent class (40.00 %)"
+    assert text in result({a: {100: 0.3}, b: {100: 0.1}})["paragraph"]
+    assert text not in result({a: {100: 0.3}, b: {100: 0.7}})["paragraph"]
 
 
 def test_a_small_difference_needs_more_images() -> None:

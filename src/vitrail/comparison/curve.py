@@ -13,6 +13,7 @@ from vitrail.classifier import load
 from vitrail.comparison.page import write_curve_page
 from vitrail.comparison.run import open_data, write_json
 from vitrail.comparison.verdict import spread
+from vitrail.data.contents import names_digest
 from vitrail.data.dataset import Dataset, Split
 from vitrail.errors import ConfigError, DataError
 from vitrail.evaluation.learning_curve import forecast, measure_curve
@@ -54,7 +55,7 @@ def learning_curve(
     dataset = _open(data, settings)
     name, train = dataset.eval_split(), dataset.split("train")
     classifier = None if features == PIXELS else load(features, device)
-    if classifier is not None and classifier.notes.get("data") == dataset.name:
+    if classifier is not None and _was_trained_on(classifier, dataset):
         raise ConfigError(
             f"{features} was trained on {dataset.name}: its features would give too high a forecast; name another"
         )
@@ -98,6 +99,13 @@ def _open(data: str | Path | Dataset, settings: Mapping[str, Any]) -> Dataset:
             f"a learning curve needs at least {_MIN_IMAGES} training images, and others"
         )
     return dataset
+
+
+def _was_trained_on(classifier: BaseClassifier, dataset: Dataset) -> bool:
+    """Whether the model's training data had this name, or the same class and file names under another."""
+    notes = classifier.notes
+    images = notes.get("trained_on", {}).get("images")
+    return notes.get("data") == dataset.name or images == names_digest(dataset.split("train"))
 
 
 def _embed(classifier: BaseClassifier | None, dataset: Dataset, split: Split) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vitrail.classifier import Classifier, load_torch
 from vitrail.comparison.arms import run_folder, train_arm
 from vitrail.comparison.measurements import measure
@@ -93,11 +95,13 @@ def compare(
 def _about(plan: Plan, dataset: Dataset, command: str) -> dict[str, Any]:
     """What was compared on what, and where."""
     device = pick_device(plan.settings.get("device", "auto"))
+    labels = dataset.split(dataset.eval_split()).labels
     return {
         "data": dataset.name,
         "classes": dataset.num_classes,
         "images": dataset.counts(),
         "split": dataset.eval_split(),
+        "most_frequent": 100 * float(np.bincount(labels).max()) / len(labels),
         "how_split": dataset.how_split,
         "plan": plan.to_dict(),
         "length": plan.length,

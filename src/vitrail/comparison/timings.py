@@ -28,16 +28,19 @@ def time_models(classifiers: Mapping[str, Classifier]) -> dict[str, dict[str, An
     The cost in resolution is that of the architecture: models of other input sizes are built with new weights.
     """
     calls = {label: _call(classifier.engine().runtime, 1) for label, classifier in classifiers.items()}
-    latency = interleaved(calls, _ROUNDS)
-    found: dict[str, dict[str, Any]] = {
-        label: {"latency_ms": 1e3 * seconds, "resolution": []} for label, seconds in latency.items()
-    }
+    latency, resolution = interleaved(calls, _ROUNDS), time_at_scales(classifiers)
+    return {label: {"latency_ms": 1e3 * latency[label], "resolution": resolution[label]} for label in classifiers}
+
+
+def time_at_scales(classifiers: Mapping[str, Classifier], batch: int = BATCH) -> dict[str, list[dict[str, Any]]]:
+    """The `resolution` of `time_models` in batches of this size."""
+    found: dict[str, list[dict[str, Any]]] = {label: [] for label in classifiers}
     for scale in SCALES:
         runtimes = {label: _at_scale(classifier, scale) for label, classifier in classifiers.items()}
-        calls = {label: _call(runtime, BATCH) for label, runtime in runtimes.items()}
+        calls = {label: _call(runtime, batch) for label, runtime in runtimes.items()}
         for label, seconds in interleaved(calls, _SCALE_ROUNDS).items():
             size = list(runtimes[label].preprocess.size)
-            found[label]["resolution"].append({"scale": scale, "size": size, "ms": 1e3 * seconds / BATCH})
+            found[label].append({"scale": scale, "size": size, "ms": 1e3 * seconds / batch})
     return found
 
 

@@ -174,6 +174,7 @@ def paragraph(result: Mapping[str, Any]) -> str:
     parts = [
         f"On {result['data']}, {_listed([model['name'] for model in models])} were {trained}.",
         f"Top-1 accuracy on {result['test_images']:,} {result['split']} images ({of_seeds}): {scores}.",
+        _chance_text(result),
         _verdict_text(result, n),
         _curve_text(result),
         f"Under corruptions top-1 is {_each(models, lambda m: _fixed(m['corrupted']['mean'], 1, ' %'))}, "
@@ -182,6 +183,12 @@ def paragraph(result: Mapping[str, Any]) -> str:
     if result["split"] != "test":
         parts.append(f"There are no test images: the {result['split']} images also selected the epoch.")
     return " ".join(part for part in parts if part)
+
+
+def _chance_text(result: Mapping[str, Any]) -> str:
+    if max(model["top1"]["mean"] for model in result["models"]) > result["most_frequent"]:
+        return ""
+    return f"None is better than always naming the most frequent class ({result['most_frequent']:.2f} %): train longer."
 
 
 def _verdict_text(result: Mapping[str, Any], seeds: int) -> str:
