@@ -7,7 +7,7 @@ Shapes: B batch, A heads, N tokens (prefix and patches), M windows of an image, 
 width of the grid of patches or of a feature map, K classes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 
@@ -28,7 +28,12 @@ from vitrail.models.attention_weights import (
 from vitrail.models.vit import VisionTransformer
 
 
-def relevance(request: Request) -> Tensor:
+def positive_products(gradient: Tensor, weights: Tensor) -> Tensor:
+    """relu(gradient * weights)."""
+    return (gradient * weights).relu()
+
+
+def relevance(request: Request, products: Callable[[Tensor, Tensor], Tensor] = positive_products) -> Tensor:
     """Gradient-weighted attention: B h w, at least 0. For ViT and Swin; specific to the target.
 
     Chefer et al., "Generic Attention-model Explainability for Interpreting Bi-Modal and Encoder-Decoder Transformers",
@@ -39,6 +44,8 @@ def relevance(request: Request) -> Tensor:
 
     Swin: r follows every token through partition and shift of the windows; a patch merging hands a quarter to each
     of its four sources. h w is the first stage's feature map.
+
+    products: of the gradient and the weights of a block, another one for comparison only (benchmarks/explain.py).
     """
     model = attention_model(request.model)
     with _gradients(request.images) as images:
@@ -55,7 +62,7 @@ def relevance(request: Request) -> Tensor:
             if isinstance(step, MergeStep):
                 start, added = _unmerge(start, step), _unmerge(added, step)
             else:
-                weighted = (gradient_of[step].float() * step.weights.float()).relu()
+                weighted = products(gradient_of[step].float(), step.weights.float())
                 added = added + _to_keys(start + added, weighted, step.windows).mean(dim=1)
         return _patches(model, images, added)
 
