@@ -130,7 +130,10 @@ class VisionTransformer(ImageModel):
 
         The last block then uses the other tokens as keys and values only, which saves their queries and MLP.
         """
-        x = self.embed(x)  # B N C
+        return self.encode_tokens(self.embed(x), queries)
+
+    def encode_tokens(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """`encode` from the input of the first block, B N C."""
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
             x = self.run_block(block, x, queries if index == last else None)

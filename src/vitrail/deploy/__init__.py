@@ -1,0 +1,1 @@
+"""Deployment: a classifier as a graph for another runtime."""

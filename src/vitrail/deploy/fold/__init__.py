@@ -1,0 +1,1 @@
+"""Exact rewritings of a trained model that need less work at inference."""
