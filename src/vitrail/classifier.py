@@ -20,7 +20,9 @@ from vitrail.inference.engine import Engine
 from vitrail.inference.export_folder import ExportRecord, is_export
 from vitrail.inference.exported import open_runtime
 from vitrail.prediction import BaseClassifier
+from vitrail.utils.checksums import SUMS, mismatches
 from vitrail.utils.files import user_path
+from vitrail.utils.text import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +81,7 @@ class Classifier(BaseClassifier):
         from pydantic import TypeAdapter, ValidationError
 
         from vitrail.inference.torch_runtime import TorchRuntime
+        from vitrail.models.build import configure
         from vitrail.utils.settings import Size
 
         try:
@@ -86,6 +89,7 @@ class Classifier(BaseClassifier):
         except ValidationError:
             raise ConfigError(f"{img_size!r} is not an image size: use 384, or 320x192 for height and width") from None
         preprocess = self.preprocess.replace(size=size or self.preprocess.size)
+        configure(self.model.config, img_size=preprocess.size)  # raises ModelError for too many tokens
         try:
             TorchRuntime(self.model, preprocess).logits(np.zeros((1, *preprocess.size, preprocess.channels), np.uint8))
         except (RuntimeError, ValueError) as error:
@@ -207,7 +211,7 @@ def load_torch(
             found.model,
             found.preprocess,
             found.class_names,
-            None if folder == path else _summary(path / "summary.json"),
+            None if folder == path else _summary(path),
             architecture=found.architecture,
             notes=found.notes,
             precision=precision,
@@ -248,9 +252,16 @@ def _from_weights(found: Pretrained, precision: str) -> Classifier:
     )
 
 
-def _summary(path: Path) -> Any:
-    """A run's summary; None if the run is not finished."""
+def _summary(run: Path) -> Any:
+    """A run's summary; None if the run is not finished, and with a warning if the file is damaged."""
+    path = run / "summary.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if (run / SUMS).is_file() and mismatches(run, [path.name]):
+            raise ValueError(f"its checksum in {SUMS} differs")
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError, RecursionError) as error:
+        warnings.warn(f"{path} is damaged or was edited, and is not used: {one_line(error)}", stacklevel=3)
+        return None
+    return summary

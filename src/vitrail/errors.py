@@ -7,8 +7,10 @@ from difflib import get_close_matches
 class VitrailError(Exception):
     """An error that the user can fix. The message is one line: what is wrong and what to do.
 
-    The command line prints it without a traceback and exits with status 2.
+    The command line prints it without a traceback and exits with `exit_status`.
     """
+
+    exit_status = 2
 
 
 class DataError(VitrailError):
@@ -39,6 +41,12 @@ class RunError(VitrailError):
     """A run folder or checkpoint that is missing, in use, finished or damaged, or a run that cannot go on."""
 
 
+class DivergedError(RunError):
+    """A training whose weights or validation loss never were finite: it ends without a model."""
+
+    exit_status = 4
+
+
 class ExportError(VitrailError):
     """An export that is damaged, or that failed verification."""
 
@@ -53,5 +61,5 @@ class DistributedError(VitrailError):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return " (did you mean 'a' or 'b'?)" with the closest of `known`, or "" if none is close."""
-    close = get_close_matches(word.lower(), list(known), n=3, cutoff=0.5)
+    close = get_close_matches(word[:100].lower(), list(known), n=3, cutoff=0.5)
     return f" (did you mean {' or '.join(repr(name) for name in close)}?)" if close else ""

@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from vitrail.models.build import build_model
 from vitrail.models.catalog import VARIANTS
 from vitrail.models.config_io import ADDED_FIELDS
 from vitrail.models.configs import ConvNeXtConfig, ModelConfig, ResNetConfig, SwinConfig, ViTConfig
+from vitrail.pretrained.load import load_pretrained
 from vitrail.pretrained.model_folder import Contents, name_of, read_model_folder, to_json, write_model_folder
 
 VIT = ViTConfig(img_size=(32, 32), patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=7)
@@ -214,7 +216,44 @@ def test_half_precision_weights_come_back_as_float32(tmp_path: Path) -> None:
     write_model_folder(tmp_path / "m", contents)
     half = {name: tensor.half() for name, tensor in load_file(tmp_path / "m" / "model.safetensors").items()}
     save_file(half, tmp_path / "m" / "model.safetensors")
-    assert {tensor.dtype for tensor in read_model_folder(tmp_path / "m").model.state_dict().values()} == {torch.float32}
+    with pytest.raises(WeightsError, match=r"model\.safetensors is damaged or was replaced.*remove SHA256SUMS"):
+        read_model_folder(tmp_path / "m")
+    (tmp_path / "m" / "SHA256SUMS").unlink()
+    with pytest.warns(UserWarning, match=f"{len(half)} cast from float16 to float32"):
+        found = read_model_folder(tmp_path / "m")
+    assert {tensor.dtype for tensor in found.model.state_dict().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x.to(torch.int8), "int8, not float32"),
+        (lambda x: x > 0, "bool, not float32"),
+        (lambda x: x.to(torch.complex64), "complex64, not float32"),
+        (lambda x: x.double() * 1e300, "NaN or infinity in head.weight"),
+        (lambda x: torch.full_like(x, float("nan")), "NaN or infinity in head.weight"),
+        (lambda x: x.index_fill(0, torch.tensor([0]), float("inf")), "NaN or infinity in head.weight"),
+    ],
+)
+def test_weights_of_another_kind_or_not_finite_are_refused_by_every_reader(
+    tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor], words: str
+) -> None:
+    write_model_folder(tmp_path / "m", make(VIT))
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    save_file({**weights, "head.weight": change(weights["head.weight"])}, tmp_path / "m" / "model.safetensors")
+    (tmp_path / "m" / "SHA256SUMS").unlink()
+    with pytest.raises(WeightsError, match=words):
+        read_model_folder(tmp_path / "m")
+    with pytest.raises(WeightsError, match=r"head\.weight"):
+        load_pretrained(tmp_path / "m")
+
+
+def test_an_edited_config_is_told(tmp_path: Path) -> None:
+    write_model_folder(tmp_path / "m", make(VIT))
+    config = tmp_path / "m" / "config.json"
+    config.write_text(config.read_text().replace('"crop_pct": 1.0', '"crop_pct": 0.9'))
+    with pytest.warns(UserWarning, match="edited or damaged"):
+        assert read_model_folder(tmp_path / "m").preprocess.crop_pct == 0.9
 
 
 def test_a_head_that_was_replaced_is_written_with_its_own_number_of_classes(tmp_path: Path) -> None:
@@ -245,7 +284,9 @@ def test_saving_again_replaces_the_folder_and_leaves_nothing_else(tmp_path: Path
     (tmp_path / "m" / "README.md").write_text("of the old model")
     second = make(replace(VIT, num_classes=2))
     write_model_folder(tmp_path / "m", second)
-    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == [
+        "README.md", "SHA256SUMS", "config.json", "model.safetensors",
+    ]  # fmt: skip
     assert "of the old model" not in (tmp_path / "m" / "README.md").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     assert read_model_folder(tmp_path / "m").model.config.num_classes == 2
@@ -330,6 +371,7 @@ def test_folders_of_before_a_field_was_added_load_as_they_were(config: ModelConf
     write_model_folder(tmp_path / "m", contents)
     for name in {field.name for field in fields(config)} & ADDED_FIELDS:
         spoil_config(*OURS, name)(tmp_path / "m")
+    (tmp_path / "m" / "SHA256SUMS").unlink()
     loaded = read_model_folder(tmp_path / "m")
     assert loaded.model.config == config
     assert_equal_logits(contents.model, loaded.model, config, config.img_size)

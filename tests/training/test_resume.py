@@ -136,6 +136,48 @@ def test_going_on_is_refused_where_it_would_be_another_run(tmp_path: Path, monke
         run(folder)
 
 
+@pytest.mark.parametrize(
+    "change", [("lr = 0.01", "lr = 0.02"), ("seed = 0", "seed = 1"), ("mixup = 0.4", ""), ("# sha256", "# md5")]
+)
+def test_a_config_that_was_edited_is_refused(
+    change: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        kill_at(patch, Trainer, "step", 2)  # before the first checkpoint
+        with pytest.raises(Killed):
+            run(folder)
+    text = (folder / "config.toml").read_text()
+    assert change[0] in text
+    (folder / "config.toml").write_text(text.replace(*change, 1))
+    with pytest.raises(RunError, match=r"config\.toml was changed after the run was started") as error:
+        train(tiny.dataset(), resume=folder, progress=False)
+    assert str(error.value).isprintable()
+    (folder / "config.toml").write_text(text.replace("peak learning rate", "a comment"))
+    train(tiny.dataset(), resume=folder, progress=False, workers=1)
+
+
+def test_a_damaged_checkpoint_is_told_and_the_older_one_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        kill_at(patch, Trainer, "step", 8)
+        with pytest.raises(Killed):
+            run(folder)
+    assert [path.name for path in sorted((folder / "checkpoint").iterdir())] == ["step-00000003", "step-00000006"]
+    (folder / "checkpoint" / "step-abc").mkdir()
+    path = folder / "checkpoint" / "step-00000006" / "ema.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1  # the lowest bits of a weight
+    path.write_bytes(bytes(content))
+    train(tiny.dataset(), resume=folder)
+    told = capsys.readouterr().err.replace("\n", "")
+    assert "ema.safetensors is damaged" in told
+    assert "resuming from the older one of step 3" in told
+    assert_same(outcome(folder), whole)
+
+
 _VICTIM = """
 import itertools, sys, threading
 sys.path.insert(0, {tests!r})

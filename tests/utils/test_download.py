@@ -1,9 +1,13 @@
+import contextlib
 import dataclasses
 import errno
 import hashlib
+import io
 import os
 import threading
 import time
+import urllib.request
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -152,7 +156,7 @@ def test_full_disk_leaves_nothing(server, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     (tmp_path / "x.part").write_bytes(CONTENT[:5000])
-    monkeypatch.setattr(module, "_copy", full)
+    monkeypatch.setattr(module._Download, "_copy", full)
     with pytest.raises(DownloadError, match=r"No space left .*VITRAIL_CACHE"):
         fetch(f"{server.url}/data.bin", tmp_path / "x", sha256=SHA256)
     assert left(tmp_path) == []
@@ -211,3 +215,118 @@ def test_cache_dir(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
     assert str(cache_dir()) == "/home/someone/.cache/vitrail"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[::1", "http://", "http:///x", "http://127.0.0.1:port/x", "http://127.0.0.1:99999/x", "http://a b/x",
+        "http://127.0.0.1/\r\nHost: evil", "http://127.0.0.1/\x1b[2J", "https://ex\u00e4mple/x", "nonsense", "",
+        "http://" + "a" * 70 + ".example/x", "http://127.0.0.1:0/x",
+    ],
+)  # fmt: skip
+def test_a_broken_url_is_one_line(url, tmp_path):
+    with pytest.raises(DownloadError) as error:
+        fetch(url, tmp_path / "x", sha256=SHA256)
+    assert str(error.value).isprintable()
+    assert left(tmp_path) == []
+
+
+class Odd(BaseHTTPRequestHandler):
+    """Answers with the status, headers and body of its server; `drip`: seconds between the bytes of the body."""
+
+    def do_GET(self):
+        self.send_response_only(*self.server.status)
+        for name, value in self.server.headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            for byte in self.server.body:
+                self.wfile.write(bytes([byte]) * self.server.times)
+                time.sleep(self.server.drip)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def odd(monkeypatch):
+    monkeypatch.setattr(module, "_PAUSE", 0.001)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Odd)
+    server.daemon_threads = True
+    server.status, server.headers, server.body, server.times, server.drip = (200, "OK"), {}, b"x" * 10, 1, 0.0
+    with serving(server) as server:
+        server.url = f"http://127.0.0.1:{server.server_port}/x"
+        yield server
+
+
+@pytest.mark.parametrize("length", ["abc", "-5", "1e3", "9" * 400, "\u0663"])
+def test_a_length_that_is_no_number(length, odd, tmp_path):
+    odd.headers = {"Content-Length": length.encode().decode("latin-1")}
+    digest = hashlib.sha256(odd.body).hexdigest()
+    with contextlib.suppress(DownloadError):  # http.client may refuse it
+        assert fetch(odd.url, tmp_path / "x", sha256=digest).read_bytes() == odd.body
+
+
+def test_more_bytes_than_allowed_are_refused_before_the_checksum(odd, tmp_path):
+    odd.times = 1000
+    with pytest.raises(DownloadError, match="more than 500 bytes"):  # no length is announced
+        fetch(odd.url, tmp_path / "x", sha256=SHA256, max_bytes=500)
+    odd.headers = {"Content-Length": str(1 << 40)}
+    with pytest.raises(DownloadError, match="more than 17,179,869,184 bytes"):
+        fetch(odd.url, tmp_path / "x", sha256=SHA256)
+    assert all(path.stat().st_size == 0 for path in tmp_path.glob("x*"))
+
+
+def test_a_server_that_drips_is_left(odd, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_MAX_SECONDS", 0.5)
+    odd.body, odd.drip = b"x" * 10_000, 0.02
+    started = time.monotonic()
+    with pytest.raises(DownloadError, match="too slow"):
+        fetch(odd.url, tmp_path / "x", sha256=SHA256)
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("target", ["file:///etc/hostname", "ftp://127.0.0.1/x", "data:,x", "gopher://x", "//[broken"])
+def test_a_redirect_to_another_scheme_is_not_followed(target, odd, tmp_path):
+    odd.status, odd.headers, odd.body = (302, "Found"), {"Location": target, "Content-Length": "0"}, b""
+    with pytest.raises(DownloadError) as error:
+        fetch(odd.url, tmp_path / "x", sha256=SHA256)
+    assert str(error.value).isprintable()
+
+
+def test_a_redirect_from_https_to_http_is_not_followed():
+    request, headers = urllib.request.Request("https://127.0.0.1/x"), Message()
+    headers["Location"] = "http://127.0.0.1/x"
+    for code in (301, 302, 303, 307, 308):
+        with pytest.raises(DownloadError, match="redirects to http://"):
+            getattr(module._Redirects(), f"http_error_{code}")(request, io.BytesIO(), code, "Found", headers)
+
+
+def test_a_redirect_within_http_is_followed(odd, server, tmp_path):
+    odd.status, odd.headers, odd.body = (302, "Found"), {"Location": f"{server.url}/data.bin"}, b""
+    assert fetch(odd.url, tmp_path / "x", sha256=SHA256).read_bytes() == CONTENT
+
+
+def test_a_reason_with_escape_sequences_is_printed_plainly(odd, tmp_path):
+    odd.status = (404, "\x1b[31mgone\x07")
+    with pytest.raises(DownloadError, match=r"HTTP 404 \?\[31mgone\?") as error:
+        fetch(odd.url, tmp_path / "x", sha256=SHA256)
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("digits", [1, 8, 15])
+def test_a_checksum_of_few_digits_is_refused(digits, server, tmp_path):
+    with pytest.raises(DownloadError, match="too few digits: give at least 16"):
+        fetch(f"{server.url}/data.bin", tmp_path / "x", sha256=SHA256[:digits])
+    for url in ("http://download.pytorch.org/x", "https://download.pytorch.org.evil.example/x"):
+        with pytest.raises(DownloadError, match="too few digits: give at least 16"):
+            fetch(url, tmp_path / "x", sha256=SHA256[:digits])
+    assert server.requests == []
+    fetch(f"{server.url}/data.bin", tmp_path / "x", sha256=SHA256[:16])
+
+
+def test_eight_digits_are_enough_from_the_host_that_publishes_no_more():
+    module._check_url("https://download.pytorch.org/models/vit_b_16-c867db91.pth", {"sha256": "c867db91"})
+    with pytest.raises(DownloadError, match="at least 8"):
+        module._check_url("https://download.pytorch.org/models/vit_b_16-c867db91.pth", {"sha256": "c867db9"})

@@ -58,7 +58,7 @@ def _options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit with a status: 0, 2 for an error, 130 for Ctrl-C, 143 for SIGTERM."""
+    """Run the command line and exit: 0, 2 for an error, 4 if a training diverged, 130 for Ctrl-C, 143 for SIGTERM."""
     # PyTorch then uses huge pages on Linux: allocating a large batch in pages of 4 KiB takes longer than filling it.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     for stream in (sys.stdout, sys.stderr):
@@ -104,7 +104,7 @@ def _run(arguments: list[str], debug: bool) -> int:
         if text != "" and not getattr(error, "reported_elsewhere", False):
             bug = f"{type(error).__name__}: {error}; this is a bug in vitrail, please report it with the lines above"
             print(f"error: {plain(text or bug)}", file=sys.stderr)
-        return 1 if text is None else 2
+        return 1 if text is None else getattr(error, "exit_status", 2)
 
 
 def _explain(error: Exception) -> str | None:

@@ -77,7 +77,7 @@ def _worst(result: "Evaluation", width: int) -> "Table | None":
     imperfect = [(row["top1"], k) for k, row in enumerate(result.per_class) if row["images"] and row["top1"] < 100]
     rows = []
     for top1, k in sorted(imperfect)[:_WORST]:
-        row, wrong = result.per_class[k], result.confusion[k].copy()
+        row, wrong = result.per_class[k], result.predicted_as(k)
         wrong[k] = 0
         others = [f"{result.class_names[j]} ({wrong[j]})" for j in (-wrong).argsort(kind="stable")[:3] if wrong[j]]
         rows.append([f"  {cut(row['label'], _LABEL_WIDTH)}", f"{row['images']:,}", percent(top1), ", ".join(others)])

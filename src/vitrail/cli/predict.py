@@ -40,8 +40,8 @@ def predict(
 ) -> None:
     """Predict labels and scores of images.
 
-    --json prints one object per line. Images that could not be read are reported as errors; the exit status is 2 if
-    that is all of them, else 0.
+    --json prints one object per line. Images that could not be read or predicted are reported as errors; the
+    exit status is 2 if that is all of them, else 0.
 
     Example: `vitrail predict runs/photos holiday/ --top 3`
     """
@@ -59,7 +59,7 @@ def predict(
 
     _FORMS[form](predictions(), min(top, len(classifier.class_names)))
     if not counts[True]:
-        raise DataError(f"0 of {counts[False]} images could be read")
+        raise DataError(f"0 of {counts[False]} images could be read and predicted")
 
 
 def _print_json(predictions: "Iterator[Prediction]", top: int) -> None:

@@ -98,11 +98,12 @@ def stratified(
     classes, counts = np.unique(labels, return_counts=True)
     quotas = _quotas(counts, fraction)
     if groups is None:
-        by_class = zip((np.flatnonzero(labels == c) for c in classes), quotas, strict=True)
-        held_out = [rows[np.argsort(draw[rows], kind="stable")[:k]] for rows, k in by_class]
+        order = np.lexsort((draw, labels))  # by class, within it by draw, then by row
+        place = np.arange(n) - np.repeat(np.cumsum(counts) - counts, counts)  # in its class
+        out = np.sort(order[place < np.repeat(np.array(quotas, dtype=np.int64), counts)])
     else:
         held_out = _whole_groups(labels, groups, dict(zip(classes.tolist(), quotas, strict=True)), draw, keys)
-    out = np.sort(np.concatenate(held_out)) if held_out else np.zeros(0, dtype=np.int64)
+        out = np.sort(np.concatenate(held_out)) if held_out else np.zeros(0, dtype=np.int64)
     return np.setdiff1d(np.arange(n, dtype=np.int64), out, assume_unique=True), out
 
 

@@ -7,12 +7,18 @@ from contextlib import closing
 import numpy as np
 
 from vitrail.data.dataset import SkippedImage, Split
+from vitrail.errors import ModelError
 from vitrail.evaluation.metrics import Evaluation, Recorder, Records
-from vitrail.inference.engine import BatchResult, Engine, SplitReader, default_workers
+from vitrail.inference.engine import NOT_FINITE, BatchResult, Engine, SplitReader, default_workers
 from vitrail.inference.runtime import Runtime
 from vitrail.utils.distributed import SINGLE_PROCESS, DistributedContext
+from vitrail.utils.text import printable
 
 _SYNC_EVERY = 8  # batches between two collectives in which several processes agree on signals
+
+
+class NotFinite(ModelError):
+    """The model's logits are NaN or infinite for some images."""
 
 
 class Interrupted(Exception):
@@ -45,6 +51,7 @@ def evaluate(
 
     Raises:
         Interrupted: `stop` returned a signal, in any process.
+        NotFinite: the logits of an image are not finite; metrics of the others would be too good.
     """
     reader = images if isinstance(images, SplitReader) else SplitReader(images, runtime.preprocess)
     split, size = reader.split, batch_size or runtime.default_batch_size
@@ -66,6 +73,11 @@ def evaluate(
             elif sharded:
                 runtime.logits(blank)
     skipped = [item for items in distributed.all_gather_object(skipped) for item in items]
+    if wrong := [item for item in skipped if item["reason"] == NOT_FINITE]:
+        raise NotFinite(
+            f"the logits of {len(wrong):,} of {count:,} images are not finite, such as of "
+            f"{printable(wrong[0]['path'])}: the weights or the precision are at fault (float32 is --precision off)"
+        )
     records = Records.concatenate(distributed.all_gather_object(recorder.records()))
     return Evaluation(records, tuple(class_names), name, skipped)
 

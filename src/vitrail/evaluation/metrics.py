@@ -5,6 +5,7 @@ Shapes: N images, K classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -131,10 +132,15 @@ class Evaluation:
             for name, n, hit in zip(self.class_names, images, hits, strict=True)
         ]
 
+    def predicted_as(self, label: int) -> npt.NDArray[np.int64]:
+        """How many images of this class were predicted as each class, K: a row of the confusion matrix."""
+        return np.bincount(self.records.predicted[self.records.labels == label], minlength=len(self.class_names))
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
+        """Plain JSON, in which NaN is null."""
         names = ("top1", "balanced_top1", "top5", "loss", "ece", "images", "split", "skipped", "per_class")
-        return {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in names}
+        return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
 
 
 def is_imbalanced(per_class: Iterable[Mapping[str, Any]]) -> bool:

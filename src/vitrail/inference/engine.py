@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 _MAX_MEMORY = 256 << 20  # bytes of an array's crops that are kept in memory, at most
 _CHUNKS = 4  # tasks per thread and batch
+NOT_FINITE = "gives an output that is not finite (NaN or infinity)"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class BatchResult(Generic[T]):
     """Consecutive items and the model's outputs for them.
 
     outputs: float32 B K logits or B F features, a row for each item without an error. errors: why an item could not be
-    read, or None, for each item. wait_seconds: how long the model waited for data.
+    read, or NOT_FINITE, or None, for each item. wait_seconds: how long the model waited for data.
     """
 
     items: list[T]
@@ -98,7 +99,16 @@ class Engine:
                 stacked = np.stack(pixels) if pixels else None
                 waited = time.perf_counter() - start
                 outputs = np.empty((0, width), np.float32) if stacked is None else compute(stacked)
-                yield BatchResult(batch, errors, outputs, waited)
+                yield BatchResult(batch, *_only_finite(errors, outputs), waited)
+
+
+def _only_finite(errors: list[str | None], outputs: Outputs) -> tuple[list[str | None], Outputs]:
+    """Without the rows that are not finite, which become errors."""
+    finite = np.asarray(np.isfinite(outputs).all(axis=1))
+    if finite.all():
+        return errors, outputs
+    rows = iter(finite)
+    return [NOT_FINITE if error is None and not next(rows) else error for error in errors], outputs[finite]
 
 
 class SplitReader:

@@ -28,12 +28,12 @@ def from_json(family: object, values: Mapping[str, Any], where: str) -> ModelCon
     from pydantic import TypeAdapter, ValidationError  # deferred: the import takes 0.1 s
 
     if not isinstance(family, str) or family not in FAMILIES:
-        raise ModelError(f"{where}: unknown model family {family!r}; known are {', '.join(FAMILIES)}")
+        raise ModelError(f"{where}: unknown model family {one_line(repr(family), 40)}; known are {', '.join(FAMILIES)}")
     config_type = FAMILIES[family].config
     known = [field.name for field in dataclasses.fields(config_type)]
     for key in values:
         if key not in known:
-            raise ModelError(f"{where}: unknown key {key!r} in config{did_you_mean(key, known)}")
+            raise ModelError(f"{where}: unknown key {one_line(repr(key), 40)} in config{did_you_mean(key, known)}")
     for key in known:
         if key not in values and key not in ADDED_FIELDS:
             raise ModelError(f"{where}: config has no {key!r}")

@@ -6,6 +6,8 @@ Importing this module does not import torch, so that listing the catalog is fast
 from dataclasses import dataclass, fields
 from typing import Literal
 
+_MAX_TOKENS = 32_768  # attention takes time in proportion to their square
+
 Pool = Literal["token", "avg"]
 
 
@@ -51,6 +53,14 @@ class ViTConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.patch_size < 1 or self.num_heads < 1:
+            raise ValueError(f"patch_size and num_heads must be at least 1, not {self.patch_size} and {self.num_heads}")
+        if not 0 <= self.norm_eps < 1:
+            raise ValueError(f"norm_eps must be at least 0 and below 1, not {self.norm_eps}")
+        tokens = (self.img_size[0] // self.patch_size) * (self.img_size[1] // self.patch_size)
+        if tokens > _MAX_TOKENS:
+            size = f"an image of {self.img_size[0]}x{self.img_size[1]} in patches of {self.patch_size}"
+            raise ValueError(f"{size} has {tokens:,} tokens, more than {_MAX_TOKENS:,}: use a smaller img_size")
         if self.global_pool == "token" and not self.class_token:
             raise ValueError("global_pool='token' needs class_token=True: without a class token use global_pool='avg'")
         if self.stem_depth < 1:

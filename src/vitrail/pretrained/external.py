@@ -11,8 +11,9 @@ from torch import nn
 from vitrail.errors import DeviceError, ModelError, WeightsError, did_you_mean
 from vitrail.images.preprocess import Preprocess
 from vitrail.pretrained.resolve import is_catalog_source
-from vitrail.utils.text import one_line, printable
+from vitrail.utils.text import join_names, one_line, printable
 from vitrail.weights.labels import label_names
+from vitrail.weights.values import non_finite
 
 _IMAGENET_CLASSES = 1000  # a head of this size is taken for ImageNet-1k
 
@@ -83,11 +84,14 @@ def _torchvision(torchvision: Any, name: str) -> ExternalModel:
 
 
 def _load(source: str, create: Callable[[], nn.Module]) -> Any:
-    """Create the model; any error of its download becomes a WeightsError."""
+    """Create the model; any error of its download becomes a WeightsError, as do values that are not finite."""
     try:
-        return create()
+        model = create()
     except Exception as error:
         raise WeightsError(f"could not load the weights of {source}: {one_line(error)}") from error
+    if wrong := non_finite(model.state_dict()):
+        raise WeightsError(f"{source} contains NaN or infinity in {join_names(wrong, 3)}: these weights are not usable")
+    return model
 
 
 _OPENERS: dict[str, Callable[[Any, str], ExternalModel]] = {"timm": _timm, "torchvision": _torchvision}

@@ -6,6 +6,7 @@ settings are under the key "vitrail". Only JSON and safetensors are read, so no 
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +35,11 @@ from vitrail.models.timm_compat import (
     window_mismatch,
 )
 from vitrail.pretrained.local import CARD, CONFIG, USUAL
+from vitrail.utils.checksums import SUMS, mismatches, write_checksums
 from vitrail.utils.files import atomic_folder
 from vitrail.utils.text import format_shape, join_names, one_line
-from vitrail.weights.read import read_json
+from vitrail.weights.read import check_safetensors, read_json
+from vitrail.weights.values import describe_casts, dtype_name, is_castable, non_finite
 
 FORMAT = 1  # of the section "vitrail"
 WEIGHTS = USUAL[0]
@@ -74,7 +77,7 @@ def write_model_folder(folder: Path, contents: Contents) -> None:
     folder = folder.resolve()  # else a symbolic link would be replaced
     if folder.exists():
         others = (
-            sorted({entry.name for entry in folder.iterdir()} - {CONFIG, WEIGHTS, CARD})
+            sorted({entry.name for entry in folder.iterdir()} - {CONFIG, WEIGHTS, CARD, SUMS})
             if folder.is_dir()
             else [folder.name]
         )
@@ -88,6 +91,7 @@ def write_model_folder(folder: Path, contents: Contents) -> None:
         text = json.dumps(to_json(contents), indent=2, ensure_ascii=False)
         (temporary / CONFIG).write_text(text + "\n", encoding="utf-8")
         (temporary / CARD).write_text(to_card(contents), encoding="utf-8")
+        write_checksums(temporary, (CONFIG, WEIGHTS))
 
 
 def to_json(contents: Contents) -> dict[str, Any]:
@@ -146,13 +150,16 @@ def read_model_folder(folder: Path) -> Contents:
     """Read a model folder strictly.
 
     Raises:
-        WeightsError: a file is missing, damaged or not of vitrail, or the tensors do not match the config.
+        WeightsError: a file is missing, damaged or not of vitrail, or the tensors do not match the config or are not
+            finite.
         ModelError: the config is invalid.
     """
     source = folder / CONFIG
     record = _section(read_json(source), "vitrail", source)
     if record.get("format") != FORMAT:
-        raise WeightsError(f"{source} has format {record.get('format')!r}, not {FORMAT}: update vitrail to read it")
+        raise WeightsError(
+            f"{source} has format {one_line(repr(record.get('format')), 40)}, not {FORMAT}: update vitrail to read it"
+        )
     config = config_io.from_json(record.get("family"), _section(record, "config", source), str(source))
     names = record.get("class_names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -165,13 +172,28 @@ def read_model_folder(folder: Path) -> Contents:
         raise WeightsError(f"{source} has an invalid preprocessing: {one_line(error)}") from None
     if preprocess.channels != config.in_chans:
         raise WeightsError(f"{source} preprocesses {preprocess.channels} channels for a model with {config.in_chans}")
+    model = _load_model(folder / WEIGHTS, config)
+    _check_sums(folder)  # last: other messages say more
     return Contents(
-        model=_load_model(folder / WEIGHTS, config),
+        model=model,
         preprocess=preprocess,
         class_names=tuple(names),
         architecture=str(record.get("architecture")),
         notes=_section(record, "notes", source),
     )
+
+
+def _check_sums(folder: Path) -> None:
+    """Compare with the checksums, if there are any: damaged weights are an error, an edited config is told."""
+    if not (folder / SUMS).is_file():
+        return
+    wrong = mismatches(folder, (CONFIG, WEIGHTS))
+    if WEIGHTS in wrong:
+        raise WeightsError(
+            f"{folder / WEIGHTS} is damaged or was replaced: its checksum differs; if you replaced it, remove {SUMS}"
+        )
+    if wrong:
+        warnings.warn(f"{folder / CONFIG} was edited or damaged: its checksum in {SUMS} differs", stacklevel=4)
 
 
 def _section(record: Mapping[str, Any], key: str, source: Path) -> dict[str, Any]:
@@ -190,21 +212,42 @@ def _load_model(source: Path, config: ModelConfig) -> ImageModel:
     """
     if not source.is_file():
         raise WeightsError(f"{source} does not exist: the model's weights are missing")
+    check_safetensors(source)
     try:
         with safe_open(source, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  no dict
             model = build_on_meta(config, len(shapes), str(source.with_name(CONFIG)))
             expected = model.state_dict()
             _check_tensors(expected, shapes, source)
-            tensors = {name: file.get_tensor(name).to(expected[name].dtype) for name in shapes}
+            found = {name: file.get_tensor(name) for name in shapes}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{source} is damaged or not a safetensors file: {one_line(error)}") from None
+    tensors = _cast(found, expected, source)
     if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in tensors):
         model = build_model(config)  # it computes buffers, which need memory
         model.load_state_dict(tensors)
     else:
         model.load_state_dict(tensors, assign=True)
     return model.eval()
+
+
+def _cast(
+    found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], source: Path
+) -> dict[str, torch.Tensor]:
+    """The tensors in the model's dtypes. Warns of casts; raises WeightsError for another kind or values not finite."""
+    casts, tensors = [], {}
+    for name, tensor in found.items():
+        old, new = dtype_name(tensor), str(expected[name].dtype).removeprefix("torch.")
+        if not is_castable(tensor, expected[name]):
+            raise WeightsError(f"{source} does not match its config.json: {name} is {old}, not {new}")
+        tensors[name] = tensor.to(expected[name].dtype)
+        if old != new:
+            casts.append(f"{old} to {new}")
+    if wrong := non_finite(tensors):
+        raise WeightsError(f"{source} contains NaN or infinity in {join_names(wrong, 3)}: these weights are not usable")
+    if casts:
+        warnings.warn(f"{source}: {describe_casts(casts)}", stacklevel=5)
+    return tensors
 
 
 def _check_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, tuple[int, ...]], source: Path) -> None:

@@ -40,6 +40,7 @@ _TORCHVISION = {  # torchvision's name -> ours
     "swin_b": ("swin_base_patch4_window7_224",),
 }
 _UNKNOWN = Architecture()
+_MAX_BYTES = 8 << 30  # of a weights file; the largest of the catalog has 2.5 GB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,13 +203,13 @@ def _hub(name: str, sha256: str | None = None) -> Loaded:
 
 
 def _url(text: str) -> Loaded:
-    """URL#sha256=..., with at least the first 8 digits of the checksum, as many as torch.hub puts in file names."""
+    """URL#sha256=..., with the checksum or the first of its digits, of which `fetch` needs 16 or more."""
     url, _, fragment = text.partition("#")
-    match = re.fullmatch(r"sha256=([0-9a-fA-F]{8,64})", fragment)
+    match = re.fullmatch(r"sha256=([0-9a-fA-F]{1,64})", fragment)
     if not match:
         raise WeightsError(f"{printable(text)} needs a checksum: append #sha256=... (from sha256sum on a trusted copy)")
     digest = match[1].lower()
-    return _convert(fetch(url, _cached_url(url, digest), sha256=digest), url)
+    return _convert(fetch(url, _cached_url(url, digest), sha256=digest, max_bytes=_MAX_BYTES), url)
 
 
 def _cached_url(url: str, digest: str) -> Path:

@@ -1,6 +1,5 @@
 """`train`: from a folder of images to a classifier and a run folder."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from vitrail._version import __version__
 from vitrail.classifier import Classifier
 from vitrail.data.catalog import check_outside
 from vitrail.data.contents import digest, names_digest
@@ -20,7 +20,8 @@ from vitrail.training.checkpoints.checkpoint import unshared
 from vitrail.training.checkpoints.provenance import python_call, session_record
 from vitrail.training.checkpoints.run_folder import RUNS, RunFolder, check_empty, create_run_folder, unfinished_run
 from vitrail.training.config.recipes import find_recipe
-from vitrail.training.config.schema import KEYS, TrainConfig, Use, keys_for, make_config, read_config, to_toml
+from vitrail.training.config.schema import KEYS, TrainConfig, Use, keys_for, make_config
+from vitrail.training.config.stamp import read_run_toml, to_run_toml
 from vitrail.training.engine.interrupt import Stopped
 from vitrail.training.monitoring.batch_preview import draw_first_batch
 from vitrail.training.monitoring.plan import plan_lines
@@ -119,13 +120,12 @@ def _check_folders(
 def _read_run_config(folder: RunFolder) -> TrainConfig:
     """The config of a run that was written by this version or an earlier one."""
     try:
-        given = read_config(folder.config).given
+        given = read_run_toml(folder.config).given
     except ConfigError as error:
-        version = "the version of vitrail that started it"
-        if folder.sessions.is_file():
-            first = json.loads(folder.sessions.read_text(encoding="utf-8").split("\n", 1)[0])
-            version = f"vitrail {first['environment']['vitrail']}, which started it"
-        raise RunError(f"{error}; resume this run with {version}") from None
+        version = folder.started_with()
+        if version is None or version == __version__:
+            raise RunError(str(error)) from None
+        raise RunError(f"{error}; resume this run with vitrail {version}, which started it") from None
     return TrainConfig().updated({"cache": "off", **given})  # runs from before the cache had none
 
 
@@ -210,7 +210,7 @@ def _run(
             if resume is None:
                 if distributed.is_main:
                     check_empty(folder)  # again: another run may have used it meanwhile
-                folder.write_config(to_toml(setup.config, KEYS if session else keys_for(Use.PROBE)))
+                folder.write_config(to_run_toml(setup.config, KEYS if session else keys_for(Use.PROBE)))
             resumed = session is not None and session.enter(folder)
             folder.append(
                 folder.sessions, session_record(command, session.trainer.state.steps if session else 0, device)
@@ -294,6 +294,10 @@ def _run_to_end(work: Callable[[], T], reporter: Reporter, advice: Callable[[], 
     except Stopped as stopped:
         reporter.log(str(stopped))
         raise
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ConfigError("batch norm needs more than one value per channel: use a larger batch_size") from None
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -336,6 +340,7 @@ def _finish(
         try:
             split = setup.dataset.splits.get(result.split)
             folder.write_json(folder.details, report_details(result, split, groups, classifier))
+            folder.write_checksums()
             reporter.log(f"report  {write_report(folder)}")
         except Exception as error:  # the run is finished and saved
             reporter.log(f"warning: the run is saved, but could not write its report: {one_line(error)}")

@@ -8,6 +8,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -15,8 +16,8 @@ import torch
 from torch import nn
 
 from vitrail.data.contents import fingerprint
-from vitrail.errors import RunError
-from vitrail.evaluation.evaluate import Interrupted, evaluate
+from vitrail.errors import DivergedError, RunError
+from vitrail.evaluation.evaluate import Interrupted, NotFinite, evaluate
 from vitrail.evaluation.metrics import Evaluation
 from vitrail.inference.engine import SplitReader
 from vitrail.inference.torch_runtime import TorchRuntime
@@ -74,6 +75,7 @@ class Session:
         self.checked = ""  # a line about the images, of a resumed run
         self._policy = CheckpointPolicy(config)
         self._initial: Checkpoint | None = None
+        self._last_whole: Path | None = None  # the checkpoint that was written or read last
         self._sync = ProcessSync(distributed)
 
     def enter(self, folder: RunFolder) -> bool:
@@ -171,11 +173,16 @@ class Session:
     # --- validation
 
     def _validate(self, images: SplitReader, interrupt: Interrupt) -> dict[str, Any]:
-        """Metrics of the current model, which is kept if it is the best so far."""
+        """Metrics of the current model, which is kept if it is the best so far; none if they are not finite."""
         try:
             result = self._evaluate(self.trainer.eval_model, images, "val", lambda: interrupt.number)
+            if not np.isfinite(result.loss):
+                raise NotFinite("the validation loss is not finite")
         except Interrupted as stopped:
             self._stop(stopped.signal)
+        except NotFinite as error:
+            self.reporter.log(f"epoch {self.trainer.state.epoch + 1} is not kept: {error}")
+            return {}
         self.skipped |= {item["path"]: item["reason"] for item in result.skipped}
         score = result.top1 if self.config.regularize.balance == "none" else result.balanced_top1
         if self.best.is_beaten_by(score, result.loss):
@@ -185,8 +192,17 @@ class Session:
         return {f"val_{name}": getattr(result, name) for name in names}
 
     def final_model(self) -> nn.Module:
-        """The trainer's model with the best weights; without any validation, with the last ones."""
+        """The trainer's model with the best weights; without validation images, with the last ones.
+
+        Raises:
+            DivergedError: no validation was finite.
+        """
         trainer, distributed = self.trainer, self.distributed
+        if self.validation and self.trainer.state.steps and not self.best.epoch:
+            raise DivergedError(
+                f"no validation of the run in {self.folder.path} was finite: there is no model to keep; start a new "
+                "run with a lower lr or more warmup_epochs, or check weights and images"
+            )
         # All processes know the epoch; rank 0 alone has the weights.
         weights = self.best.weights if self.best.epoch else model_state(trainer.eval_model, distributed)
         load_model_state(trainer.model, weights, distributed)
@@ -198,7 +214,10 @@ class Session:
         """Metrics of the final model on the test split, else on the validation split."""
         name = self.setup.dataset.eval_split()
         images = SplitReader(self.setup.dataset.split(name), self.setup.preprocess)
-        return self._evaluate(model, images, name)
+        try:
+            return self._evaluate(model, images, name)
+        except NotFinite as error:
+            raise DivergedError(f"the run in {self.folder.path} has no usable model: {error}") from None
 
     def _evaluate(
         self, model: nn.Module, images: SplitReader, name: str, stop: Callable[[], int | None] | None = None
@@ -227,7 +246,8 @@ class Session:
         start = time.perf_counter()
         checkpoint = self._checkpoint()
         if self.distributed.is_main:
-            save_checkpoint(self.folder.checkpoint, trainer.state.steps, checkpoint)
+            steps, folder = trainer.state.steps, self.folder.checkpoint
+            self._last_whole = save_checkpoint(folder, steps, checkpoint, keep=self._last_whole)
         self._policy.cost = self.distributed.broadcast_object(time.perf_counter() - start)
         self._policy.record(trainer.state)
         self._initial = None
@@ -284,6 +304,9 @@ class Session:
         if record["teacher"] != self.teacher:
             raise RunError(f"cannot resume {self.folder.path}: the teacher is not the same as before")
         tensors = found.tensors if found else {}
+        for line in found.damaged if found else ():
+            self.reporter.log(f"warning: {line}; resuming from the older one of step {record['state']['steps']}")
+        self._last_whole = found.place if found else None
         self.trainer.state = TrainState(**record["state"])
         self.trainer.load_state_dict(tensors)
         self.best = BestWeights(**record["best"], weights=tensors.get("best", {}))

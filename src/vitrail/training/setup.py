@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from vitrail.data.catalog import absolute_data, open_dataset
 from vitrail.data.dataset import Dataset
@@ -237,11 +238,17 @@ def _model_options(config: TrainConfig) -> dict[str, Any]:
 
 @torch.no_grad()
 def _check_model(model: nn.Module, preprocess: Preprocess, num_classes: int) -> None:
-    """Run one blank image through the model, so that an unsupported input size fails before training."""
-    training, device = model.training, next(model.parameters()).device
+    """Run one blank image through the model, so that an unsupported input size fails before training.
+
+    One of our models computes only the shapes, on the meta device: a large size would take long.
+    """
+    training, ours = model.training, isinstance(model, ImageModel)
+    device = torch.device("meta") if ours else next(model.parameters()).device
     blank = torch.zeros(1, preprocess.channels, *preprocess.size, device=device)
+    own = [*model.named_parameters(), *model.named_buffers()] if ours else []
+    state = {name: tensor.to(device) for name, tensor in own}
     try:
-        logits = model.eval()(blank)
+        logits = functional_call(model.eval(), state, (blank,))
     except (RuntimeError, ValueError) as error:
         height, width = preprocess.size
         what = f"{preprocess.channels} channels of {height}x{width} pixels"

@@ -18,7 +18,8 @@ from typing import Any
 from vitrail.data.dataset import Dataset
 from vitrail.errors import ConfigError, DistributedError, RunError
 from vitrail.training.config.recipes import find_recipe
-from vitrail.training.config.schema import read_config, to_toml
+from vitrail.training.config.schema import KEYS, read_config
+from vitrail.training.config.stamp import to_run_toml
 from vitrail.training.engine.state import TrainState
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.monitoring.progress import Reporter
@@ -96,7 +97,7 @@ def verify_resume(
         log(f"{state.steps} steps without interruption; now again, killed after step {kill_at}")
         resumed.mkdir()
         config = read_config(uninterrupted / "config.toml").updated({"checkpoint_every": save_at})
-        (resumed / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        (resumed / "config.toml").write_text(to_run_toml(config, KEYS), encoding="utf-8")
         again = {**objects, "resume": resumed}
         _run(Job(data, again, AtCall(_AFTER_STEP, partial(_at_step, kill_at))), killed=True)
         log(f"killed; resuming from the checkpoint of step {_state(resumed).steps}")

@@ -9,6 +9,9 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+MAX_PIXELS = 1 << 24  # of a model's input: 4096x4096
+MAX_SEED = 2**63 - 1
+
 
 class Settings(BaseModel):
     """A group of settings. An unknown name is an error, as are NaN and infinity."""
@@ -58,6 +61,12 @@ def _ascending(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
+def _bounded(value: tuple[int, int] | None) -> tuple[int, int] | None:
+    if value and value[0] * value[1] > MAX_PIXELS:
+        raise ValueError(f"at most {MAX_PIXELS:,} pixels, not {value[0]}x{value[1]}")
+    return value
+
+
 Optional = BeforeValidator(none_or)
 Pair = BeforeValidator(_split)
 Ascending = AfterValidator(_ascending)
@@ -66,9 +75,10 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=1, le=MAX_PIXELS)]
 Amount = Annotated[float, Field(ge=0)]
 Range = Annotated[tuple[Positive, Positive], Pair, Ascending]
-Size = Annotated[tuple[Count, Count] | None, BeforeValidator(_height_width)]
+Size = Annotated[tuple[Side, Side] | None, BeforeValidator(_height_width), AfterValidator(_bounded)]
 Seconds = Annotated[Positive | None, BeforeValidator(_seconds)]
 PathText = Annotated[str | None, BeforeValidator(_path_text)]
 

@@ -1,6 +1,6 @@
 """Strict loading of tensors into a model, with a report on each tensor.
 
-Resized, adapted and unused tensors are reported; any other mismatch is an error, and nothing is loaded.
+Resized, adapted, cast and unused tensors are reported; any other mismatch is an error, and nothing is loaded.
 
 Shapes: B batch (1), N tokens, C width, H heads; grids and windows are (rows, columns).
 """
@@ -21,6 +21,7 @@ from vitrail.weights.heads import HeadDecision, HeadPolicy, decide_head, head_na
 from vitrail.weights.report import Entry, Report
 from vitrail.weights.resample import adapt_channels, resample_bias_table, resample_patches
 from vitrail.weights.tensors import Tensors
+from vitrail.weights.values import describe_casts, dtype_name, is_castable, is_finite
 
 Pair = tuple[int, int]
 _FIRST_CONVOLUTIONS = ("patch_embed.convs.0.weight", "patch_embed.proj.weight", "conv1.weight", "stem.0.weight")
@@ -50,7 +51,7 @@ def load_weights(
         source, layout: for the report.
 
     Raises:
-        WeightsError: tensors do not match; names them with both shapes. The model is unchanged.
+        WeightsError: tensors do not match, with both shapes, or are not finite. The model is unchanged.
     """
     plan = _Plan(model, Tensors(tensors), grid)
     decision = decide_head(
@@ -70,6 +71,7 @@ def load_weights(
         source=source,
         layout=layout,
         notes=[*tensors.notes],
+        casts=describe_casts(plan.casts),
         warnings=[decision.warning] if decision.warning else [],
     )
     model.load_state_dict(plan.state, strict=True)
@@ -89,6 +91,7 @@ class _Plan:
     state: dict[str, Tensor] = field(default_factory=dict)
     entries: dict[str, Entry] = field(default_factory=dict)
     unused: list[Entry] = field(default_factory=list)
+    casts: list[str] = field(default_factory=list)  # "float16 to float32", one for each tensor
     problems: dict[str, str] = field(default_factory=dict)  # the model's name -> the mismatch; "" if another covers it
 
     def __post_init__(self) -> None:
@@ -112,13 +115,18 @@ class _Plan:
         old, expected = self.remaining.pop(name), self.expected[name]
         if value.shape != expected.shape:
             self.mismatch(name, old)
-        elif not _same_kind(value, expected):
+        elif not is_castable(value, expected):
             self.problems[name] = (
-                f"{self.both_names(name)} is {_dtype(value)} in the file and {_dtype(expected)} in the model"
+                f"{self.both_names(name)} is {dtype_name(value)} in the file and {dtype_name(expected)} in the model"
             )
         else:
             if value.dtype != expected.dtype:
-                how = "; ".join(filter(None, [how, f"{_dtype(value)} to {_dtype(expected)}"]))
+                cast = f"{dtype_name(value)} to {dtype_name(expected)}"
+                self.casts.append(cast)
+                how = "; ".join(filter(None, [how, cast]))
+            value = value.to(expected.dtype)
+            if not is_finite(value):
+                self.problems[name] = f"{self.both_names(name)} contains NaN or infinity as {dtype_name(expected)}"
             self.assign(name, value, state, how, old)
 
     def both_names(self, name: str) -> str:
@@ -236,12 +244,12 @@ class _Plan:
         self.load(name, value, state, ", ".join(how))
 
     def check(self, source: str) -> None:
-        """Raise WeightsError for missing or unexpected tensors and for other shapes or dtypes."""
+        """Raise WeightsError for missing or unexpected tensors, other shapes or dtypes, and values not finite."""
         missing = [name for name in self.expected if name not in self.entries and name not in self.problems]
         mismatches = [text for text in self.problems.values() if text]
         lines = mismatches[:8]
         if len(mismatches) > 8:
-            lines.append(f"{len(mismatches) - 8} more differ in shape")
+            lines.append(f"{len(mismatches) - 8} more differ")
         if missing:
             lines.append(f"missing from the file: {join_names(missing)}")
         if self.remaining:
@@ -251,16 +259,6 @@ class _Plan:
         if 4 * (len(missing) + len(mismatches) + len(self.remaining)) > len(self.expected):
             lines.append("are these weights of a different model?")
         raise WeightsError(f"{source or 'the weights'} do not match the model: {'; '.join(lines)}")
-
-
-def _same_kind(value: Tensor, expected: Tensor) -> bool:
-    """Whether both are dense and both are floats or both integers."""
-    dense = value.layout == torch.strided and not value.is_quantized and not value.is_complex()
-    return dense and value.is_floating_point() == expected.is_floating_point()
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _grid_of(model: Any, rows: int) -> Pair | None:

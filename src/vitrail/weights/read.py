@@ -1,27 +1,29 @@
 """Reading of untrusted checkpoint files, without running code in them.
 
 The format is detected from the first bytes: safetensors, NumPy's .npz, or torch.save, a pickle of which only tensors
-and plain containers are read.
+and plain containers are read (see pickled.py). What a file may take is bounded before it is allocated.
 """
 
-import argparse
-import contextlib
 import json
-import pickle
+import math
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
 
 from vitrail.errors import WeightsError
 from vitrail.utils.text import join_names, one_line, printable
+from vitrail.weights.archive import open_archive
+from vitrail.weights.pickled import read_pickled
 
-_MAX_COMPRESSION = 200  # a zip archive with a higher ratio is rejected as a zip bomb
-_MAX_JSON_BYTES = 64 << 20
+_MAX_JSON = 16 << 20  # bytes; 100,000 class names take a few MB
+_MAX_HEADER = 4 << 20  # bytes, of about 100 for a tensor
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def read_file(path: str | Path) -> Mapping[Any, Any]:
@@ -42,11 +44,12 @@ def read_file(path: str | Path) -> Mapping[Any, Any]:
     if start.startswith(b"version https://git-lfs"):
         raise WeightsError(f"{path} is a Git LFS pointer, not the file itself: run 'git lfs pull' in its folder")
     if start.startswith(b"PK"):
-        return _read_zip(path, size)
+        return _read_zip(path)
     if start[8:9] == b"{":
         return _read_safetensors(path)
-    if start[:1] == b"\x80" or start[257:262] == b"ustar":  # tar: torch before 2018
-        return _read_pickle(path)
+    if start[:1] == b"\x80":
+        with path.open("rb") as stream:
+            return read_pickled(path, None, stream)
     raise WeightsError(f"{path} is not a checkpoint: expected safetensors, .npz or a torch.save file")
 
 
@@ -79,13 +82,15 @@ def plain_name(name: str, where: Path) -> str:
     """Return `name` if it is a plain file name. Raises WeightsError for a path."""
     if not name or name in (".", "..") or any(char in name for char in "/\\\0:"):
         raise WeightsError(f"{where} names the file {printable(name)!r}, which is outside its folder: do not trust it")
+    if not name.isprintable():
+        raise WeightsError(f"{where} names the file {printable(name)!r}, with control characters: do not trust it")
     return name
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises WeightsError if the file cannot be read or has no object."""
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
+        if path.stat().st_size > _MAX_JSON:
             raise WeightsError(f"{path} is too large for a config file")
         content = json.loads(path.read_bytes())
     except OSError as error:
@@ -97,44 +102,50 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def check_safetensors(path: Path) -> None:
+    """Raise WeightsError if a safetensors file has an unreasonably long header, before it is parsed."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    if len(start) == 8 and int.from_bytes(start, "little") > _MAX_HEADER:
+        raise WeightsError(f"{path} is damaged, or describes its tensors in more than {_MAX_HEADER >> 20} MiB")
+
+
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    check_safetensors(path)
     try:
         return load_file(path)
     except Exception as error:  # it raises nearly every kind on a damaged file
         raise WeightsError(f"{path} is damaged, truncated or not a safetensors file: {one_line(error)}") from None
 
 
-def _read_zip(path: Path, size: int) -> Mapping[Any, Any]:
+def _read_zip(path: Path) -> Mapping[Any, Any]:
     """A zip archive: .npz, or torch.save with a data.pkl."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise WeightsError(f"{path} is damaged or truncated: {one_line(error)}") from None
-    if sum(entry.file_size for entry in entries) > _MAX_COMPRESSION * size:
-        raise WeightsError(f"{path} would unpack to more than {_MAX_COMPRESSION} times its size: do not trust it")
-    names = [entry.filename for entry in entries]
-    if any(name.endswith("/data.pkl") or name == "data.pkl" for name in names):
-        if any("/code/" in name or name.endswith("constants.pkl") for name in names):
-            raise WeightsError(
-                f"{path} is a TorchScript program, not a checkpoint: save its state_dict() on a trusted machine"
-            )
-        return _read_pickle(path)
-    if names and all(name.endswith(".npy") for name in names):
-        return _read_npz(path)
+    with open_archive(path) as (archive, file):
+        names = [entry.filename for entry in archive.infolist()]
+        if any(name.endswith("/data.pkl") or name == "data.pkl" for name in names):
+            if any("/code/" in name or name.endswith("constants.pkl") for name in names):
+                raise WeightsError(
+                    f"{path} is a TorchScript program, not a checkpoint: save its state_dict() on a trusted machine"
+                )
+            return read_pickled(path, archive, file)
+        if names and all(name.endswith(".npy") for name in names):
+            return _read_npz(path, archive)
     raise WeightsError(f"{path} is a zip archive, but neither .npz nor written by torch.save")
 
 
-def _read_npz(path: Path) -> dict[str, torch.Tensor]:
+def _read_npz(path: Path, archive: zipfile.ZipFile) -> dict[str, torch.Tensor]:
     tensors = {}
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            for name in archive.files:
-                array = archive[name]
-                if array.dtype.kind not in "biuf":
-                    raise WeightsError(f"{path} contains {printable(name)} of dtype {array.dtype}, not numbers")
-                tensors[name] = torch.from_numpy(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="))))
-    except (zipfile.BadZipFile, OSError, ValueError, TypeError, KeyError, EOFError, MemoryError) as error:
+        for entry in archive.infolist():
+            with archive.open(entry) as file:
+                array = _read_npy(file, entry.file_size)
+            name = entry.filename.removesuffix(".npy")
+            if array.dtype.kind not in "biuf":
+                raise WeightsError(f"{path} contains {printable(name)} of dtype {array.dtype}, not numbers")
+            tensors[name] = torch.from_numpy(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="))))
+    except WeightsError:
+        raise
+    except Exception as error:  # numpy's parser of headers raises nearly every kind
         hint = "; it contains Python objects, which are not read" if "allow_pickle" in str(error) else ""
         raise WeightsError(
             f"{path} is damaged, truncated or not a .npz file of numbers{hint}: {one_line(error, 120)}"
@@ -142,32 +153,14 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _read_pickle(path: Path) -> Mapping[Any, Any]:
-    """With torch's restricted unpickler; argparse.Namespace, common for settings, is allowed as plain data."""
-    try:
-        # torch.load looks at the suffix, which an open file lacks; only zip archives can be memory-mapped.
-        mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"
-        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
-            content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(_needs_code(path, error)) from None
-    except Exception as error:  # torch raises any kind on a damaged file
-        raise WeightsError(f"{path} is damaged or truncated: {one_line(error, 120)}") from None
-    if not isinstance(content, Mapping):
-        what = type(content).__name__
-        raise WeightsError(f"{path} contains a {what}, not a state dict: save model.state_dict() on a trusted machine")
-    return content
-
-
-def _needs_code(path: Path, error: Exception) -> str:
-    found: list[str] = []
-    if zipfile.is_zipfile(path):
-        with contextlib.suppress(Exception):  # the names are only for the message
-            found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-    if not found and "Unsupported" not in str(error) and "GLOBAL" not in str(error):
-        return f"{path} is damaged or not a checkpoint: {one_line(error, 120)}"
-    what = f" ({join_names(found, 4)})" if found else ""
-    return (
-        f"{path} needs Python code to be read{what}, which is not run: if you trust the file, load it "
-        f"with torch.load(..., weights_only=False) and save its state_dict() as safetensors"
-    )
+def _read_npy(file: IO[bytes], size: int) -> npt.NDArray[Any]:
+    """An array, whose shape is compared with the size of its entry before memory is allocated."""
+    version = np.lib.format.read_magic(file)
+    if version not in _NPY_HEADERS:
+        raise ValueError(f"version {version} of its arrays is not known")
+    shape, _, dtype = _NPY_HEADERS[version](file)
+    if dtype.kind != "O" and math.prod(shape) * dtype.itemsize > size:
+        raise ValueError("an array is larger than its data")
+    file.seek(0)
+    array: npt.NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+    return array

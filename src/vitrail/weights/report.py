@@ -21,13 +21,14 @@ class Entry:
 
 @dataclass
 class Report:
-    """The entries in the model's order, then the unused ones."""
+    """The entries in the model's order, then the unused ones. casts: such as "150 cast from float16 to float32"."""
 
     entries: list[Entry]
     source: str = ""
     layout: str = ""
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    casts: str = ""
 
     def of(self, state: str) -> list[Entry]:
         """The entries that are "loaded", "resized", "adapted", "new" or "unused"."""
@@ -43,7 +44,7 @@ class Report:
             parts.append(f"{len(new)} new ({join_names((entry.name for entry in new), 4)}: {_how(new)})")
         if unused := self.of("unused"):
             parts.append(f"{len(unused)} unused ({_how(unused)})")
-        text = "; ".join(parts)
+        text = "; ".join(filter(None, [*parts, self.casts]))
         origin = " from " + self.source if self.source else ""
         return f"weights{origin}: {text}" + "".join(f"; warning: {warning}" for warning in self.warnings)
 

@@ -36,6 +36,9 @@ _PREFIXES = (
     "student.",
     "ema.",
 )
+_MAX_TENSORS = 10_000  # the largest model of the catalog has under 1,000
+_MAX_NAME = 1_000  # characters
+_MAX_PREFIXES = 8
 _COUNTERS = {"n_averaged"}  # of torch.optim.swa_utils
 
 
@@ -43,9 +46,13 @@ def unwrap(content: Mapping[Any, Any]) -> Tensors:
     """The state dict in `content`, without wrapper prefixes; its `notes` name what was used and ignored.
 
     Raises:
-        WeightsError: there is no state dict.
+        WeightsError: there is no state dict, or one of more than 10,000 tensors or with names of over 1,000 characters.
     """
     tensors = _open(content, [])
+    if len(tensors) > _MAX_TENSORS:
+        raise WeightsError(f"the checkpoint contains {len(tensors):,} tensors: more than {_MAX_TENSORS:,} are not read")
+    if any(len(name) > _MAX_NAME for name in tensors):
+        raise WeightsError(f"the checkpoint contains a tensor with a name of more than {_MAX_NAME:,} characters")
     for name in _COUNTERS & tensors.keys():
         del tensors[name]
         tensors.unused[name] = "a counter of averaged models"
@@ -88,9 +95,10 @@ def _choose_model(tensors: Tensors) -> Tensors:
 
 def _strip(tensors: Tensors) -> Tensors:
     """Strip prefixes that most names have, repeatedly. Names without them are recorded as outside."""
-    while prefix := next(
-        (p for p in _PREFIXES if 2 * sum(name.startswith(p) for name in tensors) > len(tensors)), None
-    ):
+    for _ in range(_MAX_PREFIXES):
+        prefix = next((p for p in _PREFIXES if 2 * sum(name.startswith(p) for name in tensors) > len(tensors)), None)
+        if prefix is None:
+            break
         out = tensors.empty_copy()
         for name, tensor in tensors.items():
             bare = name.removeprefix(prefix)

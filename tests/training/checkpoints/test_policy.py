@@ -80,13 +80,13 @@ def test_two_of_the_same_step_stand_until_the_newer_is_whole(tmp_path: Path, mon
 
         monkeypatch.setattr(Path, name, dies)
     save_checkpoint(tmp_path, 3, checkpoint(2))
-    assert [path.name for path in find_checkpoints(tmp_path)] == ["step-00000003.1"]
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["step-00000003.1", "step-00000003"]
     save_checkpoint(tmp_path, 3, checkpoint(3))
     found = load_checkpoint(tmp_path)
     assert found is not None
     assert found.tensors["model"]["a"][0, 0] == 3
     save_checkpoint(tmp_path, 12, checkpoint(4))
-    assert [path.name for path in find_checkpoints(tmp_path)] == ["step-00000012"]
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["step-00000012", "step-00000003.2"]
 
 
 def test_a_stop_right_after_a_checkpoint_writes_no_second_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

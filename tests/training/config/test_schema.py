@@ -76,6 +76,42 @@ def test_bad_words_are_one_line(word: str, hint: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("words", [["lr=1", "lr=2"], ["lr=1", "lr=1"], ["img-size=8", "img_size=8"]])
+def test_a_key_that_is_given_twice(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match="is given twice"):
+        parse_overrides(words)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "threads=99999999999", "img_size=100000", "rand_augment_ops=100000", "seed=99999999999999999999",
+        "epochs=1e300", "batch_size=9999999999", f"seed={'9' * 5000}", f"lr={'9' * 400}", f"{'x' * 5000}=1",
+        f"cache={'9' * 400}GB", f"model={'x' * 5000}\x1b[2J=", "workers=99999999999", "track=\x1b[2J",
+    ],
+)  # fmt: skip
+def test_a_value_out_of_every_bound_is_one_line(word: str) -> None:
+    if word.startswith("model"):
+        assert make_config(parse_overrides([word])).model.model
+        return
+    with pytest.raises(ConfigError) as error:
+        make_config(parse_overrides([word]))
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a = " + "[" * 20_000, f"seed = {'9' * 5000}", "a." * 100_000 + "a = 1", "\0", "[" * 30_000, "a = {" * 5000],
+)
+def test_a_file_that_is_no_config_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        read_config(tmp_path / "c.toml")
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 400
+
+
 def test_toml_and_back(tmp_path: Path) -> None:
     config = make_config({"data": 'a "folder"\\\x7f ü', "model": "m", "budget": "2m", "betas": [0.8, 0.9], "lr": 1e-7})
     file = tmp_path / "config.toml"

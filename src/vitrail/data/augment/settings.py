@@ -32,7 +32,7 @@ class Augment(Settings):
     shift: Share = Field(0.0, description="largest shift in each direction, as a share of the side")
     edge: Literal["black", "edge", "reflect"] = Field("black", description="what fills pixels from outside the image")
     rand_augment: float = Field(0.0, ge=0, le=10, description="magnitude of RandAugment, 0 to 10; 0: off")
-    rand_augment_ops: Count = Field(2, description="RandAugment operations per image, each with probability 0.5")
+    rand_augment_ops: Count = Field(2, le=32, description="RandAugment operations per image, each with probability 0.5")
     rand_augment_std: Amount = Field(0.5, description="standard deviation of the magnitude of RandAugment")
     brightness: Amount = Field(0.0, description="largest relative change of brightness")
     contrast: Amount = Field(0.0, description="largest relative change of contrast")

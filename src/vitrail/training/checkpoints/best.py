@@ -1,5 +1,6 @@
 """The weights with the best validation so far."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +21,8 @@ class BestWeights:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
     def is_beaten_by(self, score: float, loss: float) -> bool:
-        """Whether these are better."""
-        return (score, -loss) > (self.score, -self.loss)
+        """Whether these are better; a loss that is not finite never is."""
+        return math.isfinite(loss) and (score, -loss) > (self.score, -self.loss)
 
     def record(self) -> dict[str, Any]:
         """All but the weights, for a checkpoint's JSON."""

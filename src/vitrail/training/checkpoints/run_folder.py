@@ -8,6 +8,7 @@ model/          the best model, as a model folder
 sessions.jsonl  a line each time the run was started or resumed: command, time, environment
 details.json    per-image results, for the report
 report.html     the report
+SHA256SUMS      checksums of the files above that the report and `vitrail.load` read
 """
 
 import contextlib
@@ -18,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from vitrail.errors import RunError
+from vitrail.utils.checksums import SUMS, mismatches, write_checksums
 from vitrail.utils.files import atomic_write_text, disk_errors, lock_or_raise, remove_leftovers, user_path
 
 RUNS = Path("runs")  # of runs without --out
+_MAX_LINE = 1 << 20  # characters of a line of sessions.jsonl
 
 
 class RunFolder:
@@ -72,6 +75,30 @@ class RunFolder:
         """Replace the metrics of all epochs."""
         if self.writes:
             atomic_write_text(self.metrics, "".join(_json(line) + "\n" for line in lines))
+
+    def write_checksums(self) -> None:
+        """List the checksums of a finished run's files."""
+        if self.writes:
+            write_checksums(self.path, [path.name for path in self._listed() if path.is_file()])
+
+    def check(self) -> None:
+        """Raise RunError if a file of a finished run is not as it was written. A run without a list is not checked."""
+        if not (self.path / SUMS).is_file():
+            return
+        names = [path.name for path in self._listed() if path.is_file()]
+        if wrong := mismatches(self.path, names):
+            raise RunError(f"{self.path / wrong[0]} was changed after the run, or is damaged: its checksum differs")
+
+    def _listed(self) -> tuple[Path, ...]:
+        return self.config, self.metrics, self.summary, self.sessions, self.details
+
+    def started_with(self) -> str | None:
+        """The version of vitrail that started the run; None if unknown."""
+        try:
+            with self.sessions.open(encoding="utf-8") as file:
+                return str(json.loads(file.readline(_MAX_LINE))["environment"]["vitrail"])
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            return None
 
     def append(self, path: Path, values: Mapping[str, Any]) -> None:
         """Append a line of JSON, to the metrics or sessions. Not synced to the disk."""

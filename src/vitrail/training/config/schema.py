@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from vitrail.data.augment.settings import Augment
 from vitrail.errors import ConfigError, did_you_mean
 from vitrail.utils.settings import (
+    MAX_SEED,
     Amount,
     Count,
     Optional,
@@ -34,7 +35,9 @@ from vitrail.utils.settings import (
     Size,
     none_or,
 )
+from vitrail.utils.text import one_line, printable
 
+_MAX_BYTES = 32 << 10  # of a config file; a complete one has 8 KiB, and dotted keys are parsed in quadratic time
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -51,7 +54,7 @@ class Use(Enum):
 
 def byte_count(size: str) -> int:
     """ "4GB", "500 MB" or "1.5TB" to bytes. Raises ValueError."""
-    found = re.fullmatch(r"(\d+\.?\d*) *([KMGT]?)B?", size.strip().upper())
+    found = re.fullmatch(r"([0-9]{1,15}\.?[0-9]{0,15}) *([KMGT]?)B?", size.strip().upper())
     if not found:
         raise ValueError("neither auto nor off nor a size such as 4GB")
     return int(float(found[1]) * 1000 ** ("", "K", "M", "G", "T").index(found[2]))
@@ -81,7 +84,7 @@ def _trackers(value: object) -> object:
     names = [name.strip().lower() for name in value if none_or(name) is not None]
     for name in names:
         if name not in TRACKERS:
-            raise ValueError(f"unknown tracker {name!r}{did_you_mean(name, TRACKERS)}")
+            raise ValueError(f"unknown tracker {one_line(repr(name), 80)}{did_you_mean(name, TRACKERS)}")
     return ",".join(dict.fromkeys(names)) or "none"
 
 
@@ -96,7 +99,9 @@ class DataSettings(Settings):
     test_fraction: Annotated[float, Use.HELD_OUT] = Field(
         0.1, ge=0, lt=1, description="share of the images used for testing if a folder has no test split"
     )
-    split_seed: Annotated[int, Use.HELD_OUT] = Field(0, ge=0, description="seed of the split of the images")
+    split_seed: Annotated[int, Use.HELD_OUT] = Field(
+        0, ge=0, le=MAX_SEED, description="seed of the split of the images"
+    )
     group_duplicates: Annotated[bool, Use.HELD_OUT] = Field(
         False, description="keep near duplicates on one side of the split; reads every image first"
     )
@@ -139,10 +144,10 @@ class ScheduleSettings(Settings):
     """Linear warm-up, then a half cosine."""
 
     epochs: Annotated[Amount | None, Optional] = Field(
-        None, description="passes over the training images, fractions allowed; none: until the budget is spent"
+        None, le=1e6, description="passes over the training images, fractions allowed; none: until the budget is spent"
     )
     budget: Seconds = Field(None, description="training time in seconds, or 10m, or 2h: the schedule ends with it")
-    batch_size: Annotated[int, Field(ge=0), BeforeValidator(_batch_size), Use.VIEWS] = Field(
+    batch_size: Annotated[int, Field(ge=0, le=1_000_000), BeforeValidator(_batch_size), Use.VIEWS] = Field(
         128, description="images per step; auto, or 0: chosen for the device, and lr with it"
     )
     warmup_epochs: Amount = Field(0.0, description="epochs of linear warm-up; a budget scales it with the rest")
@@ -222,7 +227,7 @@ class MachineSettings(Settings):
         "auto", description="mixed precision: bfloat16, off, or where the hardware supports it (auto): docs/machine.md"
     )
     accumulate: Annotated[Count, Use.VIEWS] = Field(
-        1, description="gradient accumulation: parts of a batch; less memory, the same gradient"
+        1, le=1_000_000, description="gradient accumulation: parts of a batch; less memory, the same gradient"
     )
     shard: Annotated[bool, Use.RESUME] = Field(
         False, description="under torchrun, shard weights and optimiser over the processes (FSDP2)"
@@ -233,10 +238,10 @@ class MachineSettings(Settings):
         None, description="images per batch in evaluation; none: by image size"
     )
     workers: Annotated[int | None, Optional, Use.RESUME, Use.PROBE] = Field(
-        None, ge=0, description="threads that read images; none: by cores and data"
+        None, ge=0, le=1024, description="threads that read images; none: by cores and data"
     )
     threads: Annotated[Count | None, Optional, Use.PROBE] = Field(
-        None, description="torch's threads on the CPU, on which the last bits depend; none: torch's default"
+        None, le=1024, description="torch's threads on the CPU, on which the last bits depend; none: torch's default"
     )
 
 
@@ -247,7 +252,7 @@ class TrainConfig(Settings):
         None, description="named recipe or TOML file that the settings come from; none: chosen for the images"
     )
     seed: Annotated[int, Use.PROBE, Use.VIEWS] = Field(
-        0, ge=0, description="seed of weights, order, augmentation and dropout; not of the split"
+        0, ge=0, le=MAX_SEED, description="seed of weights, order, augmentation and dropout; not of the split"
     )
     data: Annotated[DataSettings, Use.PROBE] = DataSettings()
     model: Annotated[ModelSettings, Use.PROBE] = ModelSettings()
@@ -313,7 +318,8 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
     nested: dict[str, Any] = {}
     for key, value in values.items():
         if key not in KEYS:
-            raise ConfigError(f"unknown training option {key!r}{did_you_mean(key, KEYS)}; see `vitrail train --help`")
+            hint = did_you_mean(key, KEYS)
+            raise ConfigError(f"unknown training option {one_line(repr(key), 80)}{hint}; see `vitrail train --help`")
         if key in SECTION_OF:
             nested.setdefault(SECTION_OF[key], {})[key] = value
         else:
@@ -324,21 +330,28 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
         fault = error.errors(include_url=False)[0]
         key = next(str(part) for part in fault["loc"] if part in values)
         about, given = FIELDS[key].description, values[key]
-        raise ConfigError(f"training option {key} cannot be {given!r}: {fault['msg'].lower()} ({about})") from None
+        reason = one_line(fault["msg"].removeprefix("Value error, ").lower())
+        raise ConfigError(f"training option {key} cannot be {one_line(repr(given), 80)}: {reason} ({about})") from None
 
 
 def parse_overrides(arguments: Iterable[str]) -> dict[str, str]:
     """`["lr=1e-3", "img-size=64"]` to strings by key.
 
     Raises:
-        ConfigError: an argument without "=".
+        ConfigError: an argument without "=", or a key that is given twice.
     """
-    values = {}
+    values: dict[str, str] = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals:
-            raise ConfigError(f"{argument!r} is not key=value{did_you_mean(argument, KEYS)}; for example lr=1e-3")
-        values[key.strip().replace("-", "_")] = value.strip()
+            hint = did_you_mean(argument, KEYS)
+            raise ConfigError(f"{one_line(repr(argument), 80)} is not key=value{hint}; for example lr=1e-3")
+        key = key.strip().replace("-", "_")
+        if key in values:
+            raise ConfigError(
+                f"{printable(key, 80)} is given twice: as {one_line(values[key], 80)} and as {one_line(value, 80)}"
+            )
+        values[key] = value.strip()
     return values
 
 
@@ -360,18 +373,35 @@ def _toml_value(value: object) -> str:
 
 
 def read_config(path: str | Path) -> TrainConfig:
-    """The config in a TOML file, in sections or flat: a recipe, or a run's config.
+    """The config in a TOML file, in sections or flat: a recipe.
 
     Raises:
         ConfigError: the file could not be read or is not TOML, an unknown key, or a value out of its range.
     """
+    return parse_toml(read_text(path), path)
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a config file. Raises ConfigError if it could not be read, is too large or not UTF-8."""
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        with Path(path).open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise ConfigError(f"{path} is too large for a config: at most {_MAX_BYTES >> 10} KiB")
+        return content.decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise ConfigError(f"could not read {path}: {reason}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from None
+
+
+def parse_toml(text: str, path: str | Path) -> TrainConfig:
+    """The config in the text of a TOML file; path: for messages. Raises ConfigError as `read_config`."""
+    try:
+        values = tomllib.loads(text)
+    except RecursionError:
+        raise ConfigError(f"{path} is not a config: it is nested too deeply") from None
+    except ValueError as error:  # also a number of thousands of digits
+        raise ConfigError(f"{path} is not TOML: {one_line(error)}") from None
     try:
         return make_config(_flatten(values))
     except ConfigError as error:
@@ -386,7 +416,7 @@ def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
             flat[name] = value
             continue
         if name not in SECTIONS:
-            raise ConfigError(f"unknown section [{name}]{did_you_mean(name, SECTIONS)}")
+            raise ConfigError(f"unknown section [{printable(name, 80)}]{did_you_mean(name, SECTIONS)}")
         for key in value:
             if key in KEYS and SECTION_OF.get(key) != name:
                 where = f"section [{SECTION_OF[key]}]" if key in SECTION_OF else "no section"

@@ -34,7 +34,7 @@ def write_report(folder: RunFolder) -> Path:
     """Write the report of a finished run.
 
     Raises:
-        RunError: the folder contains no finished run.
+        RunError: the folder contains no finished run, or its files were changed.
     """
     atomic_write_text(folder.report, make_report(folder))
     return folder.report
@@ -45,6 +45,7 @@ def make_report(folder: RunFolder) -> str:
     if not folder.summary.is_file():
         reason = "the run is not finished" if folder.config.is_file() else "not a run folder"
         raise RunError(f"could not make a report of {folder.path}: {reason}")
+    folder.check()
     return render_page("vitrail.training.monitoring", "report.html", report_values(folder))
 
 
