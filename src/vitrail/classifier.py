@@ -106,11 +106,11 @@ class Classifier(BaseClassifier):
 
     def save(self, folder: str | Path) -> Path:
         """Write a model folder, atomically; see `vitrail.pretrained.model_folder`."""
-        from vitrail.models.timm_compat import window_mismatch
+        from vitrail.models.timm_compat import timm_mismatch
         from vitrail.pretrained.model_folder import Contents, write_model_folder
 
         folder = Path(folder)
-        mismatch = window_mismatch(self.model.config, self.preprocess.size)
+        mismatch = timm_mismatch(self.model.config, self.preprocess.size)
         if mismatch:
             warnings.warn(mismatch, stacklevel=2)
         write_model_folder(

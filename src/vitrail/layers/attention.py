@@ -113,7 +113,12 @@ class Attention(MultiHeadAttention):
 
     def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
         """B N C -> B Q C: attention of the first `queries` tokens (None for all) to all N."""
+        return self.forward_with_keys(x, queries)[0]
+
+    def forward_with_keys(
+        self, x: Tensor, queries: int | None = None, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` with a `bias` as in `attend`: the output B Q C, and the keys B H N D."""
         q, k, v = self.project(x, queries)
-        out = attend(q, k, v, dropout=self.attn_drop if self.training else 0.0)
-        projected: Tensor = self.proj_drop(self.proj(merge_heads(out)))
-        return projected
+        out = attend(q, k, v, bias, self.attn_drop if self.training else 0.0)
+        return self.proj_drop(self.proj(merge_heads(out))), k

@@ -47,6 +47,8 @@ def attention_model(model: nn.Module) -> AttentionModel:
     view = eval_view(model)
     if not isinstance(view, VisionTransformer | SwinTransformer):
         raise ModelError(f"{type(model).__name__} has no attention weights: use a ViT, DeiT, DINOv2 or Swin of vitrail")
+    if isinstance(view, VisionTransformer) and any(view.config.merge):
+        raise ModelError("a model that merges tokens has no attention weights of single patches: build it with merge=0")
     return view
 
 

@@ -69,7 +69,8 @@ class _SkipInit(TorchFunctionMode):
 
 
 def configure(config: ModelConfig, **changes: Any) -> ModelConfig:
-    """`config` with `changes`, of which None values are ignored. `img_size` may be an int for a square.
+    """`config` with `changes`, of which None values are ignored. `img_size` may be an int for a square, and `merge` a
+    number for `ViTConfig.even_merge`.
 
     Raises:
         ModelError: the architecture has no such option, or the value is invalid.
@@ -82,7 +83,11 @@ def configure(config: ModelConfig, **changes: Any) -> ModelConfig:
         )
     if isinstance(changes.get("img_size"), int):
         changes["img_size"] = (changes["img_size"],) * 2
+    merge = changes.pop("merge") if isinstance(changes.get("merge"), int | float) else None
     try:
+        if merge is not None and isinstance(config, ViTConfig):
+            config = replace(config, **changes, merge=())
+            changes = {"merge": config.even_merge(merge)}
         return replace(config, **changes)
     except (TypeError, ValueError) as error:
         raise ModelError(f"invalid {type(config).__name__}: {error}") from error

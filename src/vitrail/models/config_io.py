@@ -11,7 +11,7 @@ from vitrail.models.timm_compat import FAMILIES
 from vitrail.utils.text import one_line
 
 # Fields that files of earlier versions lack; the defaults reproduce those versions.
-ADDED_FIELDS: frozenset[str] = frozenset({"channels", "small_stem", "stem_depth"})
+ADDED_FIELDS: frozenset[str] = frozenset({"channels", "merge", "small_stem", "stem_depth"})
 
 
 def from_json(family: object, values: Mapping[str, Any], where: str) -> ModelConfig:

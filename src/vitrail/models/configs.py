@@ -50,6 +50,7 @@ class ViTConfig(ModelConfig):
     proj_drop_rate: float = 0.0
     attn_drop_rate: float = 0.0
     norm_eps: float = 1e-6
+    merge: tuple[int, ...] = ()  # patch tokens that each block merges (https://arxiv.org/abs/2210.09461); (): none
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,6 +62,8 @@ class ViTConfig(ModelConfig):
         if tokens > _MAX_TOKENS:
             size = f"an image of {self.img_size[0]}x{self.img_size[1]} in patches of {self.patch_size}"
             raise ValueError(f"{size} has {tokens:,} tokens, more than {_MAX_TOKENS:,}: use a smaller img_size")
+        if self.merge:
+            self._check_merge()
         if self.global_pool == "token" and not self.class_token:
             raise ValueError("global_pool='token' needs class_token=True: without a class token use global_pool='avg'")
         if self.stem_depth < 1:
@@ -72,6 +75,42 @@ class ViTConfig(ModelConfig):
     def num_prefix_tokens(self) -> int:
         """Tokens before the patches: class, distillation, registers."""
         return self.class_token + self.dist_token + self.reg_tokens
+
+    @property
+    def merging_blocks(self) -> int:
+        """Blocks in which merging has an effect: not the last one if no patch token is read after it."""
+        return self.depth - (self.global_pool == "token")
+
+    def even_merge(self, amount: float) -> tuple[int, ...]:
+        """`merge` with the same number of tokens in every block.
+
+        amount: tokens per block, or below 1 the share of all patches, spread evenly; 0 for none.
+
+        Raises:
+            ValueError: more than can be merged: at most half of a block's patches.
+        """
+        blocks = self.merging_blocks
+        if amount < 0 or (amount > 1 and int(amount) != amount):
+            raise ValueError(f"merge={amount}: give a whole number of tokens per block, or a share below 1")
+        total = round(amount * self.num_patches) if amount < 1 else int(amount) * blocks
+        each = tuple((total + blocks - 1 - block) // blocks for block in range(blocks)) if blocks else ()
+        return (*each, *(0 for _ in range(self.depth - blocks))) if total else ()
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image of `img_size`."""
+        return (self.img_size[0] // self.patch_size) * (self.img_size[1] // self.patch_size)
+
+    def _check_merge(self) -> None:
+        if len(self.merge) != self.depth or min(self.merge) < 0:
+            raise ValueError(f"merge needs {self.depth} numbers, one per block, that are at least 0: {self.merge}")
+        if any(self.merge[self.merging_blocks :]):
+            raise ValueError("merge must end with 0: with global_pool='token' no patch is read after the last block")
+        patches = self.num_patches
+        for block, r in enumerate(self.merge):
+            if r > patches // 2:
+                raise ValueError(f"merge={r} in block {block}: it has {patches} patch tokens, and at most half can go")
+            patches -= r
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ FAMILIES = {
         "patch_embed.proj",
         "head",
         True,
-        frozenset({"dist_token", "dist_head", "stem", "stem_depth", "norm_eps"}),
+        frozenset({"dist_token", "dist_head", "stem", "stem_depth", "norm_eps", "merge"}),
     ),
     "swin": Family(SwinConfig, "patch_embed.proj", "head.fc", True, frozenset({"norm_eps"})),
     "resnet": Family(ResNetConfig, "conv1", "fc", False, frozenset({"img_size", "block", "small_stem"})),
@@ -53,7 +53,7 @@ def timm_base_variant(config: ModelConfig, size: tuple[int, int] | None = None) 
     match config:
         case ViTConfig():
             headless = config.dist_token and not config.dist_head
-            if headless or config.stem != "patch" or config.norm_eps != ViTConfig.norm_eps:
+            if headless or any(config.merge) or config.stem != "patch" or config.norm_eps != ViTConfig.norm_eps:
                 return None
             return "deit_tiny_distilled_patch16_224" if config.dist_token else "vit_tiny_patch16_224"
         case SwinConfig():
@@ -66,6 +66,21 @@ def timm_base_variant(config: ModelConfig, size: tuple[int, int] | None = None) 
         case ConvNeXtConfig():
             return "convnext_tiny"
     return None
+
+
+def timm_mismatch(config: ModelConfig, size: tuple[int, int] | None = None) -> str | None:
+    """Why the model's logits at this image size differ from those that timm's architecture gives with its weights.
+
+    None if they are equal, or if timm has no such architecture.
+    """
+    if isinstance(config, ViTConfig) and any(config.merge):
+        if timm_base_variant(dataclasses.replace(config, merge=()), size) is None:
+            return None
+        return (
+            f"merged tokens ({', '.join(map(str, config.merge))} by block): timm cannot merge tokens and does not load "
+            "this model; with merge=0 its weights are those of a timm model"
+        )
+    return window_mismatch(config, size)
 
 
 def window_mismatch(config: ModelConfig, size: tuple[int, int] | None = None) -> str | None:

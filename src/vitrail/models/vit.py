@@ -17,6 +17,7 @@ from vitrail.errors import ModelError
 from vitrail.layers.attention import Attention
 from vitrail.layers.block import DropPath, LayerScale, Mlp, drop_path_rates, init_linear
 from vitrail.layers.embed import ConvStem, PatchEmbed, check_divides, resample_positions
+from vitrail.layers.merging import Groups, find_pairs, first_groups, merge, score_bias, spread
 from vitrail.models.base import ImageModel, head_layer
 from vitrail.models.configs import ViTConfig
 
@@ -53,6 +54,34 @@ class Block(nn.Module):
         return x + self.ls2(self.mlp(self.norm2(x))), weights
 
 
+class MergingBlock(Block):
+    """A block that merges `r` patch tokens between attention and MLP; see `vitrail.layers.merging`."""
+
+    def __init__(self, drop_path: float, config: ViTConfig, r: int) -> None:
+        super().__init__(drop_path, config)
+        self.r = r
+        self.prefix = config.num_prefix_tokens
+
+    def forward(  # type: ignore[override]  # a chain of merging blocks passes on what the tokens stand for
+        self, x: Tensor, queries: int | None, groups: Groups
+    ) -> tuple[Tensor, Groups]:
+        """B N C, and what the tokens stand for -> B N-r C and the same, or with `queries` B Q C without merging."""
+        x, keys = self.attend(x, queries, groups)
+        if self.r and queries is None:
+            x, groups = merge(x, groups, find_pairs(keys, self.prefix), self.r, self.prefix)
+        return self.finish(x), groups
+
+    def attend(self, x: Tensor, queries: int | None, groups: Groups) -> tuple[Tensor, Tensor]:
+        """The first half of the block: B Q C, and the keys B A N D."""
+        attended, keys = self.attn.forward_with_keys(self.norm1(x), queries, score_bias(groups))
+        return x[:, :queries] + self.drop_path1(self.ls1(attended)), keys
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The second half of the block, B N C -> B N C."""
+        out: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return out
+
+
 class VisionTransformer(ImageModel):
     """Images B I H W to logits B K.
 
@@ -84,8 +113,11 @@ class VisionTransformer(ImageModel):
         positions = self.grid[0] * self.grid[1] + self._embedded_prefix
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, dim))
         self.pos_drop = nn.Dropout(config.pos_drop_rate)
+        rates = drop_path_rates(config.drop_path_rate, config.depth)
         self.blocks = nn.Sequential(
-            *(Block(rate, config) for rate in drop_path_rates(config.drop_path_rate, config.depth))
+            *(MergingBlock(rate, config, r) for rate, r in zip(rates, config.merge, strict=True))
+            if config.merge
+            else (Block(rate, config) for rate in rates)
         )
         norm = nn.LayerNorm(dim, eps=config.norm_eps)
         self.norm = nn.Identity() if config.fc_norm else norm
@@ -117,7 +149,9 @@ class VisionTransformer(ImageModel):
         grid = (x.shape[2] // self.config.patch_size, x.shape[3] // self.config.patch_size)
         x = self.patch_embed(x)
         positions = resample_positions(self.pos_embed, self.grid, grid, self._embedded_prefix)
-        prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
+        prefix = [
+            t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None
+        ]
         if self.config.no_embed_class:
             x = torch.cat([*prefix, x + positions], dim=1)
         else:
@@ -128,17 +162,29 @@ class VisionTransformer(ImageModel):
     def encode(self, x: Tensor, queries: int | None = None) -> Tensor:
         """Images B I H W to normalised tokens B N C; with `queries`, to the first `queries` of them.
 
-        The last block then uses the other tokens as keys and values only, which saves their queries and MLP.
+        The last block then uses the other tokens as keys and values only, which saves their queries and MLP. A model
+        that merges tokens returns for every patch the token that it is part of.
         """
         return self.encode_tokens(self.embed(x), queries)
 
     def encode_tokens(self, x: Tensor, queries: int | None = None) -> Tensor:
         """`encode` from the input of the first block, B N C."""
-        last = len(self.blocks) - 1
-        for index, block in enumerate(self.blocks):
-            x = self.run_block(block, x, queries if index == last else None)
-        normalised: Tensor = self.norm(x if queries is None else x[:, :queries])
+        for tokens, groups in self.run_blocks(x, queries):  # noqa: B007  the last ones are used
+            pass
+        normalised: Tensor = self.norm(spread(tokens, groups) if queries is None else tokens[:, :queries])
         return normalised
+
+    def run_blocks(self, x: Tensor, queries: int | None = None) -> Iterator[tuple[Tensor, Groups]]:
+        """The tokens after each block, and what they stand for if the model merges tokens; see `encode`."""
+        last = len(self.blocks) - 1
+        groups = first_groups(x) if self.config.merge and queries is None else Groups()
+        for index, block in enumerate(self.blocks):
+            chosen = queries if index == last else None
+            if self.config.merge:
+                x, groups = self.run_block(block, x, chosen, groups)
+            else:
+                x = self.run_block(block, x, chosen)
+            yield x, groups
 
     def pool(self, x: Tensor) -> Tensor:
         """Tokens B N C to B C: the class token, or the mean of the patches."""
@@ -152,9 +198,8 @@ class VisionTransformer(ImageModel):
 
     def forward_stages(self, x: Tensor, norm: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """For each block, its tokens B N C (normalised if `norm`), and the same without norm."""
-        x = self.embed(x)
-        for block in self.blocks:
-            x = self.run_block(block, x)
+        for merged, groups in self.run_blocks(self.embed(x)):
+            x = spread(merged, groups)
             yield self.norm(x) if norm else x, x
 
     def forward_intermediates(  # type: ignore[override]  # timm's order of arguments

@@ -16,7 +16,10 @@ from vitrail.pretrained.resolve import Loaded, load_source
 from vitrail.weights.report import Report
 
 # Fields in which a file may differ from the catalog's variant of the same name.
-_MAY_DIFFER = {"img_size", "in_chans", "num_classes", "norm_eps", "init_values", "ls_init_value", "dist_head", *RATES}
+_MAY_DIFFER = {
+    *("img_size", "in_chans", "num_classes", "norm_eps", "init_values", "ls_init_value", "dist_head", "merge"),
+    *RATES,
+}
 
 
 @dataclass(frozen=True)

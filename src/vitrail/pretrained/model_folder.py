@@ -32,7 +32,7 @@ from vitrail.models.timm_compat import (
     model_args,
     pretrained_cfg,
     timm_base_variant,
-    window_mismatch,
+    timm_mismatch,
 )
 from vitrail.pretrained.local import CARD, CONFIG, USUAL
 from vitrail.utils.checksums import SUMS, mismatches, write_checksums
@@ -125,7 +125,7 @@ def to_card(contents: Contents, repo: str | None = None) -> str:
 
     config, params = contents.model.config, sum(parameter.numel() for parameter in contents.model.parameters())
     in_timm = timm_base_variant(config, contents.preprocess.size) is not None
-    note = window_mismatch(config, contents.preprocess.size)
+    note = timm_mismatch(config, contents.preprocess.size)
     return model_card(to_json(contents), params, in_timm=in_timm, timm_note=note, repo=repo)
 
 
@@ -139,8 +139,9 @@ def _timm_architecture(name: str, config: ModelConfig, size: tuple[int, int]) ->
 
 
 def name_of(config: ModelConfig) -> str:
-    """The catalog's name for a config, regardless of image size, channels, classes and drop rates; else its family."""
-    ignored = {"img_size", "in_chans", "num_classes", *RATES}
+    """The catalog's name for a config, regardless of image size, channels, classes, drop rates and merged tokens; else
+    its family."""
+    ignored = {"img_size", "in_chans", "num_classes", "merge", *RATES}
     same_type = [row for row in VARIANTS.values() if type(row.config) is type(config)]
     rows = [row for row in same_type if differences(row.config, config) <= ignored]
     return max(rows, key=lambda row: row.config.img_size == config.img_size).name if rows else family_of(config)

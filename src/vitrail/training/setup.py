@@ -17,7 +17,7 @@ from vitrail.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from vitrail.inference.engine import default_workers
 from vitrail.models.base import ImageModel
 from vitrail.models.catalog import VARIANTS, variant
-from vitrail.models.timm_compat import window_mismatch
+from vitrail.models.timm_compat import timm_mismatch
 from vitrail.pretrained.create import create_model
 from vitrail.pretrained.load import Pretrained, load_pretrained
 from vitrail.pretrained.model_folder import name_of
@@ -112,7 +112,7 @@ def prepare(
     config, cache_line = settle_cache(config, dataset, preprocess)
     given["cache"] = config.io.cache
     notes = ([str(loaded.report)] if loaded else []) + ([_FOUND_WEIGHTS] if found_weights else [])
-    if isinstance(model, ImageModel) and (mismatch := window_mismatch(model.config, preprocess.size)):
+    if isinstance(model, ImageModel) and (mismatch := timm_mismatch(model.config, preprocess.size)):
         notes.append(mismatch)
     return Setup(
         config,
@@ -233,7 +233,8 @@ def _load(options: TrainConfig, dataset: Dataset) -> Pretrained:
 
 
 def _model_options(config: TrainConfig) -> dict[str, Any]:
-    return {f"{key}_rate": value for key in keys_for(Use.BUILD) if (value := config.flat[key]) is not None}
+    rates = {f"{key}_rate": value for key in keys_for(Use.BUILD) if (value := config.flat[key]) is not None}
+    return rates if config.model.merge is None else rates | {"merge": config.model.merge}
 
 
 @torch.no_grad()
@@ -268,7 +269,7 @@ def _fresh_preprocess(dataset: Dataset, size: tuple[int, int], channels: int) ->
 
 def _prepare_external(model: nn.Module, config: TrainConfig, dataset: Dataset) -> tuple[nn.Module, Preprocess]:
     """The caller's model with a head for these classes, and its preprocessing if it has one."""
-    for key in ("pretrained", "weights", *keys_for(Use.BUILD)):
+    for key in ("pretrained", "weights", "merge", *keys_for(Use.BUILD)):
         if config.flat[key]:
             raise ConfigError(f"{key} applies to models made by name: set it on the model before passing it")
     if getattr(model, "num_classes", None) != dataset.num_classes:

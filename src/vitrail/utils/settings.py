@@ -55,6 +55,12 @@ def _seconds(value: object) -> object:
     return sum(float(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True))
 
 
+def _one_or_list(value: object) -> object:
+    """ "8" or "0.3" to a number, "8,8,4,0" to several."""
+    parts = value.split(",") if isinstance(value, str) and none_or(value) is not None else [none_or(value)]
+    return parts[0] if len(parts) == 1 else parts
+
+
 def _ascending(value: tuple[float, float]) -> tuple[float, float]:
     if value[0] > value[1]:
         raise ValueError(f"the smaller number comes first, not {value[0]:g}, {value[1]:g}")
@@ -80,6 +86,9 @@ Amount = Annotated[float, Field(ge=0)]
 Range = Annotated[tuple[Positive, Positive], Pair, Ascending]
 Size = Annotated[tuple[Side, Side] | None, BeforeValidator(_height_width), AfterValidator(_bounded)]
 Seconds = Annotated[Positive | None, BeforeValidator(_seconds)]
+Merge = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...] | Annotated[int, Field(ge=0)] | Rate | None, BeforeValidator(_one_or_list)
+]
 PathText = Annotated[str | None, BeforeValidator(_path_text)]
 
 

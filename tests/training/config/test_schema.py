@@ -211,6 +211,7 @@ BASE: dict[str, torch.Tensor] = {}
 _CHANGES = {
     "img_size": 12,
     "in_chans": 3,
+    "merge": 4,
     "epochs": 0.6,
     "batch_size": 12,
     "lr": 2e-2,

@@ -19,6 +19,7 @@ FAMILIES: dict[str, type[ImageModel] | tuple[type[ImageModel], ...]] = {
     "swin": SwinTransformer,
     "cnn": (ResNet, ConvNeXt),
 }
+MERGED = "merged vit"  # a ViT that merges tokens, and so has no attention weights or features of single patches
 EXTERNAL = "external"  # a model of timm or torchvision that is not of this package
 
 
@@ -43,9 +44,9 @@ class Method:
     """A row of the table of methods.
 
     compute: returns maps B h w, float32, without a gradient. A cell of the map is a square of ceil(H / h) pixels; the
-    last row and column may reach over the edge of the image, where a model pads. families: keys of FAMILIES, or
-    EXTERNAL. class_specific: whether the map depends on the target. signed: whether values below 0 mean evidence
-    against the target. reference: paper or source.
+    last row and column may reach over the edge of the image, where a model pads. families: keys of FAMILIES,
+    MERGED or EXTERNAL. class_specific: whether the map depends on the target. signed: whether values below 0 mean
+    evidence against the target. reference: paper or source.
     """
 
     name: str
@@ -59,5 +60,7 @@ class Method:
 
 
 def family_of(model: nn.Module) -> str:
-    """The model's key in FAMILIES, or EXTERNAL."""
+    """The model's key in FAMILIES, MERGED or EXTERNAL."""
+    if isinstance(model, VisionTransformer) and any(model.config.merge):
+        return MERGED
     return next((name for name, classes in FAMILIES.items() if isinstance(model, classes)), EXTERNAL)

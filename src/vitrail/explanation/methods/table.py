@@ -5,11 +5,12 @@ from torch import nn
 from vitrail.errors import ModelError, did_you_mean
 from vitrail.explanation.methods.attention import attention, legrad, relevance, rollout, tokens
 from vitrail.explanation.methods.gradcam import gradcam
-from vitrail.explanation.methods.method import EXTERNAL, FAMILIES, Method, family_of
+from vitrail.explanation.methods.method import EXTERNAL, FAMILIES, MERGED, Method, family_of
 from vitrail.explanation.methods.perturbation import integrated_gradients, occlusion
 from vitrail.utils.text import printable
 
-ANY = (*FAMILIES, EXTERNAL)
+UNMERGED = (*FAMILIES, EXTERNAL)
+ANY = (*UNMERGED, MERGED)
 
 ATTENTION = ("vit", "swin")
 CHEFER = "Chefer et al., 2021, https://arxiv.org/abs/2103.15679"
@@ -23,9 +24,9 @@ DARCET = "Darcet et al., 2023, https://arxiv.org/abs/2309.16588"
 
 _ROWS = (  # name, function, families, class-specific, signed, reference
     Method("relevance", relevance, ATTENTION, True, False, CHEFER),
-    Method("gradcam", gradcam, ANY, True, False, SELVARAJU),
+    Method("gradcam", gradcam, UNMERGED, True, False, SELVARAJU),
     Method("legrad", legrad, ("vit",), True, False, BOUSSELHAM),
-    Method("integrated_gradients", integrated_gradients, ANY, True, True, SUNDARARAJAN),
+    Method("integrated_gradients", integrated_gradients, UNMERGED, True, True, SUNDARARAJAN),
     Method("occlusion", occlusion, ANY, True, True, ZEILER),
     Method("rollout", rollout, ("vit",), False, False, ABNAR),
     Method("attention", attention, ATTENTION, False, False, DOSOVITSKIY, selects_block=True, selects_head=True),
@@ -34,7 +35,13 @@ _ROWS = (  # name, function, families, class-specific, signed, reference
 
 METHODS: dict[str, Method] = {method.name: method for method in _ROWS}
 
-DEFAULTS = {"vit": "relevance", "swin": "relevance", "cnn": "gradcam", EXTERNAL: "gradcam"}  # by family
+DEFAULTS = {
+    "vit": "relevance",
+    "swin": "relevance",
+    "cnn": "gradcam",
+    EXTERNAL: "gradcam",
+    MERGED: "occlusion",
+}  # by family
 
 
 def default_method(model: nn.Module) -> str:

@@ -24,6 +24,7 @@ from vitrail.utils.settings import (
     MAX_SEED,
     Amount,
     Count,
+    Merge,
     Optional,
     Pair,
     PathText,
@@ -121,6 +122,9 @@ class ModelSettings(Settings):
     )
     in_chans: Annotated[Literal[1, 3] | None, Optional] = Field(
         None, description="input channels, 1 or 3; none: those of the weights, else of the images"
+    )
+    merge: Merge = Field(
+        None, description="ViT: tokens merged per block (8, or 8,4,0 by block), or a share (0.3); none: the model's own"
     )
 
 
