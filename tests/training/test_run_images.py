@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -88,8 +89,8 @@ def test_resuming_checks_the_images(
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     base = tmp_path_factory.mktemp("trained")
     write(base / "photos")
-    os.chdir(base)
-    train("photos", out=base / "run", progress=False, **KEYS)
+    with contextlib.chdir(base):
+        train("photos", out=base / "run", progress=False, **KEYS)
     return base / "photos", base / "run"
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from vitrail._version import __version__
 from vitrail.errors import ConfigError, ExportError, did_you_mean
 from vitrail.images.preprocess import Preprocess
-from vitrail.utils.files import atomic_write_text
+from vitrail.utils.files import atomic_write_text, user_path
 from vitrail.utils.text import one_line
 
 RECORD = "export.json"
@@ -116,7 +116,7 @@ class ExportRecord:
 
 def is_export(path: str | Path) -> bool:
     """Whether this is an export folder, perhaps one whose export.json is missing."""
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     return any((folder / name).is_file() for name in (RECORD, "image.onnx", "image.xml"))
 
 

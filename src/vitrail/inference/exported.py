@@ -15,6 +15,7 @@ from vitrail.inference.onnx_runtime import OnnxSession
 from vitrail.inference.openvino_runtime import OpenVINOSession
 from vitrail.inference.runtime import Images, Outputs, default_batch_size
 from vitrail.inference.threads import default_threads
+from vitrail.utils.files import user_path
 
 
 class Session(Protocol):
@@ -64,7 +65,7 @@ def open_runtime(folder: str | Path, threads: int = 0) -> ExportRuntime:
         ModelError: class names or preprocessing do not match the model.
         DeviceError: its runtime is not installed.
     """
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     record = ExportRecord.read(folder)
     record.check_sizes(folder)
     path = folder / record.model
