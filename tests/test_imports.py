@@ -18,7 +18,7 @@ ROOT = Path(vitrail.__file__).parent
 ROWS = (
     {"__main__"},
     {"cli"},
-    {"serve", "scale"},
+    {"service", "scale"},
     {"comparison", "diagnosis", "recommendation"},
     {"training", "deploy"},
     {"explanation"},

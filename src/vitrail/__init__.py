@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vitrail.models.catalog import list_models
     from vitrail.pretrained.create import create_model
     from vitrail.recommendation.recommend import recommend
+    from vitrail.service.server import serve
     from vitrail.training.run import train
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "list_models",
     "load",
     "recommend",
+    "serve",
     "train",
 ]
 
@@ -61,6 +63,7 @@ _MODULES = {
     "list_models": "vitrail.models.catalog",
     "load": "vitrail.classifier",
     "recommend": "vitrail.recommendation.recommend",
+    "serve": "vitrail.service.server",
     "train": "vitrail.training.run",
 }
 

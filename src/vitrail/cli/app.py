@@ -20,6 +20,7 @@ from vitrail.cli.predict import predict
 from vitrail.cli.push import push
 from vitrail.cli.recommend import recommend
 from vitrail.cli.report import report
+from vitrail.cli.serve import serve
 from vitrail.cli.train import train
 from vitrail.errors import VitrailError
 from vitrail.utils.streams import lossy
@@ -35,7 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(add_help_option=False)(train)  # train has its own --help
-for _command in (doctor, recommend, evaluate, predict, explain, embed, compare, models, push, report):
+for _command in (doctor, recommend, evaluate, predict, explain, embed, compare, serve, models, push, report):
     app.command()(_command)
 
 

@@ -1,0 +1,1 @@
+"""`vitrail serve`: an HTTP service and a page for one classifier."""
