@@ -18,9 +18,9 @@ PICTURE = ROOT / "docs" / "architecture.svg"
 ROWS = (
     ("__main__",),
     ("cli",),
-    ("serve", "scale"),
-    ("comparison", "diagnosis", "recommendation"),
-    ("training", "deploy"),
+    ("service", "scale"),
+    ("comparison", "diagnosis", "recommendation", "deploy"),
+    ("training",),
     ("explanation",),
     ("classifier",),
     ("prediction",),

@@ -4,6 +4,8 @@
     clf = vitrail.load("runs/photos")
     clf.predict(["a.jpg"]); clf.evaluate("photos/")
     vitrail.explain(clf, "a.jpg")             # which pixels decided
+    vitrail.export(clf, "exports/photos", check="photos/")
+    vitrail.serve("exports/photos")
     vitrail.compare("photos/", budget="10m")  # ViT or CNN
     vitrail.recommend("photos/", max_latency_ms=50)
     model = vitrail.create_model("vit_base_patch16_224", num_classes=10)  # an nn.Module
@@ -20,6 +22,7 @@ from vitrail.errors import VitrailError
 if TYPE_CHECKING:
     from vitrail.classifier import Classifier, ExportedClassifier, load
     from vitrail.comparison.run import compare
+    from vitrail.deploy.export import export
     from vitrail.diagnosis.doctor import doctor
     from vitrail.explanation.explain import explain
     from vitrail.explanation.result import Explanation
@@ -43,6 +46,7 @@ __all__ = [
     "create_model",
     "doctor",
     "explain",
+    "export",
     "list_models",
     "load",
     "recommend",
@@ -59,6 +63,7 @@ _MODULES = {
     "compare": "vitrail.comparison.run",
     "create_model": "vitrail.pretrained.create",
     "explain": "vitrail.explanation.explain",
+    "export": "vitrail.deploy.export",
     "doctor": "vitrail.diagnosis.doctor",
     "list_models": "vitrail.models.catalog",
     "load": "vitrail.classifier",

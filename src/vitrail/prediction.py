@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vitrail.data.dataset import Dataset
     from vitrail.evaluation.metrics import Evaluation
 
-_SPLIT_OPTIONS = ("val_fraction", "test_fraction", "split_seed", "group_duplicates")  # of open_dataset
+SPLIT_OPTIONS = ("val_fraction", "test_fraction", "split_seed", "group_duplicates")  # of open_dataset
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class BaseClassifier:
         if isinstance(data, Dataset):
             dataset = data.relabel(self.class_names)
         else:
-            options = {key: value for key, value in self.notes.get("split", {}).items() if key in _SPLIT_OPTIONS}
+            options = {key: value for key, value in self.notes.get("split", {}).items() if key in SPLIT_OPTIONS}
             dataset = open_dataset(data, data_dir=data_dir, class_names=self.class_names, **options)
         name = split or dataset.eval_split()
         self._warn_if_changed(dataset, data, name)

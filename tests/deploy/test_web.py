@@ -84,7 +84,7 @@ def web_folder(clf: Classifier, tmp_path: Path, name: str = "fox") -> Path:
     export.mkdir()
     folder.mkdir()
     write_onnx(clf, export)
-    write_web(clf, export, folder)
+    write_web(clf, export, folder, name)
     return folder
 
 

@@ -15,6 +15,7 @@ from vitrail.cli.doctor import doctor
 from vitrail.cli.embed import embed
 from vitrail.cli.evaluate import evaluate
 from vitrail.cli.explain import explain
+from vitrail.cli.export import export
 from vitrail.cli.models import models
 from vitrail.cli.predict import predict
 from vitrail.cli.push import push
@@ -36,7 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(add_help_option=False)(train)  # train has its own --help
-for _command in (doctor, recommend, evaluate, predict, explain, embed, compare, serve, models, push, report):
+for _command in (doctor, recommend, evaluate, predict, explain, embed, compare, export, serve, models, push, report):
     app.command()(_command)
 
 

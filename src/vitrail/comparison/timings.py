@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
@@ -14,10 +13,11 @@ from vitrail.classifier import Classifier
 from vitrail.inference.torch_runtime import TorchRuntime
 from vitrail.models.build import build_model, configure
 from vitrail.models.configs import ModelConfig, SwinConfig, ViTConfig
+from vitrail.utils.timing import interleaved
 
 SCALES = (1.0, 1.5, 2.0)  # of the side
 BATCH = 8  # images, of the cost in resolution
-_ROUNDS, _WARMUP = 31, 3
+_ROUNDS = 31
 _SCALE_ROUNDS = 7
 
 
@@ -29,7 +29,9 @@ def time_models(classifiers: Mapping[str, Classifier]) -> dict[str, dict[str, An
     """
     calls = {label: _call(classifier.engine().runtime, 1) for label, classifier in classifiers.items()}
     latency, resolution = interleaved(calls, _ROUNDS), time_at_scales(classifiers)
-    return {label: {"latency_ms": 1e3 * latency[label], "resolution": resolution[label]} for label in classifiers}
+    return {
+        label: {"latency_ms": 1e3 * median(latency[label]), "resolution": resolution[label]} for label in classifiers
+    }
 
 
 def time_at_scales(classifiers: Mapping[str, Classifier], batch: int = BATCH) -> dict[str, list[dict[str, Any]]]:
@@ -40,21 +42,8 @@ def time_at_scales(classifiers: Mapping[str, Classifier], batch: int = BATCH) ->
         calls = {label: _call(runtime, batch) for label, runtime in runtimes.items()}
         for label, seconds in interleaved(calls, _SCALE_ROUNDS).items():
             size = list(runtimes[label].preprocess.size)
-            found[label].append({"scale": scale, "size": size, "ms": 1e3 * seconds / batch})
+            found[label].append({"scale": scale, "size": size, "ms": 1e3 * median(seconds) / batch})
     return found
-
-
-def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = _WARMUP) -> dict[str, float]:
-    """The median seconds of each call over the rounds, in each of which every call is made once; the order is reversed
-    from one round to the next."""
-    took: dict[str, list[float]] = {label: [] for label in calls}
-    for number in range(warmup + rounds):
-        for label in list(calls)[:: 1 if number % 2 else -1]:
-            start = time.perf_counter()
-            calls[label]()
-            if number >= warmup:
-                took[label].append(time.perf_counter() - start)
-    return {label: median(seconds) for label, seconds in took.items()}
 
 
 def _call(runtime: Any, batch: int) -> Callable[[], Any]:

@@ -60,7 +60,7 @@ def write_onnx(
         onnx.save_model(with_preprocess(graph, preprocess), folder / IMAGE)
 
 
-class _Outputs(nn.Module):
+class Outputs(nn.Module):
     """uint8 B H W C to the outputs of model.onnx."""
 
     def __init__(self, model: nn.Module, classes: bool) -> None:
@@ -78,7 +78,7 @@ def _export(module: nn.Module, preprocess: Preprocess, classes: bool) -> onnx.Mo
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch's exporter uses functions of torch that are deprecated
         program = torch.onnx.export(
-            _Outputs(module, classes).eval(),
+            Outputs(module, classes).eval(),
             (example,),
             dynamo=True,
             opset_version=OPSET,

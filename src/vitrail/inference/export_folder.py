@@ -27,9 +27,9 @@ from vitrail.utils.text import one_line
 
 RECORD = "export.json"
 FORMAT = 1
-TARGETS = ("onnx", "openvino")
+TARGETS = ("onnx", "openvino", "pt2")
 PRECISIONS = ("fp32", "bf16", "int8")
-_MODEL_FILES = (".onnx", ".xml", ".bin")
+_MODEL_FILES = (".onnx", ".xml", ".bin", ".pt2")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from vitrail.errors import ExportError, ModelError
 from vitrail.inference.export_folder import ExportRecord
 from vitrail.inference.onnx_runtime import OnnxSession
 from vitrail.inference.openvino_runtime import OpenVINOSession
+from vitrail.inference.pt2_runtime import Pt2Session
 from vitrail.inference.runtime import Images, Outputs, default_batch_size
 from vitrail.inference.threads import default_threads
 from vitrail.utils.files import user_path
@@ -30,7 +31,11 @@ class Session(Protocol):
     def run(self, images: Images, output: str) -> Outputs: ...
 
 
-SESSIONS: dict[str, type[OnnxSession] | type[OpenVINOSession]] = {"onnx": OnnxSession, "openvino": OpenVINOSession}
+SESSIONS: dict[str, type[OnnxSession] | type[OpenVINOSession] | type[Pt2Session]] = {
+    "onnx": OnnxSession,
+    "openvino": OpenVINOSession,
+    "pt2": Pt2Session,
+}
 
 
 class ExportRuntime:

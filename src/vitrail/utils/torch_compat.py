@@ -3,6 +3,7 @@
 Shapes: B batch, H heads, N tokens, D width of one head, C channels, Y X height and width of an image.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,17 @@ def softmax_backward(grad: Tensor, output: Tensor) -> Tensor:
 
 def cpu_bf16() -> str | None:
     """The CPU's instruction set for bfloat16 matrix products: "AMX", else "AVX512_BF16", else None."""
-    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else _linux_cpu_flags()
     names = {"amx_bf16": "AMX", "avx512_bf16": "AVX512_BF16"}
-    return next((name for flag, name in names.items() if flags.get(flag)), None)
+    return next((name for flag, name in names.items() if _cpu_flags().get(flag)), None)
+
+
+def cpu_vnni() -> bool:
+    """Whether the CPU sums products of 8-bit integers in 32 bits."""
+    return any(_cpu_flags().get(flag) for flag in ("avx512_vnni", "avx_vnni", "amx_int8", "dot"))
+
+
+def _cpu_flags() -> Mapping[str, Any]:
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else _linux_cpu_flags()
 
 
 def _linux_cpu_flags() -> dict[str, bool]:

@@ -11,14 +11,19 @@ from pathlib import Path
 
 from vitrail.classifier import Classifier
 from vitrail.deploy.web.configs import model_config, processor_config
-from vitrail.deploy.web.graphs import write_graphs
+from vitrail.deploy.web.graphs import FOLDER, write_graphs
 from vitrail.deploy.web.runtime_files import MODULE, copy_runtime
 
 _PAGE = ("index.html", "page.css", "page.js")
 
 
-def write_web(classifier: Classifier, export: Path, folder: Path) -> None:
-    """Write the web folder to `folder`, which must exist, from an ONNX export of the classifier.
+def is_web_folder(path: Path) -> bool:
+    """Whether a folder was written by `write_web`."""
+    return all((path / name).exists() for name in (*_PAGE, "model.json", FOLDER))
+
+
+def write_web(classifier: Classifier, export: Path, folder: Path, name: str) -> None:
+    """Write the web folder to `folder`, which must exist, from an ONNX export of the classifier. name: of the model.
 
     Raises:
         DownloadError: onnxruntime-web is not in the cache and could not be downloaded.
@@ -27,22 +32,22 @@ def write_web(classifier: Classifier, export: Path, folder: Path) -> None:
     write_graphs(export, preprocess, folder)
     (folder / "ort").mkdir()
     copy_runtime(folder / "ort")
-    for name in _PAGE:
-        (folder / name).write_bytes((files("vitrail.deploy.web") / "page" / name).read_bytes())
+    for page in _PAGE:
+        (folder / page).write_bytes((files("vitrail.deploy.web") / "page" / page).read_bytes())
     described = {
-        "name": folder.name,
+        "name": name,
         "architecture": classifier.architecture,
         "class_names": list(names),
         "channels": preprocess.channels,
         "runtime": f"./ort/{MODULE}",
     }
-    for name, content in (
+    for file, content in (
         ("model.json", described),
         ("config.json", model_config(classifier.model.config, names, preprocess)),
         ("preprocessor_config.json", processor_config(preprocess)),
     ):
-        (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_readme(folder.name, classifier), encoding="utf-8")
+        (folder / file).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_readme(name, classifier), encoding="utf-8")
 
 
 def _readme(name: str, classifier: Classifier) -> str:

@@ -52,7 +52,7 @@ def _from_normalised(model: onnx.ModelProto, preprocess: Preprocess) -> onnx.Mod
         pixels = graph.op("ReduceSum", pixels * luma, np.array([1], np.int64), keepdims=1)
     pixels = graph.op("Clip", graph.op("Round", pixels), np.float32(0), np.float32(255))
     pixels = graph.op("Transpose", graph.op("Cast", pixels, to=onnx.TensorProto.UINT8), perm=[0, 2, 3, 1])
-    shape = ["batch", 3 if grey else preprocess.channels, height, width]
+    shape: list[str | int | None] = ["batch", 3 if grey else preprocess.channels, height, width]
     given = helper.make_tensor_value_info(_INPUT, onnx.TensorProto.FLOAT, shape)
     made = helper.make_tensor_value_info(
         pixels.name, onnx.TensorProto.UINT8, ["batch", height, width, preprocess.channels]

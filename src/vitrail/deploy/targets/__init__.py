@@ -1,0 +1,1 @@
+"""Files of the targets that are made from the ONNX files or beside them."""
