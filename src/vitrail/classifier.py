@@ -20,8 +20,7 @@ from vitrail.inference.engine import Engine
 from vitrail.inference.export_folder import ExportRecord, is_export
 from vitrail.inference.exported import open_runtime
 from vitrail.prediction import BaseClassifier
-from vitrail.utils.checksums import SUMS, mismatches
-from vitrail.utils.files import user_path
+from vitrail.utils.files import SUMS, mismatches, user_path
 from vitrail.utils.text import one_line
 
 if TYPE_CHECKING:

@@ -190,7 +190,7 @@ def test_transformers_processors(tmp_path: Path, processor: Any, expected: Prepr
         ({"vitrail": {"family": "vit"}}, ""),
         ({"model_type": "vit", "hidden_size": 24, "num_hidden_layers": 10**9}, "a different model from the weights"),
         ({"model_type": "vit", "hidden_size": 12 * 10**6}, "a different model from the weights"),
-        ({"model_type": "vit", "hidden_size": 24, "intermediate_size": 96, "image_size": 10**6}, "a different model"),
+        ({"model_type": "vit", "hidden_size": 24, "intermediate_size": 96, "image_size": 10**6}, "more than 32,768"),
         ({"model_type": "vit", "hidden_size": 24, "num_hidden_layers": "2"}, "depth cannot be '2'"),
         ({"model_type": "vit", "hidden_size": 24, "num_hidden_layers": [2]}, "depth cannot be [2]"),
         (

@@ -310,7 +310,7 @@ def test_a_redirect_within_http_is_followed(odd, server, tmp_path):
 
 def test_a_reason_with_escape_sequences_is_printed_plainly(odd, tmp_path):
     odd.status = (404, "\x1b[31mgone\x07")
-    with pytest.raises(DownloadError, match=r"HTTP 404 \?\[31mgone\?") as error:
+    with pytest.raises(DownloadError, match="HTTP 404") as error:
         fetch(odd.url, tmp_path / "x", sha256=SHA256)
     assert str(error.value).isprintable()
 

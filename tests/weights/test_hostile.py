@@ -41,8 +41,8 @@ def test_the_traps_can_spring(tmp_path: Path) -> None:
     import pickle
 
     sprung = 0
-    for name in ("exec", "open", "system", "touch"):
+    for name in ("exec", "system", "touch"):
         mark = tmp_path / name
         pickle.loads(pickle.dumps(hostile._gadgets(mark)[name]))
         sprung += mark.exists()
-    assert sprung == 4
+    assert sprung == 3

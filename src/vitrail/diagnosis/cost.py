@@ -13,7 +13,8 @@ import torch
 from vitrail.data.dataset import Dataset
 from vitrail.errors import VitrailError
 from vitrail.training.build import make_train_loader, make_trainer
-from vitrail.training.config.schema import byte_count, make_config
+from vitrail.training.config.schema import make_config
+from vitrail.training.config.values import byte_count
 from vitrail.training.resources.forecast import Cost, estimate_cost
 from vitrail.training.setup import Setup, prepare
 from vitrail.utils.device import cpu_threads, pick_device

@@ -41,6 +41,9 @@ def from_json(family: object, values: Mapping[str, Any], where: str) -> ModelCon
         return TypeAdapter(config_type).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
+        if not problem["loc"]:  # of the values together
+            reason = one_line(problem["msg"].removeprefix("Value error, "))
+            raise ModelError(f"{where} does not describe a valid model: {reason}") from None
         key = ".".join(str(part) for part in ("config", *problem["loc"]))
         value, reason = (one_line(text, 100) for text in (repr(problem["input"]), problem["msg"]))
         raise ModelError(f"{where}: {key} cannot be {value}: {reason}") from None

@@ -35,8 +35,7 @@ from vitrail.models.timm_compat import (
     timm_mismatch,
 )
 from vitrail.pretrained.local import CARD, CONFIG, USUAL
-from vitrail.utils.checksums import SUMS, mismatches, write_checksums
-from vitrail.utils.files import atomic_folder
+from vitrail.utils.files import SUMS, atomic_folder, mismatches, write_checksums
 from vitrail.utils.text import format_shape, join_names, one_line
 from vitrail.weights.read import check_safetensors, read_json
 from vitrail.weights.values import describe_casts, dtype_name, is_castable, non_finite
@@ -173,14 +172,17 @@ def read_model_folder(folder: Path) -> Contents:
         raise WeightsError(f"{source} has an invalid preprocessing: {one_line(error)}") from None
     if preprocess.channels != config.in_chans:
         raise WeightsError(f"{source} preprocesses {preprocess.channels} channels for a model with {config.in_chans}")
-    model = _load_model(folder / WEIGHTS, config)
+    notes = _section(record, "notes", source)
+    model, casts = _load_model(folder / WEIGHTS, config)
     _check_sums(folder)  # last: other messages say more
+    if casts:
+        warnings.warn(f"{folder / WEIGHTS}: {casts}", stacklevel=3)
     return Contents(
         model=model,
         preprocess=preprocess,
         class_names=tuple(names),
         architecture=str(record.get("architecture")),
-        notes=_section(record, "notes", source),
+        notes=notes,
     )
 
 
@@ -205,8 +207,8 @@ def _section(record: Mapping[str, Any], key: str, source: Path) -> dict[str, Any
     return section
 
 
-def _load_model(source: Path, config: ModelConfig) -> ImageModel:
-    """Build the model and load a safetensors file strictly.
+def _load_model(source: Path, config: ModelConfig) -> tuple[ImageModel, str]:
+    """Build the model and load a safetensors file strictly. Returns it, and which casts were needed.
 
     Names and shapes are compared on the meta device, so that a wrong config allocates nothing and no weight is
     initialised only to be overwritten.
@@ -223,19 +225,19 @@ def _load_model(source: Path, config: ModelConfig) -> ImageModel:
             found = {name: file.get_tensor(name) for name in shapes}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{source} is damaged or not a safetensors file: {one_line(error)}") from None
-    tensors = _cast(found, expected, source)
+    tensors, casts = _cast(found, expected, source)
     if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in tensors):
         model = build_model(config)  # it computes buffers, which need memory
         model.load_state_dict(tensors)
     else:
         model.load_state_dict(tensors, assign=True)
-    return model.eval()
+    return model.eval(), casts
 
 
 def _cast(
     found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], source: Path
-) -> dict[str, torch.Tensor]:
-    """The tensors in the model's dtypes. Warns of casts; raises WeightsError for another kind or values not finite."""
+) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors in the model's dtypes, and the casts. Raises WeightsError for another kind or values not finite."""
     casts, tensors = [], {}
     for name, tensor in found.items():
         old, new = dtype_name(tensor), str(expected[name].dtype).removeprefix("torch.")
@@ -246,9 +248,7 @@ def _cast(
             casts.append(f"{old} to {new}")
     if wrong := non_finite(tensors):
         raise WeightsError(f"{source} contains NaN or infinity in {join_names(wrong, 3)}: these weights are not usable")
-    if casts:
-        warnings.warn(f"{source}: {describe_casts(casts)}", stacklevel=5)
-    return tensors
+    return tensors, describe_casts(casts)
 
 
 def _check_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, tuple[int, ...]], source: Path) -> None:

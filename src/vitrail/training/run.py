@@ -126,7 +126,7 @@ def _read_run_config(folder: RunFolder) -> TrainConfig:
         if version is None or version == __version__:
             raise RunError(str(error)) from None
         raise RunError(f"{error}; resume this run with vitrail {version}, which started it") from None
-    return TrainConfig().updated({"cache": "off", **given})  # runs from before the cache had none
+    return TrainConfig().updated(given)
 
 
 def _parse(given: Mapping[str, Any]) -> tuple[TrainConfig, nn.Module | None, Classifier | nn.Module | None]:

@@ -1,4 +1,4 @@
-"""Atomic file writes, file locks and disk errors.
+"""Atomic file writes, file locks, checksums and disk errors.
 
 Files and folders are written under a temporary name next to their target, synced, and renamed: a reader sees the old
 content or the new one, never a part.
@@ -6,10 +6,11 @@ content or the new one, never a part.
 
 import contextlib
 import errno
+import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,30 @@ def _acquire(path: Path, timeout: float) -> contextlib.AbstractContextManager[An
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK):
             raise
         return contextlib.nullcontext()
+
+
+SUMS = "SHA256SUMS"  # the checksums of a folder's files, in the format of `sha256sum -c`, so that damage is noticed
+
+
+def write_checksums(folder: Path, names: Iterable[str]) -> None:
+    """List these files of a folder. Raises RunError if the disk is full, read-only or forbidden."""
+    atomic_write_text(folder / SUMS, "".join(f"{_digest(folder / name)}  {name}\n" for name in sorted(names)))
+
+
+def mismatches(folder: Path, names: Iterable[str]) -> list[str]:
+    """Those of these files that are missing or not as listed; all of them if there is no list.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return list(names)
+    listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    return [name for name in names if not (folder / name).is_file() or listed.get(name) != _digest(folder / name)]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,7 @@
 """Reading of untrusted checkpoint files, without running code in them.
 
 The format is detected from the first bytes: safetensors, NumPy's .npz, or torch.save, a pickle of which only tensors
-and plain containers are read (see pickled.py). What a file may take is bounded before it is allocated.
+and plain containers are read (see pickles/). What a file may take is bounded before it is allocated.
 """
 
 import json
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from vitrail.errors import WeightsError
 from vitrail.utils.text import join_names, one_line, printable
 from vitrail.weights.archive import open_archive
-from vitrail.weights.pickled import read_pickled
+from vitrail.weights.pickles.read import read_pickled
 
 _MAX_JSON = 16 << 20  # bytes; 100,000 class names take a few MB
 _MAX_HEADER = 4 << 20  # bytes, of about 100 for a tensor
@@ -107,7 +107,7 @@ def check_safetensors(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(8)
     if len(start) == 8 and int.from_bytes(start, "little") > _MAX_HEADER:
-        raise WeightsError(f"{path} is damaged, or describes its tensors in more than {_MAX_HEADER >> 20} MiB")
+        raise WeightsError(f"{path} is damaged or not a safetensors file: its header has over {_MAX_HEADER >> 20} MiB")
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:

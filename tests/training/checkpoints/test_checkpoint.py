@@ -11,7 +11,7 @@ import torch
 from training import tiny
 from vitrail.errors import RunError
 from vitrail.training.checkpoints.checkpoint import Checkpoint, find_checkpoints, load_checkpoint, save_checkpoint
-from vitrail.utils.checksums import write_checksums
+from vitrail.utils.files import write_checksums
 
 
 def checkpoint(value: float) -> Checkpoint:

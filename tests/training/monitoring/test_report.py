@@ -258,6 +258,9 @@ def test_epochs_without_a_loss_are_left_out_of_the_curve(tmp_path: Path) -> None
     first, second = (json.loads(line) for line in folder.metrics.read_text().splitlines())
     folder.write_metrics([first, {**second, "train_loss": None, "val_loss": float("nan")}])
     folder.write_json(folder.summary, {**json.loads(folder.summary.read_text()), "skipped_steps": 5, "rollbacks": 2})
+    with pytest.raises(RunError, match=r"metrics\.jsonl was changed"):
+        write_report(folder)
+    folder.write_checksums()
     write_report(folder)
     page = report_of(folder.path)
     loss = page.section("Training curves").all("figure")[0]

@@ -22,7 +22,8 @@ from vitrail.data.catalog import open_dataset
 from vitrail.data.dataset import FileSplit
 from vitrail.errors import ConfigError
 from vitrail.images.preprocess import Preprocess
-from vitrail.training.config.schema import byte_count, make_config, read_config
+from vitrail.training.config.schema import make_config, read_config
+from vitrail.training.config.values import byte_count
 from vitrail.training.engine.interrupt import Stopped
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.resources import image_cache as cached
@@ -131,17 +132,6 @@ def test_a_run_without_a_cache(photos: Path, tmp_path: Path, monkeypatch: pytest
     assert len(seen) >= 3 * 24
     assert not (tmp_path / "cache" / "decoded").exists()
     assert 'cache = "off"' in (tmp_path / "off" / "config.toml").read_text()
-
-
-def test_a_run_from_before_the_cache_goes_on_without(photos: Path, tmp_path: Path) -> None:
-    train(photos, out=tmp_path / "off", **KEYS, cache="off")
-    (tmp_path / "off" / "summary.json").unlink()
-    config = tmp_path / "off" / "config.toml"
-    lines = config.read_text().splitlines(keepends=True)
-    config.write_text("".join(line for line in lines if not line.startswith("cache =")))
-    train(resume=tmp_path / "off", progress=False)
-    assert not (tmp_path / "cache" / "decoded").exists()
-    assert read_config(config).io.cache == "auto"  # what the file itself does not say
 
 
 def settled(photos: Path, **keys: Any) -> tuple[str, list[str]]:

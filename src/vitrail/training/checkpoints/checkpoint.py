@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vitrail.errors import RunError
-from vitrail.utils.checksums import mismatches, write_checksums
-from vitrail.utils.files import atomic_folder
+from vitrail.utils.files import atomic_folder, mismatches, write_checksums
 from vitrail.utils.text import one_line
 
 _FORMAT = 2  # 1: vitrail 0.1.0

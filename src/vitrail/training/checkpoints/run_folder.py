@@ -19,8 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from vitrail.errors import RunError
-from vitrail.utils.checksums import SUMS, mismatches, write_checksums
-from vitrail.utils.files import atomic_write_text, disk_errors, lock_or_raise, remove_leftovers, user_path
+from vitrail.utils.files import (
+    SUMS,
+    atomic_write_text,
+    disk_errors,
+    lock_or_raise,
+    mismatches,
+    remove_leftovers,
+    user_path,
+    write_checksums,
+)
 
 RUNS = Path("runs")  # of runs without --out
 _MAX_LINE = 1 << 20  # characters of a line of sessions.jsonl

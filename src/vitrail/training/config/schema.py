@@ -8,18 +8,18 @@ Importing this imports no torch.
 """
 
 import json
-import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from enum import Enum, auto
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from vitrail.data.augment.settings import Augment
 from vitrail.errors import ConfigError, did_you_mean
+from vitrail.training.config.values import BatchSize, CacheSize, TrackerNames
 from vitrail.utils.settings import (
     MAX_SEED,
     Amount,
@@ -34,12 +34,10 @@ from vitrail.utils.settings import (
     Settings,
     Share,
     Size,
-    none_or,
 )
 from vitrail.utils.text import one_line, printable
 
 _MAX_BYTES = 32 << 10  # of a config file; a complete one has 8 KiB, and dotted keys are parsed in quadratic time
-TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 class Use(Enum):
@@ -51,42 +49,6 @@ class Use(Enum):
     RATE = auto()  # a learning rate, which follows the batch size
     HELD_OUT = auto()  # decides which images are held out for validation and test
     BUILD = auto()  # an option of create_model, where its name ends with _rate
-
-
-def byte_count(size: str) -> int:
-    """ "4GB", "500 MB" or "1.5TB" to bytes. Raises ValueError."""
-    found = re.fullmatch(r"([0-9]{1,15}\.?[0-9]{0,15}) *([KMGT]?)B?", size.strip().upper())
-    if not found:
-        raise ValueError("neither auto nor off nor a size such as 4GB")
-    return int(float(found[1]) * 1000 ** ("", "K", "M", "G", "T").index(found[2]))
-
-
-def _cache(value: object) -> object:
-    """auto, off, or a size; true and false stand for auto and off."""
-    if isinstance(value, bool):
-        return "auto" if value else "off"
-    text = str(value).strip().lower()
-    if text in ("auto", "off"):
-        return text
-    return "off" if none_or(text) is None or byte_count(text) == 0 else str(value).strip()
-
-
-def _batch_size(value: object) -> object:
-    """auto stands for 0."""
-    return 0 if isinstance(value, str) and value.strip().lower() == "auto" else value
-
-
-def _trackers(value: object) -> object:
-    """ "tensorboard, wandb", or a list of such names, as one string with commas; "none" for no name."""
-    if isinstance(value, str):
-        value = value.split(",")
-    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
-        return value
-    names = [name.strip().lower() for name in value if none_or(name) is not None]
-    for name in names:
-        if name not in TRACKERS:
-            raise ValueError(f"unknown tracker {one_line(repr(name), 80)}{did_you_mean(name, TRACKERS)}")
-    return ",".join(dict.fromkeys(names)) or "none"
 
 
 class DataSettings(Settings):
@@ -151,7 +113,7 @@ class ScheduleSettings(Settings):
         None, le=1e6, description="passes over the training images, fractions allowed; none: until the budget is spent"
     )
     budget: Seconds = Field(None, description="training time in seconds, or 10m, or 2h: the schedule ends with it")
-    batch_size: Annotated[int, Field(ge=0, le=1_000_000), BeforeValidator(_batch_size), Use.VIEWS] = Field(
+    batch_size: Annotated[int, Field(ge=0, le=1_000_000), BatchSize, Use.VIEWS] = Field(
         128, description="images per step; auto, or 0: chosen for the device, and lr with it"
     )
     warmup_epochs: Amount = Field(0.0, description="epochs of linear warm-up; a budget scales it with the rest")
@@ -213,10 +175,10 @@ class IOSettings(Settings):
     checkpoint_minutes: Annotated[Amount, Use.RESUME] = Field(
         5.0, description="minutes between checkpoints, if these pass first; 0: by checkpoint_every only"
     )
-    track: Annotated[str, BeforeValidator(_trackers), Use.RESUME] = Field(
+    track: Annotated[str, TrackerNames, Use.RESUME] = Field(
         "none", description="experiment trackers: tensorboard, wandb, trackio, or several with commas"
     )
-    cache: Annotated[str, BeforeValidator(_cache), Use.VIEWS] = Field(
+    cache: Annotated[str, CacheSize, Use.VIEWS] = Field(
         "auto", description="disk cache of decoded images: auto (if it helps and fits), off, or its size, such as 20GB"
     )
 

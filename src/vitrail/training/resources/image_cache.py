@@ -7,7 +7,8 @@ from vitrail.data.cache.pixel_cache import Log, max_total_size
 from vitrail.data.cache.readers import ReadImage, cache_size, cached_reader, max_short_side
 from vitrail.data.dataset import Dataset
 from vitrail.images.preprocess import Preprocess
-from vitrail.training.config.schema import TrainConfig, byte_count
+from vitrail.training.config.schema import TrainConfig
+from vitrail.training.config.values import byte_count
 from vitrail.utils.text import format_bytes
 
 

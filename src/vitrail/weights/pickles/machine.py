@@ -1,33 +1,22 @@
-"""Files of torch.save, read without unpickling: no name in a file is ever imported or called.
+"""The stack machine of pickle, for tensors and plain containers only: it imports and calls nothing that a file names.
 
-The instructions of the pickle are interpreted here, for tensors and plain containers only. What they may take is
-bounded before anything is allocated: the length of the pickle, the number of its instructions, and the memory of the
-tensors, which are views of the file.
+What a file may take is bounded before it is allocated: the number of its instructions, and the memory of its tensors.
 """
 
-import io
-import mmap
 import pickletools
-import struct
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from vitrail.errors import WeightsError
-from vitrail.utils.text import join_names, one_line
+from vitrail.utils.text import join_names
 
-_MAX_PICKLE = 16 << 20  # bytes, without the tensors' data
+MAX_PICKLE = 16 << 20  # bytes, without the tensors' data
 _MAX_INSTRUCTIONS = 1_000_000  # about 25 for a tensor
 _MAX_EXPANSION = 2  # the tensors' memory to the file's size, above _SPARE: they may share data
 _SPARE = 64 << 20
-_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the format before torch 1.6
-_ALIGNMENT = 8  # bytes; data elsewhere are copied
 
 _STORAGES = {
     "Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16,
@@ -58,10 +47,7 @@ _VALUES = {
 }  # fmt: skip
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _PUT, _GET = {"PUT", "BINPUT", "LONG_BINPUT"}, {"GET", "BINGET", "LONG_BINGET"}
-_ERRORS = (
-    ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, OSError, EOFError,
-    struct.error, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
+
 
 Instructions = list[tuple[str, Any]]
 StorageOf = Callable[[str, torch.dtype, int], Tensor]  # key, dtype, elements -> a flat tensor
@@ -78,129 +64,25 @@ _OPAQUE = _Global("")  # a value that is not used
 _MARK = _Global("mark")
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """Why a file is not read, without its path."""
 
 
-def read_pickled(path: Path, archive: zipfile.ZipFile | None, file: BinaryIO) -> Mapping[Any, Any]:
-    """The content of an open torch.save file: a zip archive, or of the format before torch 1.6.
-
-    Raises:
-        WeightsError: it is damaged, exceeds the limits, contains tensors that are not dense, or needs code to be read.
-    """
-    try:
-        content = _read_stream(file) if archive is None else _read_zipped(archive, file)
-    except _Refused as error:
-        raise WeightsError(f"{path} {error}") from None
-    except _ERRORS as error:
-        raise WeightsError(f"{path} is damaged, truncated or not a checkpoint: {one_line(error, 120)}") from None
-    if not isinstance(content, dict):
-        what = "tensor" if isinstance(content, Tensor) else type(content).__name__
-        raise WeightsError(f"{path} contains a {what}, not a state dict: save model.state_dict() on a trusted machine")
-    return content
-
-
-def _read_zipped(archive: zipfile.ZipFile, file: BinaryIO) -> Any:
-    """data.pkl, and one entry for each storage."""
-    entries = {entry.filename: entry for entry in archive.infolist()}
-    pickles = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
-    if len(pickles) != 1:
-        raise ValueError(f"{len(pickles)} entries named data.pkl")
-    root = pickles[0].removesuffix("data.pkl")
-    order = entries.get(f"{root}byteorder")
-    if order and (order.file_size > _MAX_PICKLE or archive.read(order) != b"little"):
-        raise _Refused("has big-endian numbers: save it on a machine with little-endian ones")
-    if entries[pickles[0]].file_size > _MAX_PICKLE:
-        raise _Refused(_too_long())
-    instructions = _parse(io.BytesIO(archive.read(pickles[0])))
-    size = file.seek(0, io.SEEK_END)
-    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-
-    def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
-        entry = entries[f"{root}data/{key}"]
-        length = count * dtype.itemsize
-        if entry.file_size < length:
-            raise ValueError(f"the data of storage {key} are incomplete")
-        if entry.compress_type != zipfile.ZIP_STORED:
-            return torch.frombuffer(bytearray(archive.read(entry)), dtype=torch.uint8)[:length].view(dtype)
-        file.seek(entry.header_offset)
-        name_length, extra_length = struct.unpack("<26xHH", file.read(30))
-        return _view(mapped, entry.header_offset + 30 + name_length + extra_length, dtype, count)
-
-    return _Machine(_Storages(storage).get, size).run(instructions)
-
-
-def _read_stream(file: BinaryIO) -> Any:
-    """Four pickles (magic number, protocol, system, content), a pickle with the storages' keys, and their data."""
-    head = io.BytesIO(file.read(_MAX_PICKLE))
-    parts = [_parse(head) for _ in range(5)]
-    size = file.seek(0, io.SEEK_END)
-    kinds: dict[str, tuple[torch.dtype, int]] = {}
-
-    def note(key: str, dtype: torch.dtype, count: int) -> Tensor:
-        if kinds.setdefault(key, (dtype, count)) != (dtype, count):
-            raise ValueError(f"storage {key} has two sizes")
-        return torch.empty(count, dtype=dtype, device="meta")
-
-    def plain(part: Instructions) -> Any:
-        return _Machine(note, size).run(part)
-
-    magic, protocol, system = (plain(part) for part in parts[:3])
-    if magic != _MAGIC or protocol != _PROTOCOL or not isinstance(system, dict) or not system.get("little_endian"):
-        raise ValueError("it does not start as torch.save begins a file")
-    plain(parts[3])  # notes the type of each storage
-    keys = plain(parts[4])
-    mapped, position = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), head.tell()
-    storages: dict[str, Tensor] = {}
-    for key in keys if isinstance(keys, list) else ():
-        dtype, count = kinds[key]
-        (stored,) = struct.unpack_from("<q", mapped, position)
-        if stored != count:
-            raise ValueError(f"the data of storage {key} are incomplete")
-        storages[key] = _view(mapped, position + 8, dtype, count)
-        position += 8 + count * dtype.itemsize
-    return _Machine(lambda key, dtype, count: storages[key], size).run(parts[3])
-
-
-def _view(mapped: mmap.mmap, start: int, dtype: torch.dtype, count: int) -> Tensor:
-    """A flat tensor of a part of the file."""
-    length = count * dtype.itemsize
-    if length < 0 or start + length > len(mapped):
-        raise ValueError("the data end early")
-    if not count:
-        return torch.empty(0, dtype=dtype)
-    found = torch.frombuffer(mapped, dtype=torch.uint8, count=length, offset=start)
-    return (found if start % _ALIGNMENT == 0 else found.clone()).view(dtype)
-
-
-@dataclass
-class _Storages:
-    """Each storage is made once."""
-
-    make: StorageOf
-    known: dict[str, Tensor] = field(default_factory=dict)
-
-    def get(self, key: str, dtype: torch.dtype, count: int) -> Tensor:
-        if key not in self.known:
-            self.known[key] = self.make(key, dtype, count)
-        return self.known[key]
-
-
-def _parse(file: BinaryIO) -> Instructions:
-    """The instructions of one pickle. Raises ValueError if it is damaged, _Refused if it has too many."""
+def parse(file: BinaryIO) -> Instructions:
+    """The instructions of one pickle. Raises ValueError if it is damaged, Refused if it has too many."""
     found: Instructions = []
     for code, value, _ in pickletools.genops(file):
         found.append((code.name, value))
         if len(found) > _MAX_INSTRUCTIONS:
-            raise _Refused(_too_long())
+            raise Refused(too_long())
     return found
 
 
-def _too_long() -> str:
-    return f"describes its tensors in more than {_MAX_PICKLE >> 20} MiB or {_MAX_INSTRUCTIONS:,} steps: do not trust it"
+def too_long() -> str:
+    return f"describes its tensors in more than {MAX_PICKLE >> 20} MiB or {_MAX_INSTRUCTIONS:,} steps: do not trust it"
 
 
-class _Machine:
+class Machine:
     """The stack machine of pickle, for tensors and plain containers."""
 
     def __init__(self, storage_of: StorageOf, file_size: int) -> None:
@@ -229,7 +111,7 @@ class _Machine:
             elif name not in ("PROTO", "FRAME", "STOP"):
                 raise ValueError(f"the instruction {name} is not of a checkpoint")
         if self.unknown:
-            raise _Refused(
+            raise Refused(
                 f"needs Python code to be read ({join_names(self.unknown, 4)}), which is not run: if you trust the "
                 "file, load it with torch.load(..., weights_only=False) and save its state_dict() as safetensors"
             )
@@ -250,7 +132,7 @@ class _Machine:
         """What a function of the table would return."""
         name = function.name if isinstance(function, _Global) else ""
         if name in _UNSUPPORTED:
-            raise _Refused(f"contains {_UNSUPPORTED[name]}: save dense tensors")
+            raise Refused(f"contains {_UNSUPPORTED[name]}: save dense tensors")
         if name in _CALLS:
             return _CALLS[name](self, *arguments)
         if name in _MAPPINGS:
@@ -261,7 +143,7 @@ class _Machine:
                 return {}
             self.copies += len(pairs)
             if self.copies > _MAX_INSTRUCTIONS:
-                raise _Refused(_too_long())
+                raise Refused(too_long())
             return _checked({}, (part for key, value in pairs for part in (key, value)))
         if name.startswith("torch._utils._rebuild_"):
             self.unknown[name] = None
@@ -279,7 +161,7 @@ class _Machine:
             raise ValueError("a tensor is larger than its data")
         self.allowed -= count * storage.dtype.itemsize
         if self.allowed < 0:
-            raise _Refused(f"has tensors of more than {_MAX_EXPANSION} times its size: do not trust it")
+            raise Refused(f"has tensors of more than {_MAX_EXPANSION} times its size: do not trust it")
         return storage.as_strided(size, stride, offset)
 
     def pop_mark(self) -> list[Any]:
@@ -408,7 +290,7 @@ def _checked(target: dict[Any, Any], values: Iterable[Any]) -> dict[Any, Any]:
 
 
 def _typed(
-    machine: _Machine, storage: Tensor, offset: int, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
+    machine: Machine, storage: Tensor, offset: int, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
 ) -> Tensor:
     """A tensor of a storage of bytes."""
     flat = storage[: storage.numel() // dtype.itemsize * dtype.itemsize]
@@ -416,8 +298,8 @@ def _typed(
 
 
 _CALLS: dict[str, Callable[..., Any]] = {
-    "torch._utils._rebuild_tensor": _Machine.tensor,
-    "torch._utils._rebuild_tensor_v2": _Machine.tensor,
+    "torch._utils._rebuild_tensor": Machine.tensor,
+    "torch._utils._rebuild_tensor_v2": Machine.tensor,
     "torch._utils._rebuild_tensor_v3": _typed,
     "torch._utils._rebuild_parameter": lambda machine, data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda machine, data, *_: data,
