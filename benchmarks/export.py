@@ -26,13 +26,13 @@ from vitrail.deploy.candidates import CANDIDATES, Builder, unavailable
 from vitrail.deploy.export import export
 from vitrail.deploy.quantize.calibration import Calibration
 from vitrail.deploy.trials import ExportRefused
+from vitrail.evaluation.timing import interleaved
 from vitrail.inference.exported import open_runtime
 from vitrail.inference.threads import default_threads
 from vitrail.models.build import build_model
 from vitrail.models.catalog import VARIANTS
 from vitrail.models.configs import ConvNeXtConfig, SwinConfig
 from vitrail.training.run import train
-from vitrail.utils.timing import interleaved
 
 DATA = "fashion-mnist"
 NETWORKS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224")

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from vitrail.classifier import Classifier
+from vitrail.evaluation.timing import interleaved
 from vitrail.inference.torch_runtime import TorchRuntime
 from vitrail.models.build import build_model, configure
 from vitrail.models.configs import ModelConfig, SwinConfig, ViTConfig
-from vitrail.utils.timing import interleaved
 
 SCALES = (1.0, 1.5, 2.0)  # of the side
 BATCH = 8  # images, of the cost in resolution

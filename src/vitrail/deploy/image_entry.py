@@ -46,5 +46,6 @@ def run_image_entry(folder: Path, record: ExportRecord, pixels: Pixels) -> npt.N
     else:
         import openvino
 
-        found = openvino.Core().compile_model(path, "CPU")(pixels)["probabilities"]
+        settings = {"INFERENCE_PRECISION_HINT": "bf16" if record.precision == "bf16" else "f32"}
+        found = openvino.Core().compile_model(path, "CPU", settings)(pixels)["probabilities"]
     return np.asarray(found[0])

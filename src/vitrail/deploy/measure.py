@@ -10,8 +10,8 @@ from statistics import median
 
 import numpy as np
 
+from vitrail.evaluation.timing import interleaved, median_ratio
 from vitrail.inference.runtime import Images, Runtime
-from vitrail.utils.timing import interleaved, median_ratio
 
 BATCHES = (1, 16)
 _ROUNDS = 31
