@@ -97,6 +97,7 @@ def test_preprocessing_without_sense(
     )
     place |= change
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "SHA256SUMS").unlink()
     assert run("predict", folder, trained[0]) == 2
     err = capsys.readouterr().err
     assert "Traceback" not in err

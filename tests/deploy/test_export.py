@@ -22,6 +22,9 @@ from vitrail.data.catalog import open_dataset
 from vitrail.deploy import candidates, trials
 from vitrail.deploy.graph import write_onnx
 from vitrail.deploy.quantize.calibration import Calibration, choose_calibration
+from vitrail.deploy.quantize.layers import layers
+from vitrail.deploy.quantize.static import operation_of
+from vitrail.deploy.targets.openvino import read_openvino
 from vitrail.deploy.trials import ExportRefused
 from vitrail.errors import ConfigError, DeviceError, RunError
 
@@ -229,6 +232,16 @@ def test_calibration_images_are_of_the_training_split() -> None:
     assert found.to_dict() == {"data": "digits", "split": "train", "images": 50, "paths": list(found.paths)}
 
 
+def test_layers_are_found_in_openvino(exact: dict[str, Path]) -> None:
+    """The head, too, which is an output; each by a name of its own."""
+    model = read_openvino(exact["digits"] / "model.onnx")
+    nodes = list(layers(onnx.load(exact["digits"] / "model.onnx").graph))
+    names = [operation_of(model, node.output[0]) for node in nodes]
+    kinds = {each.friendly_name: each.get_type_name() for each in model.get_ops()}
+    assert {kinds[name] for name in names} == {"MatMul", "Convolution"}
+    assert len(set(names)) == len(nodes)
+
+
 @pytest.mark.slow
 def test_openvino_int8_and_wrong_calibration(use: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"target": "openvino", "precision": "int8", "check": "digits", **ANY_SPEED}
@@ -306,3 +319,16 @@ def test_an_alternative_is_named(use: Any, tmp_path: Path, monkeypatch: pytest.M
         tmp_path / "out", outlier_vit(), target="onnx", precision="int8", check="digits", min_speedup=0.001
     )
     assert "The best alternative is --target" in message
+
+
+def test_merged_tokens(tmp_path: Path) -> None:
+    """The numbers that were chosen are in export.json, and the loss that was allowed is the gate's."""
+    result = vitrail.export(
+        digits_vit(), tmp_path / "out", target="onnx", precision="fp32", check="digits", merge=10.0, **ANY_SPEED
+    )
+    merging = json.loads((result.folder / "export.json").read_text())["merging"]
+    assert any(merging["schedule"])
+    assert 0 <= merging["loss"] <= 10
+    assert result.rows[0]["top1"] >= result.rows[0]["top1_reference"] - 10
+    with pytest.raises(ConfigError, match="--data or --check"):
+        vitrail.export(digits_vit(), tmp_path / "other", target="onnx", precision="fp32", merge=1.0)

@@ -17,11 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
+import vitrail
+from deploy.digit_models import digits_vit
 from vitrail.classifier import Classifier
 from vitrail.deploy.graph import write_onnx
 from vitrail.deploy.web import runtime_files
 from vitrail.deploy.web.folder import write_web
-from vitrail.errors import ExportError
+from vitrail.errors import ExportError, RunError
 from vitrail.images.preprocess import Preprocess
 from vitrail.models.build import build_model
 from vitrail.models.configs import ModelConfig, ResNetConfig, SwinConfig, ViTConfig
@@ -253,3 +255,15 @@ def test_transformers_js_under_node(tmp_path: Path) -> None:
     same = sum(label == found.label for label, found in zip(labels, clf.predict(paths), strict=True))
     print(f"transformers.js agrees on {same} of {len(paths)}")
     assert same >= 0.8 * len(paths)
+
+
+def test_export_to_the_web(archive: Path, tmp_path: Path) -> None:
+    """The gate checks the ONNX files; a web folder is replaced by a new one, and no other folder is."""
+    out = tmp_path / "page"
+    for _ in range(2):
+        (row,) = vitrail.export(digits_vit(), out, target="web", check="digits").rows
+        assert (row["target"], row["accepted"], row["agreement"]) == ("web", True, 100)
+    assert json.loads((out / "model.json").read_text())["name"] == "page"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "page"]
+    with pytest.raises(RunError, match="is not an export"):
+        vitrail.export(digits_vit(), tmp_path / "cache", target="web", check="digits")

@@ -61,7 +61,7 @@ _FILTERS: dict[str, tuple[Filter, int]] = {
 }
 
 
-_ONE = 2.0**22  # 1 in Pillow's fixed-point weights
+_HALF = 2.0**11  # half of the 22 bits behind the point of Pillow's weights
 
 
 class _Axis(NamedTuple):
@@ -143,23 +143,31 @@ def _filtered(graph: GraphBuilder, image: Value, axes: list[_Axis], interpolatio
         planes = graph.op("Transpose", part.cast(np.float32), perm=[2, 0, 1])  # C H W
         for number in order:
             matrix = graph.op("Slice", weights[number], np.array([0]), size, np.array([1]))
-            if number == 0:
-                planes = graph.op("MatMul", matrix, planes)
-            else:
-                planes = graph.op("MatMul", planes, graph.op("Transpose", matrix, perm=[1, 0]))
-            planes = _bytes(graph, planes)
+            planes = _resample(graph, planes, matrix, number)
         results.append(planes)
     chosen = height_first.where(results[1], results[0])
     return graph.op("Transpose", chosen, perm=[1, 2, 0]).cast(np.uint8)
 
 
-def _bytes(graph: GraphBuilder, x: Value) -> Value:
-    """Rounded, halves up, and clipped to 0..255; still floats."""
-    return graph.op("Clip", graph.op("Floor", x + 0.5), 0.0, 255.0)
+def _resample(graph: GraphBuilder, planes: Value, weights: Value, axis: int) -> Value:
+    """C H W times `weights` along the height (axis 0) or the width, rounded, halves up, and clipped to 0..255.
+
+    Pillow adds integers of 30 bits. In float32 that is exact for the upper and the lower bits of the weights apart.
+    """
+    high = graph.op("Floor", weights * (1 / _HALF))
+    sums = []
+    for part in (high, weights - high * _HALF):
+        across = (planes, graph.op("Transpose", part, perm=[1, 0]))
+        sums.append(graph.op("MatMul", *((part, planes) if axis == 0 else across)))
+    upper = sums[0] * (1 / _HALF) + 0.5
+    whole = graph.op("Floor", upper)
+    rounded = whole + graph.op("Floor", upper - whole + sums[1] * (1 / _HALF**2))
+    return graph.op("Clip", rounded, 0.0, 255.0)
 
 
 def _weights(graph: GraphBuilder, axis: _Axis, interpolation: str) -> tuple[Value, Value, Value]:
-    """The matrix h n (or w n) of one axis, and the start and stop of its n positions in the image."""
+    """The matrix h n (or w n) of one axis, as Pillow's integers: 2**22 is 1; and the start and stop of its n positions
+    in the image."""
     kernel, support = _FILTERS.get(interpolation, (_bilinear, 1))
     length, resized = axis.length, axis.resized
     longer = length.max(resized)
@@ -176,8 +184,7 @@ def _weights(graph: GraphBuilder, axis: _Axis, interpolation: str) -> tuple[Valu
         offsets = (positions * 2 + 1) * resized - graph.op("Unsqueeze", centers, np.array([1]))
         weights = kernel(graph, offsets.cast(np.float32) / (longer * 2).cast(np.float32))
     weights = weights / graph.op("ReduceSum", weights, np.array([1]), keepdims=1)
-    # As Pillow's integers, which decide where a sum is halfway between two bytes.
-    return graph.op("Floor", weights * _ONE + 0.5) * (1 / _ONE), start, stop
+    return graph.op("Floor", weights * _HALF**2 + 0.5), start, stop
 
 
 def _box_weights(graph: GraphBuilder, axis: _Axis, positions: Value) -> Value:

@@ -171,7 +171,8 @@ class Trials:
         return row, runtime
 
     def _rejects(self, row: Row) -> str | None:
-        exact = row.candidate.precision == "fp32" and not row.student
+        changed = row.student or self.builder.merging is not None  # then the logits are not to be the model's
+        exact = row.candidate.precision == "fp32" and not changed
         return None if row.agreement is None else row.agreement.reject(self.limits, exact=exact)
 
     def _time(self, rows: Sequence[Row], runtimes: dict[str, ExportRuntime]) -> None:

@@ -37,7 +37,8 @@ NAMES = st.one_of(st.sampled_from(KEYS), st.text(max_size=30), st.text("._-\x1b\
 
 def assert_line(error: VitrailError) -> None:
     text = str(error)
-    assert not {unicodedata.category(c) for c in text} & {"Cc", "Cf", "Cs", "Zl", "Zp"}, ascii(text)
+    assert not {unicodedata.category(c) for c in text} & {"Cc", "Cs", "Zl", "Zp"}, ascii(text)
+    assert not set(text) & set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"), ascii(text)
     assert len(text) < 1500
 
 

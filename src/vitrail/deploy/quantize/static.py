@@ -29,14 +29,15 @@ def quantize_static(model: Any, images: Sequence[Pixels], config: ModelConfig, k
             nncf.Dataset([image[None] for image in images]),
             subset_size=len(images),
             model_type=None if isinstance(config, ResNetConfig) else nncf.ModelType.TRANSFORMER,
-            ignored_scope=nncf.IgnoredScope(names=[_operation(model, name) for name in keep]),
+            ignored_scope=nncf.IgnoredScope(names=[operation_of(model, name) for name in keep]),
             advanced_parameters=advanced,
         )
 
 
-def _operation(model: Any, value: str) -> str:
+def operation_of(model: Any, value: str) -> str:
     """OpenVINO's name of the layer that computes this value; it may have become a product and an addition."""
-    (operation,) = (each for each in model.get_ops() if any(value in port.names for port in each.outputs()))
+    named = (each for each in model.get_ops() if any(value in port.names for port in each.outputs()))
+    (operation,) = (each for each in named if each.get_type_name() != "Result")  # an output has its value's name
     while operation.get_type_name() not in _OPERATIONS:
         operation = operation.input_value(0).get_node()
     return str(operation.friendly_name)
