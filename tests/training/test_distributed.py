@@ -112,8 +112,19 @@ def _judged(log: list[Any]) -> list[int]:
         {"accumulate": 2, "balance": "loss"},
         {"shard": True, "accumulate": 2},
         {"shard": True, "broken": [*range(7), 20, 33], "mixup": 0.0, "cutmix": 0.0},
+        {"merge": 4},
+        {"merge": 4, "shard": True},
     ],
-    ids=["unreadable", "unreadable parts", "mostly unreadable", "parts", "sharded parts", "sharded unreadable"],
+    ids=[
+        "unreadable",
+        "unreadable parts",
+        "mostly unreadable",
+        "parts",
+        "sharded parts",
+        "sharded unreadable",
+        "merged tokens",
+        "sharded merged tokens",
+    ],
 )
 def test_replaced_images_and_parts_give_the_mean_over_all_images(keys: dict[str, Any], tmp_path: Path) -> None:
     keys = {**SAME, **keys}
