@@ -23,7 +23,10 @@ FEATURES = expected_features(DIGITS)
 LOGITS = FEATURES @ WEIGHT
 
 
-@pytest.fixture(scope="module", params=list(SESSIONS))
+WITHOUT_TORCH = [target for target in SESSIONS if target != "pt2"]  # of which: tests/deploy/test_export.py
+
+
+@pytest.fixture(scope="module", params=WITHOUT_TORCH)
 def runtime(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ExportRuntime:
     return open_runtime(make_export(tmp_path_factory.mktemp("exports") / request.param, request.param), 1)
 
@@ -50,7 +53,7 @@ def test_threads_share_a_runtime(runtime: ExportRuntime) -> None:
         assert np.abs(logits - LOGITS[k % 20 : k % 20 + len(logits)]).max() <= 1e-5 * np.abs(LOGITS).max()
 
 
-@pytest.mark.parametrize("target", SESSIONS)
+@pytest.mark.parametrize("target", WITHOUT_TORCH)
 @pytest.mark.parametrize(
     ("change", "kind", "facts"),
     [
