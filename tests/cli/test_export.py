@@ -1,6 +1,10 @@
 """`vitrail export`: exit status, table and JSON."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,7 @@ def test_table_json_and_refusal(model: str, tmp_path: Path, capsys: Any, monkeyp
     assert status == 0, err
     assert "top-1, %" in out
     assert "kept" in out
-    assert out.rstrip().endswith("report  exports/digits/export.html")
+    assert out.rstrip().endswith("page    exports/digits/export.html")
     assert vitrail.load(tmp_path / "exports" / "digits").record.source["name"] == model
     status, out, err = call(capsys, model, *options, "--min-speedup", "1000", "--json", "--out", "other")
     assert status == 3
@@ -54,3 +58,17 @@ def test_mistakes(model: str, tmp_path: Path, capsys: Any) -> None:
         status, _, err = call(capsys, model, *(arguments if "--out" in arguments else ("--out", "x", *arguments)))
         assert (status, err.count("\n")) == (2, 1), err
         assert fact in err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM")
+def test_sigterm_leaves_nothing(model: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "vitrail", "export", model, "--check", "digits", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".out.*.tmp/*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert list(tmp_path.iterdir()), "it has not begun"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 143
+    assert list(tmp_path.iterdir()) == []

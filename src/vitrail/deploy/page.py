@@ -42,7 +42,8 @@ _PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino"}
 def cells(row: Row, chosen: bool = False) -> list[str]:
     """The texts of a row of `export --json`, in the order of COLUMNS."""
     latency, speedup = row["latency_ms"] or {}, row["speedup"] or {}
-    name = f"{row['model']}, {row['target']} {row['precision']}"
+    student = f"{row['model']}, " if row["student"] else ""
+    name = f"{student}{row['target']} {row['precision']}"
     mixed = f", {len(row['float_layers'])} layers fp32" if row["float_layers"] else ""
     verdict = "kept" if chosen else row["reason"] or "passes"
     return [
@@ -62,8 +63,18 @@ def reference_cells(reference: Mapping[str, Any]) -> list[str]:
     """The row of the model in torch."""
     latency = reference["latency_ms"] or {}
     times = [_number(latency.get(size), 2) for size in ("1", "16")]
-    name = f"{reference['model']}, torch {reference['precision']}"
-    return [name, "–", *times, "1.00x", "1.00x", _number(reference["top1"], 2), "–", "–", "–", "the model"]
+    return [
+        f"torch {reference['precision']}",
+        "–",
+        *times,
+        "1.00x",
+        "1.00x",
+        _number(reference["top1"], 2),
+        "–",
+        "–",
+        "–",
+        "the model",
+    ]
 
 
 def write_readme(record: ExportRecord, path: Path, name: str) -> None:

@@ -48,6 +48,7 @@ class Row:
         found = self.agreement
         return {
             "model": self.model,
+            "student": self.student,
             "target": self.candidate.target,
             "precision": self.candidate.precision,
             "path": None if path is None else str(path),
@@ -117,7 +118,6 @@ class Trials:
         """The model as its user runs it."""
         found = next((row.agreement for row in self.rows if row.agreement), None)
         return {
-            "model": self.reference.name,
             "precision": "bf16" if self.reference.bf16 else "fp32",
             "latency_ms": self.reference_ms,
             "top1": found and found.top1_reference,
