@@ -198,13 +198,14 @@ def test_folders_written_before_there_was_merging_still_load(tmp_path: Path) -> 
     record = json.loads(path.read_text())
     del record["vitrail"]["config"]["merge"]
     path.write_text(json.dumps(record))
+    (tmp_path / "model" / "SHA256SUMS").unlink()  # which these folders did not have either
     assert vitrail.load(tmp_path / "model").model.config.merge == ()
 
 
 def test_another_image_size_has_to_have_enough_patches() -> None:
     clf = classifier(merge=90)
     assert clf.resize(256).preprocess.size == (256, 256)
-    with pytest.raises(ModelError, match="merge=90 of 144 patch tokens"):
+    with pytest.raises(ModelError, match=r"merge=90 .*144 patch tokens"):
         clf.resize(192)
 
 

@@ -53,7 +53,7 @@ def timm_twin(config: ModelConfig) -> nn.Module:
     match config:
         case ViTConfig():
             distilled = options.pop("dist_token")
-            for ours_alone in ("stem", "stem_depth", "dist_head"):
+            for ours_alone in ("stem", "stem_depth", "dist_head", "merge"):
                 options.pop(ours_alone)
             norm = partial(nn.LayerNorm, eps=options.pop("norm_eps"))
             if distilled:

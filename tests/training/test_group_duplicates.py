@@ -69,6 +69,7 @@ def test_no_group_is_on_two_sides(folder):
         assert "48 images in 24 groups" in together.how_split
 
 
+@pytest.mark.filterwarnings("ignore:.*copies of images in two splits")
 def test_splits_of_the_data_are_kept(folder, tmp_path):
     for name in ("train", "test", "val"):
         (tmp_path / name).symlink_to(folder, target_is_directory=True)

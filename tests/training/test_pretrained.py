@@ -80,6 +80,7 @@ def test_fit_is_a_choice(fit: str, mode: str) -> None:
     assert not any(line.startswith("advice") for line in setup.reasons)
 
 
+@pytest.mark.filterwarnings("ignore:.*copies of images in two splits")  # the images are made by a few loops
 def test_long_images_are_advised_upon(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -92,6 +93,7 @@ def test_long_images_are_advised_upon(tmp_path: Path) -> None:
     assert open_dataset(tmp_path).sizes.aspect == (5.0, 5.0, 5.0)
 
 
+@pytest.mark.filterwarnings("ignore:.*copies of images in two splits")  # the images are made by a few loops
 def test_a_folder_that_grew_is_warned_of(tmp_path: Path) -> None:
     made = make_folder(tmp_path / "photos", classes=2, per_class=12, broken=False)
     small = {"model": "vit_nano_patch2_8", "img_size": 8, "epochs": 0.1, "batch_size": 4, "progress": False}

@@ -3,6 +3,8 @@
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -91,26 +93,25 @@ def export(
 
     if settings and distill is None:
         raise ConfigError(f"{settings[0]} belongs to --distill: add it, or leave out {settings[0]}")
-    _clean_up_when_terminated()
-    classifier = print_loaded(load_torch(model, "cpu", img_size))
     try:
-        result = run(
-            classifier,
-            out or Path("exports", Path(model).name),
-            target=target,
-            precision=precision,
-            data=data,
-            check=check,
-            data_dir=data_dir,
-            max_loss=max_loss,
-            min_speedup=min_speedup,
-            merge=merge,
-            distill=distill,
-            settings=parse_overrides(settings or []),
-            name=model,
-            log=lambda line: stderr().print(line, style="dim"),
-            command=context.obj,
-        )
+        with _cleaned_up_when_terminated():
+            result = run(
+                print_loaded(load_torch(model, "cpu", img_size)),
+                out or Path("exports", Path(model).name),
+                target=target,
+                precision=precision,
+                data=data,
+                check=check,
+                data_dir=data_dir,
+                max_loss=max_loss,
+                min_speedup=min_speedup,
+                merge=merge,
+                distill=distill,
+                settings=parse_overrides(settings or []),
+                name=model,
+                log=lambda line: stderr().print(line, style="dim"),
+                command=context.obj,
+            )
     except ExportRefused as refused:
         print_json(refused.rows) if json else _print_table(refused.rows)
         stderr().print(str(refused))
@@ -119,10 +120,17 @@ def export(
     return 0
 
 
-def _clean_up_when_terminated() -> None:
-    """SIGTERM ends the command by an exception, so that temporary folders are removed."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
+@contextmanager
+def _cleaned_up_when_terminated() -> Iterator[None]:
+    """SIGTERM ends the block by an exception, so that temporary folders are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _print(result: "Result") -> None:

@@ -17,7 +17,7 @@ import torch
 from vitrail.classifier import Classifier
 from vitrail.data.catalog import open_dataset
 from vitrail.data.dataset import ArraySplit, Dataset, Sizes
-from vitrail.deploy.candidates import AUTO, PT2, WEB, Builder, choose_candidates
+from vitrail.deploy.candidates import AUTO, PT2, WEB, Builder, Candidate, choose_candidates
 from vitrail.deploy.gate import MAX_LOSS, MIN_SPEEDUP, CheckImages, Limits
 from vitrail.deploy.merging import choose_merging
 from vitrail.deploy.page import write_page, write_readme
@@ -75,55 +75,60 @@ def export(
 
     Args:
         out: the folder; an export that is there is replaced once the new one has passed.
-        target: "onnx", "openvino", "auto": the fastest on this machine; "pt2", `torch.export`'s format; or "web", a
-            folder for browsers.
+        target: "onnx", "openvino", "auto": the fastest on this machine; "pt2"; or "web", a folder for browsers.
         precision: "fp32", "bf16", "int8", or "auto": the fastest that passes.
-        data: a dataset whose training images calibrate int8; by default that of `check`.
+        data: a dataset whose training images calibrate int8; by default that of `check`. data_dir: its files.
         check: labelled images on which the export may lose `max_loss` points of top-1; its split is that of
             `Classifier.evaluate`. None: only the agreement with the model is measured, on at most 256 images of `data`.
-        data_dir: the folder with the files of a named dataset.
-        min_speedup: how many times as fast as the model in torch the export has to be, for one image; by default 1.15,
-            and 0 for pt2 and web.
-        merge: of a ViT or DeiT, merge similar tokens, so many that at most this percentage of the calibration images
-            change class; the export may then lose as many points. None: no tokens are merged.
-        distill: a model of the catalog, or "auto": if nothing passes, train it on the logits of this one and put it
-            through the same gate. settings: of that training, as of `vitrail.train`.
-        name: of the source, for export.json. command: for the page. log: called with a line of text for each step.
+        min_speedup: over the model in torch, for one image; by default 1.15, and 0 for pt2 and web.
+        merge: of a ViT or DeiT, merge so many tokens that at most this percentage of the calibration images change
+            class; the export may then lose as many points. None: no tokens are merged.
+        distill: a model of the catalog, or "auto": trained on this one's logits if nothing passes. settings: of that.
+        name: of the source. command: for the page. log: called with a line for each step.
 
     Raises:
         ExportRefused: no candidate passed the gate; with the reason and the best alternative. Nothing is written.
         ConfigError: an unknown target or precision, or int8 without images.
-        DataError: the images cannot be used.
-        DeviceError: a package is missing, or the CPU has no bfloat16.
+        DataError, DeviceError: the images cannot be used; a package is missing, or the CPU has no bfloat16.
         RunError: `out` is something else than an export, or the disk is full.
     """
     out = Path(out).expanduser()
     data = check if data is None else data
     _check_arguments(classifier, out, distill is not None and data is None)
     candidates, left_out = choose_candidates(target, precision, data is not None)
-    limits = _limits(target, max_loss, min_speedup)
-    model, preprocess = classifier.model, classifier.preprocess
-    reference = TorchRuntime(model, preprocess, "off", classifier.architecture)
-    user = TorchRuntime(model, preprocess, classifier.precision, classifier.architecture)
+    reference, user = (
+        TorchRuntime(classifier.model, classifier.preprocess, precision_, classifier.architecture)
+        for precision_ in ("off", classifier.precision)
+    )
     images, dataset, notes = _open_images(classifier, reference, data, check, data_dir)
-    calibration = None if dataset is None else choose_calibration(dataset, preprocess)
+    calibration = None if dataset is None else choose_calibration(dataset, classifier.preprocess)
     source = {"name": name or classifier.architecture, "fingerprint": reference.fingerprint()}
-    merging = None
-    if merge is not None:
-        classifier, merging = _merged(classifier, calibration, merge)
-        limits = dataclasses.replace(limits, max_loss=max(max_loss, merge))
+    limits = _limits(target, max(max_loss, merge or 0.0), min_speedup)
+    classifier, merging = (classifier, None) if merge is None else _merged(classifier, calibration, merge)
     with _work_folder(out) as work:
         builder = Builder(classifier, work, calibration, source, merging)
         trials = Trials(builder, user, images, limits, log or (lambda text: None))
-        best = trials.run(candidates)
-        if best is None and distill is not None and dataset is not None:
-            trials.builder = _student_builder(trials, distill, dataset, settings or {})
-            best = trials.run(candidates)
-        if best is None:
-            raise trials.refuse()
+        best = _find(trials, candidates, dataset, distill, settings or {})
         if target == WEB:
             return _keep_web(best, trials, out, left_out, notes)
         return _keep(best, trials, out, left_out, notes, command)
+
+
+def _find(
+    trials: Trials,
+    candidates: list[Candidate],
+    dataset: Dataset | None,
+    distill: str | None,
+    settings: Mapping[str, Any],
+) -> Row:
+    """The best candidate of the model, else of a student. Raises ExportRefused."""
+    best = trials.run(candidates)
+    if best is None and distill is not None and dataset is not None:
+        trials.builder = _student_builder(trials, distill, dataset, settings)
+        best = trials.run(candidates)
+    if best is None:
+        raise trials.refuse()
+    return best
 
 
 def _merged(classifier: Classifier, calibration: Calibration | None, loss: float) -> tuple[Classifier, dict[str, Any]]:
