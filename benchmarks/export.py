@@ -28,6 +28,7 @@ from vitrail.deploy.quantize.calibration import Calibration
 from vitrail.deploy.trials import ExportRefused
 from vitrail.evaluation.timing import interleaved
 from vitrail.inference.exported import open_runtime
+from vitrail.inference.openvino_runtime import openvino_core
 from vitrail.inference.threads import default_threads
 from vitrail.models.build import build_model
 from vitrail.models.catalog import VARIANTS
@@ -128,7 +129,6 @@ def _peers(
     """As their users write it: defaults but for the number of threads, and for the latency hint of OpenVINO."""
     import nncf
     import onnxruntime
-    import openvino
 
     path = folder / "timm.onnx"
     torch.onnx.export(
@@ -138,7 +138,7 @@ def _peers(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = default_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    model = openvino.Core().read_model(path)
+    model = openvino_core().read_model(path)
     normal = [
         classifier.preprocess.normalize(torch.from_numpy(image).permute(2, 0, 1)[None]).numpy() for image in images
     ]
@@ -157,11 +157,9 @@ def _peers(
 
 
 def _compiled(model: Any, precision: str | None) -> Callable[[Any], Any]:
-    import openvino
-
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": default_threads()}
     settings |= {} if precision is None else {"INFERENCE_PRECISION_HINT": precision}
-    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+    request = openvino_core().compile_model(model, "CPU", settings).create_infer_request()
     return lambda x: request.infer([x.numpy()], share_inputs=True)
 
 

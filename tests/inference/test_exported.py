@@ -2,6 +2,8 @@
 
 import builtins
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -95,16 +97,39 @@ def test_openvino_computes_in_the_precision_of_the_export(tmp_path: Path) -> Non
     """Left to itself, it computes fp32 models in bfloat16 on a CPU that has it."""
     import openvino
 
+    from vitrail.inference.openvino_runtime import openvino_core
+
     def hint(precision: str) -> str:
         session: Any = open_runtime(make_export(tmp_path / precision, "openvino", precision=precision)).session
         return str(session._model.get_property("INFERENCE_PRECISION_HINT"))
 
     assert hint("fp32") == hint("int8") == str(openvino.Type.f32)
-    if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         assert hint("bf16") == str(openvino.Type.bf16)
     else:
         with pytest.warns(UserWarning, match="float32"):
             assert hint("bf16") == str(openvino.Type.f32)
+
+
+def test_a_signal_after_openvino_is_handled(tmp_path: Path) -> None:
+    """Also after exports, and another Core as NNCF makes them, have come and gone."""
+    program = """
+import gc, os, signal, sys
+import openvino
+from vitrail.inference.exported import open_runtime
+runtimes = [open_runtime(folder) for folder in sys.argv[1:]]
+other = openvino.Core()
+other.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+del runtimes
+gc.collect()
+del other
+gc.collect()
+signal.signal(signal.SIGINT, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGINT)
+"""
+    folders = [str(make_export(tmp_path / name, "openvino")) for name in "abc"]
+    done = subprocess.run([sys.executable, "-c", program, *folders], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
 def test_threads_are_those_asked_for_the_exports_or_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,7 +239,8 @@ def test_a_compiled_model_is_the_same() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_onnx_runtime_and_openvino_merge_the_same(kind: str, tmp_path: Path) -> None:
     import onnxruntime
-    import openvino
+
+    from vitrail.inference.openvino_runtime import openvino_core
 
     model = merged_model(small(kind), (8, 4, 0))
     path = tmp_path / "model.onnx"
@@ -250,7 +251,7 @@ def test_onnx_runtime_and_openvino_merge_the_same(kind: str, tmp_path: Path) -> 
     assert program is not None
     program.save(path)
     session = onnxruntime.InferenceSession(path)
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     expected: Tensor
     for batch in (1, 3):
         images = torch.randn(batch, 3, 32, 48)

@@ -13,6 +13,7 @@ from vitrail.deploy.gate import CheckImages
 from vitrail.images.convert import Pixels, to_channels
 from vitrail.inference.export_folder import ExportRecord
 from vitrail.inference.exported import ExportRuntime
+from vitrail.inference.openvino_runtime import openvino_core
 from vitrail.inference.probabilities import softmax
 
 _IMAGES = 8
@@ -44,8 +45,6 @@ def run_image_entry(folder: Path, record: ExportRecord, pixels: Pixels) -> npt.N
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         found: Any = session.run(["probabilities"], {"image": pixels})[0]
     else:
-        import openvino
-
         settings = {"INFERENCE_PRECISION_HINT": "bf16" if record.precision == "bf16" else "f32"}
-        found = openvino.Core().compile_model(path, "CPU", settings)(pixels)["probabilities"]
+        found = openvino_core().compile_model(path, "CPU", settings)(pixels)["probabilities"]
     return np.asarray(found[0])

@@ -3,8 +3,10 @@
 Shapes: B batch, H W height and width, C channels, K classes, F features.
 """
 
+import threading
 import warnings
 from collections import deque
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,29 @@ import numpy as np
 from vitrail.errors import DeviceError, ExportError
 from vitrail.inference.runtime import Images, Outputs
 from vitrail.utils.text import one_line
+
+_LOCK = threading.Lock()
+
+
+def openvino_core() -> Any:
+    """The only Core of the process, with its CPU plugin loaded.
+
+    The plugin of a Core gives the thread that loads it a stack for signals, and sets back the one before when it is
+    freed. With several Cores that one may be freed already: the next signal, such as Ctrl-C, is then handled in freed
+    memory, and ends the process with a segmentation fault (OpenVINO 2026.4). A first Core that is never freed prevents
+    it, also for those that NNCF makes.
+    """
+    with _LOCK:
+        return _core()
+
+
+@cache
+def _core() -> Any:
+    import openvino
+
+    core = openvino.Core()
+    core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")  # loads the plugin
+    return core
 
 
 class OpenVINOSession:
@@ -29,10 +54,10 @@ class OpenVINOSession:
 
     def __init__(self, path: Path, threads: int, precision: str) -> None:
         try:
-            import openvino
+            import openvino  # noqa: F401
         except ImportError:
             raise DeviceError(f"{path} needs OpenVINO: pip install 'vitrail[openvino]'") from None
-        core = openvino.Core()
+        core = openvino_core()
         bf16 = precision == "bf16"
         if bf16 and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             warnings.warn(f"{path}: this CPU has no bfloat16: computed in float32, at its speed", stacklevel=2)

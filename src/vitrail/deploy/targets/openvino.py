@@ -4,18 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from vitrail.deploy.preprocess_graph import PIXELS
-from vitrail.errors import DeviceError
+from vitrail.inference.openvino_runtime import openvino_core
 
 MODEL, IMAGE = "model.xml", "image.xml"
 
 
 def read_openvino(path: Path) -> Any:
     """An openvino.Model from an ONNX file or from OpenVINO's own."""
-    try:
-        import openvino
-    except ImportError:
-        raise DeviceError("the target openvino needs OpenVINO and NNCF: pip install 'vitrail[openvino]'") from None
-    return openvino.Core().read_model(path)
+    return openvino_core().read_model(path)
 
 
 def write_openvino(model: Any, image: Path, folder: Path, *, half: bool) -> None:
