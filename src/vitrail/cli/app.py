@@ -10,19 +10,19 @@ from typing import Annotated, Any
 
 import typer
 
-from vitrail.cli.compare import compare
-from vitrail.cli.doctor import doctor
-from vitrail.cli.embed import embed
-from vitrail.cli.evaluate import evaluate
-from vitrail.cli.explain import explain
-from vitrail.cli.export import export
-from vitrail.cli.models import models
-from vitrail.cli.predict import predict
-from vitrail.cli.push import push
-from vitrail.cli.recommend import recommend
-from vitrail.cli.report import report
-from vitrail.cli.serve import serve
-from vitrail.cli.train import train
+from vitrail.cli.commands.compare import compare
+from vitrail.cli.commands.doctor import doctor
+from vitrail.cli.commands.embed import embed
+from vitrail.cli.commands.evaluate import evaluate
+from vitrail.cli.commands.explain import explain
+from vitrail.cli.commands.export import export
+from vitrail.cli.commands.models import models
+from vitrail.cli.commands.predict import predict
+from vitrail.cli.commands.push import push
+from vitrail.cli.commands.recommend import recommend
+from vitrail.cli.commands.report import report
+from vitrail.cli.commands.serve import serve
+from vitrail.cli.commands.train import train
 from vitrail.errors import VitrailError
 from vitrail.utils.streams import lossy
 from vitrail.utils.text import plain, printable

@@ -35,10 +35,10 @@ _UNSUPPORTED = {
     "torch._utils._rebuild_meta_tensor_no_storage": "a meta tensor, which has no values",
     "torch._utils._rebuild_wrapper_subclass": "a tensor of another class",
 }
-_PLAIN = {  # their values are not used
-    "_codecs.encode", "argparse.Namespace", "builtins.bytearray", "builtins.complex", "builtins.set", "torch.Tensor",
-    "torch.device", "torch.serialization._get_layout",
-}  # fmt: skip
+_PLAIN = {f"{module}.{name}" for module, name in (  # their values are not used
+    ("_codecs", "encode"), ("argparse", "Namespace"), ("builtins", "bytearray"), ("builtins", "complex"),
+    ("builtins", "set"), ("torch", "Tensor"), ("torch", "device"), ("torch.serialization", "_get_layout"),
+)}  # fmt: skip
 _MAPPINGS = {"collections.OrderedDict", "collections.Counter", "collections.defaultdict"}
 _VALUES = {
     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
