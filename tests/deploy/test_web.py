@@ -149,7 +149,7 @@ def test_the_configs_are_those_of_transformers(archive: Path, tmp_path: Path) ->
 
 def test_the_page_asks_nothing_of_another_site(archive: Path, tmp_path: Path) -> None:
     folder = web_folder(classifier(), tmp_path)
-    for name in ("index.html", "page.css", "page.js", "model.json"):
+    for name in ("index.html", "page.css", "page.js", "images.js", "model.json"):
         assert "//" not in (folder / name).read_text().replace("// ", "")
 
 
@@ -208,13 +208,13 @@ def test_fifty_photographs_in_a_browser_with_the_network_off(tmp_path: Path, sit
         page.locator("#status", has_text="Ready").wait_for(timeout=60_000)
         page.context.set_offline(True)
         for path, prediction in zip(paths, expected, strict=True):
-            page.set_input_files("#file", path)
-            page.locator("#name", has_text=path.name).wait_for(timeout=30_000)
+            page.set_input_files("#files", path)
+            page.locator("#file-name", has_text=path.name).wait_for(timeout=30_000)
             assert page.locator("#label").inner_text() == prediction.label
             shown = float(page.locator("#top li:first-child .n").inner_text().split()[0])
             assert shown == pytest.approx(100 * (prediction.score or 0), abs=1.1)
         (tmp_path / "broken.png").write_bytes(b"no image")
-        page.set_input_files("#file", tmp_path / "broken.png")
+        page.set_input_files("#files", tmp_path / "broken.png")
         page.locator("#problem", has_text="broken.png").wait_for(timeout=30_000)
         browser.close()
     assert messages == []

@@ -48,7 +48,13 @@ def test_labels_and_health(service: Running) -> None:
 
 
 def test_the_page_asks_nothing_of_another_site(service: Running) -> None:
-    kinds = {"/": "text/html", "/page.css": "text/css", "/page.js": "text/javascript", "/icon.svg": "image/svg+xml"}
+    kinds = {
+        "/": "text/html",
+        "/page.css": "text/css",
+        "/page.js": "text/javascript",
+        "/images.js": "text/javascript",
+        "/icon.svg": "image/svg+xml",
+    }
     for path, kind in kinds.items():
         answer = service.request("GET", path)
         assert answer.status == 200

@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 
 from vitrail._version import __version__
 from vitrail.images.decode import BadImage
+from vitrail.reports.browser import SCRIPT, STYLE, shared_file
 from vitrail.service.batching import Overloaded
 from vitrail.service.bodies import Bodies, Refused
 from vitrail.service.guard import Guard
@@ -29,10 +30,10 @@ from vitrail.utils.text import one_line
 
 _PAGE = {
     "/": ("index.html", "text/html"),
-    "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
+_SHARED = {STYLE: "text/css", SCRIPT: "text/javascript"}
 
 
 def create_app(classifier: Any, settings: ServeSettings, name: str = "model") -> Guard:
@@ -82,8 +83,9 @@ class _App(FastAPI):
 def _add_page(app: FastAPI) -> None:
     """The page's files, each by its own route: no folder is served."""
     folder = files("vitrail.service") / "page"
-    for path, (name, kind) in _PAGE.items():
-        content = (folder / name).read_bytes()
+    contents = {path: ((folder / name).read_bytes(), kind) for path, (name, kind) in _PAGE.items()}
+    contents |= {f"/{name}": (shared_file(name), kind) for name, kind in _SHARED.items()}
+    for path, (content, kind) in contents.items():
 
         async def send(content: bytes = content, kind: str = kind) -> Response:
             return Response(content, media_type=kind)

@@ -20,7 +20,17 @@ from vitrail.utils.text import printable
 
 # Everybody may load the page, which then asks for the token, and a load balancer may ask how the service is.
 PUBLIC = frozenset(
-    ("/", "/page.css", "/page.js", "/icon.svg", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
+    (
+        "/",
+        "/page.css",
+        "/page.js",
+        "/images.js",
+        "/icon.svg",
+        "/healthz",
+        "/readyz",
+        "/v2/health/live",
+        "/v2/health/ready",
+    )
 )
 _SECURITY = (
     (b"content-security-policy", b"default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"),

@@ -1,6 +1,6 @@
 """The web folder: a classifier for browsers, as a page of its own and for transformers.js.
 
-index.html, page.css, page.js, model.json, ort/     a page: drop an image, get the labels; nothing is sent anywhere
+index.html, *.css, *.js, model.json, ort/     a page: drop an image, get the labels; nothing is sent anywhere
 config.json, preprocessor_config.json, onnx/        for transformers.js
 README.md
 """
@@ -13,8 +13,9 @@ from vitrail.classifier import Classifier
 from vitrail.deploy.web.configs import model_config, processor_config
 from vitrail.deploy.web.graphs import FOLDER, write_graphs
 from vitrail.deploy.web.runtime_files import MODULE, copy_runtime
+from vitrail.reports.browser import SCRIPT, STYLE, shared_file
 
-_PAGE = ("index.html", "page.css", "page.js")
+_PAGE = ("index.html", "page.js")
 
 
 def is_web_folder(path: Path) -> bool:
@@ -34,6 +35,8 @@ def write_web(classifier: Classifier, export: Path, folder: Path, name: str) -> 
     copy_runtime(folder / "ort")
     for page in _PAGE:
         (folder / page).write_bytes((files("vitrail.deploy.web") / "page" / page).read_bytes())
+    for shared in (STYLE, SCRIPT):
+        (folder / shared).write_bytes(shared_file(shared))
     described = {
         "name": name,
         "architecture": classifier.architecture,

@@ -1,10 +1,10 @@
 // The page of `vitrail serve`. Images are drawn on canvases: the page's security policy allows no data: or blob: URLs.
 
+import { bars, element, find, onImages, percent } from "./images.js";
+
 const AT_ONCE = 8; // requests
 const SIDE = 1600; // pixels: longer side of the drawn image at most
 const SMALL = 160; // pixels: an image up to this side is shown with square pixels
-const find = (id) => document.getElementById(id);
-const percent = (share) => `${(100 * share).toFixed(1)} %`;
 const plural = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
 
 let model = null; // the answer of /model
@@ -69,17 +69,10 @@ async function loadModel() {
   };
   find("facts").replaceChildren(...Object.entries(rows).map(([name, value]) => {
     const row = document.createElement("tr");
-    row.append(cell("th", name), cell("td", value));
+    row.append(element("th", name), element("td", value));
     row.firstChild.scope = "row";
     return row;
   }));
-}
-
-function cell(tag, text, className = "") {
-  const element = document.createElement(tag);
-  element.textContent = text;
-  if (className) element.className = className;
-  return element;
 }
 
 // ---- images
@@ -164,14 +157,7 @@ async function show(index) {
   find("unsure").hidden = find("unsure-note").hidden = !unsure;
   find("file-name").textContent = item.file.name || "";
   find("latency").textContent = `Answered in ${item.milliseconds.toFixed(0)} ms, with the way to the service and back.`;
-  find("top").replaceChildren(...top.map((each) => {
-    const row = document.createElement("li");
-    const track = cell("span", "", "track"), fill = cell("div", "", "fill");
-    fill.style.width = percent(each.score).replace(" ", "");
-    track.append(fill);
-    row.append(cell("span", each.label), cell("span", percent(each.score), "n"), track);
-    return row;
-  }));
+  find("top").replaceChildren(...bars(top));
   find("status").textContent = items.length === 1 ? `${label}, ${percent(score)}${unsure ? ", unsure" : ""}` : find("status").textContent;
   const canvas = find("image");
   find("heat").hidden = true;
@@ -224,11 +210,11 @@ function showList() {
     const row = document.createElement("tr"), button = document.createElement("button"), thumbnail = document.createElement("canvas");
     button.type = "button";
     button.dataset.index = index;
-    button.append(thumbnail, cell("span", item.file.name || `image ${index + 1}`));
+    button.append(thumbnail, element("span", item.file.name || `image ${index + 1}`));
     button.addEventListener("click", () => { if (item.prediction || item.error) show(index); });
     const first = document.createElement("td");
     first.append(button);
-    row.append(first, cell("td", "…"), cell("td", "", "n"));
+    row.append(first, element("td", "…"), element("td", "", "n"));
     return row;
   })));
 }
@@ -334,32 +320,11 @@ function shoot() {
 
 // ---- events
 
-find("choose").addEventListener("click", () => find("files").click());
+onImages(take);
 find("camera").addEventListener("click", openCamera);
 find("shoot").addEventListener("click", shoot);
 find("cancel-photo").addEventListener("click", closeCamera);
 find("viewfinder").addEventListener("close", closeCamera);
-for (const id of ["files", "capture"]) {
-  find(id).addEventListener("change", (event) => {
-    take([...event.target.files]);
-    event.target.value = "";
-  });
-}
-for (const kind of ["dragenter", "dragover"]) {
-  document.addEventListener(kind, (event) => {
-    event.preventDefault();
-    document.body.classList.add("over");
-  });
-}
-document.addEventListener("dragleave", (event) => {
-  if (event.relatedTarget === null) document.body.classList.remove("over");
-});
-document.addEventListener("drop", (event) => {
-  event.preventDefault();
-  document.body.classList.remove("over");
-  take([...event.dataTransfer.files]);
-});
-document.addEventListener("paste", (event) => take([...event.clipboardData.files]));
 find("method").addEventListener("change", explain);
 find("opacity").addEventListener("input", (event) => { find("heat").style.opacity = event.target.value / 100; });
 find("heat").style.opacity = find("opacity").value / 100;

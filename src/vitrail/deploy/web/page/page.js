@@ -1,9 +1,9 @@
 // A classifier in the browser: the model's graph resizes and normalises, so this file only decodes the image.
 
+import { bars, find, onImages, percent } from "./images.js";
+
 const UNSURE = 0.5; // below this probability of the best class, all others together are more probable
 const SIDE = 1200; // pixels: longer side of the drawn image at most
-const find = (id) => document.getElementById(id);
-const percent = (share) => `${(100 * share).toFixed(1)} %`;
 
 const model = await (await fetch("model.json")).json();
 const ort = await import(model.runtime);
@@ -78,49 +78,16 @@ function show(file, { top, milliseconds, bitmap }) {
   canvas.height = Math.max(1, Math.round(bitmap.height * scale));
   canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   canvas.setAttribute("aria-label", `${file.name || "image"}: ${best.label}`);
-  find("name").textContent = file.name || "";
+  find("file-name").textContent = file.name || "";
   find("label").textContent = best.label;
   find("unsure").hidden = best.score >= UNSURE;
-  find("time").textContent = `${milliseconds.toFixed(0)} ms in this browser`;
+  find("latency").textContent = `${milliseconds.toFixed(0)} ms in this browser`;
   find("status").textContent = `${best.label}, ${percent(best.score)}${best.score < UNSURE ? ", unsure" : ""}`;
-  find("top").replaceChildren(...top.map(({ label, score }) => {
-    const row = document.createElement("li"), track = document.createElement("span"), fill = document.createElement("div");
-    for (const [text, name] of [[label, ""], [percent(score), "n"]]) {
-      const part = document.createElement("span");
-      part.textContent = text;
-      part.className = name;
-      row.append(part);
-    }
-    track.className = "track";
-    fill.className = "fill";
-    fill.style.width = `${100 * score}%`;
-    track.append(fill);
-    row.append(track);
-    return row;
-  }));
+  find("top").replaceChildren(...bars(top));
   find("result").hidden = false;
 }
 
-find("choose").addEventListener("click", () => find("file").click());
-find("file").addEventListener("change", (event) => {
-  take(event.target.files[0]);
-  event.target.value = "";
-});
-for (const kind of ["dragenter", "dragover"]) {
-  document.addEventListener(kind, (event) => {
-    event.preventDefault();
-    document.body.classList.add("over");
-  });
-}
-document.addEventListener("dragleave", (event) => {
-  if (event.relatedTarget === null) document.body.classList.remove("over");
-});
-document.addEventListener("drop", (event) => {
-  event.preventDefault();
-  document.body.classList.remove("over");
-  take(event.dataTransfer.files[0]);
-});
-document.addEventListener("paste", (event) => take(event.clipboardData.files[0]));
+onImages(([file]) => take(file));
 
 try {
   await start();
