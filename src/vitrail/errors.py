@@ -1,5 +1,6 @@
 """The exceptions of this package: one tree, so that a program can catch the kind it means."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -63,3 +64,21 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return " (did you mean 'a' or 'b'?)" with the closest of `known`, or "" if none is close."""
     close = get_close_matches(word[:100].lower(), list(known), n=3, cutoff=0.5)
     return f" (did you mean {' or '.join(repr(name) for name in close)}?)" if close else ""
+
+
+def how_to_install(extra: str) -> str:
+    """The command that installs what an extra of pyproject.toml needs, for messages.
+
+    vitrail is on no package index, so `pip install 'vitrail[hf]'` finds nothing: a clone, or the packages by name.
+    """
+    from importlib.metadata import PackageNotFoundError, requires  # slow to import, and only needed for an error
+
+    in_clone = f"pip install -c constraints.txt -e '.[{extra}]' in a clone of vitrail"
+    try:
+        lines = requires("vitrail") or []
+    except PackageNotFoundError:  # run from the source tree
+        return in_clone
+    wanted = re.compile(rf""".*\bextra == ["']{re.escape(extra)}["']""")
+    packages = [line.partition(";")[0].strip() for line in lines if wanted.match(line)]
+    named = " ".join(f"'{package}'" for package in packages)
+    return f"{in_clone}, or pip install {named}" if packages else in_clone

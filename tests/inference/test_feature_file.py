@@ -285,7 +285,7 @@ def test_errors_name_what_is_wrong(photos: Path, tmp_path: Path, monkeypatch: py
     assert taken.read_bytes() == b"mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "taken.npy"]
     monkeypatch.setattr(features, "find_spec", lambda name: None)
-    with pytest.raises(DeviceError, match=r"pyarrow: pip install 'vitrail\[parquet\]'"):
+    with pytest.raises(DeviceError, match=r"pyarrow: pip install .*'\.\[parquet\]'"):
         embed_to_file(clf.engine(), photos, tmp_path / "f.parquet")
 
 

@@ -20,7 +20,7 @@ from vitrail.deploy.quantize.static import quantize_static
 from vitrail.deploy.targets import openvino as openvino_model
 from vitrail.deploy.targets.pt2 import MODEL as PT2_MODEL
 from vitrail.deploy.targets.pt2 import write_pt2
-from vitrail.errors import ConfigError, DeviceError
+from vitrail.errors import ConfigError, DeviceError, how_to_install
 from vitrail.inference.export_folder import ExportRecord
 from vitrail.utils.torch_compat import cpu_bf16
 
@@ -66,7 +66,7 @@ def unavailable(candidate: Candidate, calibrated: bool) -> str | None:
     """Why this machine or these arguments do not allow a candidate; None if they do."""
     missing = [name for name in _PACKAGES[candidate.target] if find_spec(name) is None]
     if missing:
-        return f"{candidate.target} needs {' and '.join(missing)}: pip install 'vitrail[{candidate.target}]'"
+        return f"{candidate.target} needs {' and '.join(missing)}: {how_to_install(candidate.target)}"
     if candidate.precision == "bf16" and cpu_bf16() is None:
         return "this CPU has no instructions for bfloat16"
     if candidate.precision == "int8" and not calibrated:

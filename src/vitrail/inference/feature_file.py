@@ -26,7 +26,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
-from vitrail.errors import ConfigError, DataError, DeviceError, RunError
+from vitrail.errors import ConfigError, DataError, DeviceError, RunError, how_to_install
 from vitrail.images.reader import Inputs, NoImages, expand, path_of
 from vitrail.inference.engine import Engine
 from vitrail.utils.files import (
@@ -266,7 +266,7 @@ def _writer(out: Path) -> Callable[[Path, Rows, int, int], None]:
     if out.suffix != ".parquet":
         raise ConfigError(f"{out} is neither .npy nor .parquet: choose one of these extensions")
     if find_spec("pyarrow") is None:
-        raise DeviceError("parquet needs pyarrow: pip install 'vitrail[parquet]', or write .npy")
+        raise DeviceError(f"parquet needs pyarrow: {how_to_install('parquet')}; or write .npy")
     return _write_parquet
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from vitrail.errors import ConfigError, DeviceError, ExportError, ModelError
+from vitrail.errors import ConfigError, DeviceError, ExportError, ModelError, how_to_install
 from vitrail.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from vitrail.inference.runtime import Images, Outputs, default_batch_size
 from vitrail.utils.text import format_shape, one_line
@@ -34,7 +34,7 @@ def _import(path: Path) -> Any:
     try:
         import onnxruntime
     except ImportError:
-        raise DeviceError(f"{path} needs onnxruntime: pip install 'vitrail[onnx]'") from None
+        raise DeviceError(f"{path} needs onnxruntime: {how_to_install('onnx')}") from None
     return onnxruntime
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vitrail.errors import DeviceError, ExportError
+from vitrail.errors import DeviceError, ExportError, how_to_install
 from vitrail.inference.runtime import Images, Outputs
 from vitrail.utils.text import one_line
 
@@ -56,7 +56,7 @@ class OpenVINOSession:
         try:
             import openvino  # noqa: F401
         except ImportError:
-            raise DeviceError(f"{path} needs OpenVINO: pip install 'vitrail[openvino]'") from None
+            raise DeviceError(f"{path} needs OpenVINO: {how_to_install('openvino')}") from None
         core = openvino_core()
         bf16 = precision == "bf16"
         if bf16 and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):

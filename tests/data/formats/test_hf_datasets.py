@@ -247,5 +247,5 @@ def test_a_dataset_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "datasets")
-    with pytest.raises(DeviceError, match=r"pip install 'vitrail\[hf\]'"):
+    with pytest.raises(DeviceError, match=r"datasets: pip install .*'\.\[hf\]'"):
         open_dataset("hf-dataset:org/pets")

@@ -189,7 +189,7 @@ def test_a_tracker_that_cannot_begin_costs_no_run(
 
 def test_one_that_is_not_installed_is_refused_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    with pytest.raises(DeviceError, match=r"track=trackio .* pip install 'vitrail\[trackio\]'"):
+    with pytest.raises(DeviceError, match=r"track=trackio .*pip install .*'\.\[trackio\]'"):
         run(tmp_path / "run", track="trackio")
     assert not (tmp_path / "run").exists()
     check_trackers("none")

@@ -44,9 +44,9 @@ def serve(
     try:
         from vitrail.service.server import serve as run
     except ImportError as error:
-        from vitrail.errors import DeviceError
+        from vitrail.errors import DeviceError, how_to_install
 
-        raise DeviceError(f"serving needs {error.name}: pip install 'vitrail[serve]'") from None
+        raise DeviceError(f"serving needs {error.name}: {how_to_install('serve')}") from None
     run(
         model,
         device=device or "auto",

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from vitrail.data.dataset import Dataset, EncodedSplit, Labels, SkippedImage
 from vitrail.data.formats.scan import Label, Scan, cached_scan, group_by_split, make_labelled_dataset
 from vitrail.data.splits import SplitOptions, split_of
-from vitrail.errors import DataError, DeviceError
+from vitrail.errors import DataError, DeviceError, how_to_install
 from vitrail.images.decode import BadImage
 from vitrail.utils.download import Progress, cache_dir
 from vitrail.utils.text import one_line
@@ -163,7 +163,7 @@ def _library() -> Any:
     try:
         import datasets
     except ImportError:
-        raise DeviceError("hf-dataset: needs the library datasets: pip install 'vitrail[hf]'") from None
+        raise DeviceError(f"hf-dataset: needs the library datasets: {how_to_install('hf')}") from None
     return datasets
 
 

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, Self
 
-from vitrail.errors import DeviceError
+from vitrail.errors import DeviceError, how_to_install
 from vitrail.training.checkpoints.run_folder import RunFolder
 from vitrail.utils.files import atomic_write_text
 from vitrail.utils.text import one_line
@@ -106,7 +106,7 @@ def check_trackers(track: str) -> None:
     """Raise DeviceError for a tracker that is not installed."""
     for name in tracker_names(track):
         if find_spec(name) is None:
-            raise DeviceError(f"track={name} needs a package that is not installed: pip install 'vitrail[{name}]'")
+            raise DeviceError(f"track={name} needs a package that is not installed: {how_to_install(name)}")
 
 
 class Trackers:
