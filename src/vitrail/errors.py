@@ -18,6 +18,10 @@ class DataError(VitrailError):
     """A dataset, split, table or image that is missing, unreadable or not usable as asked."""
 
 
+class DataTypeError(DataError, TypeError):
+    """Data or images of a type that is not taken."""
+
+
 class ConfigError(VitrailError):
     """An unknown option, a value out of range, or options that exclude each other."""
 

@@ -22,7 +22,7 @@ from vitrail.inference.engine import Engine
 from vitrail.inference.probabilities import ranking, softmax
 
 if TYPE_CHECKING:
-    from vitrail.data.dataset import Dataset
+    from vitrail.data.dataset import Data, Dataset
     from vitrail.evaluation.metrics import Evaluation
 
 SPLIT_OPTIONS = ("val_fraction", "test_fraction", "split_seed", "group_duplicates")  # of open_dataset
@@ -98,7 +98,9 @@ class BaseClassifier:
             raise ModelError("this model has no classes to predict; use embed() for its features")
         if top < 1:
             raise ConfigError(f"top must be at least 1, not {top}")
-        for batch in self.engine().stream(inputs, batch_size):
+        from vitrail.data.formats.objects import image_inputs  # later: it takes a while
+
+        for batch in self.engine().stream(image_inputs(inputs), batch_size):
             indices = ranking(batch.outputs, top)
             scores = np.take_along_axis(softmax(batch.outputs), indices, axis=1)
             rows = zip(scores.tolist(), indices.tolist(), strict=True)
@@ -116,9 +118,11 @@ class BaseClassifier:
         Raises:
             DataError: an image could not be read.
         """
+        from vitrail.data.formats.objects import image_inputs
+
         engine = self.engine()
         rows = [np.empty((0, engine.runtime.num_features), np.float32)]
-        for batch in engine.stream(inputs, batch_size, features=True):
+        for batch in engine.stream(image_inputs(inputs), batch_size, features=True):
             for item, error in zip(batch.items, batch.errors, strict=True):
                 if error is not None:
                     raise DataError(f"{path_of(item) or 'an image'} {error}")
@@ -127,14 +131,14 @@ class BaseClassifier:
 
     def evaluate(
         self,
-        data: str | Path | Dataset,
+        data: Data,
         split: str | None = None,
         *,
         data_dir: str | Path | None = None,
         batch_size: int | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> Evaluation:
-        """Metrics on a dataset: a folder, a name or a Dataset.
+        """Metrics on a dataset: a folder, a table, a name, or any other data that `train` takes.
 
         split: "test", "val" or "train"; by default test if there is one, else val. The images are split as in training
         (`notes["split"]`). Classes are matched by name. on_batch is called with the number of images of each batch.
@@ -143,14 +147,10 @@ class BaseClassifier:
             DataError: the data has a class that the model lacks, or no such split.
         """
         from vitrail.data.catalog import open_dataset  # not needed by predict
-        from vitrail.data.dataset import Dataset
         from vitrail.evaluation.evaluate import evaluate
 
-        if isinstance(data, Dataset):
-            dataset = data.relabel(self.class_names)
-        else:
-            options = {key: value for key, value in self.notes.get("split", {}).items() if key in SPLIT_OPTIONS}
-            dataset = open_dataset(data, data_dir=data_dir, class_names=self.class_names, **options)
+        options = {key: value for key, value in self.notes.get("split", {}).items() if key in SPLIT_OPTIONS}
+        dataset = open_dataset(data, data_dir=data_dir, class_names=self.class_names, **options)
         name = split or dataset.eval_split()
         self._warn_if_changed(dataset, data, name)
         result = evaluate(
@@ -164,7 +164,7 @@ class BaseClassifier:
         result.skipped[:0] = dataset.skipped  # found when the folder was opened
         return result
 
-    def _warn_if_changed(self, dataset: Dataset, data: str | Path | Dataset, name: str) -> None:
+    def _warn_if_changed(self, dataset: Dataset, data: Data, name: str) -> None:
         """Images of the data that were trained on, split by fractions, are split differently if some were added,
         removed or renamed since.
         """

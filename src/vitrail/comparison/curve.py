@@ -14,7 +14,7 @@ from vitrail.comparison.page import write_curve_page
 from vitrail.comparison.run import open_data, write_json
 from vitrail.comparison.verdict import spread
 from vitrail.data.contents import names_digest
-from vitrail.data.dataset import Dataset, Split
+from vitrail.data.dataset import Data, Dataset, Split
 from vitrail.errors import ConfigError, DataError
 from vitrail.evaluation.learning_curve import forecast, measure_curve
 from vitrail.images.preprocess import Preprocess
@@ -30,7 +30,7 @@ _MIN_IMAGES = 80  # of a sixteenth, five images are left
 
 
 def learning_curve(
-    data: str | Path | Dataset,
+    data: Data,
     features: str = FEATURES,
     *,
     out: str | Path | None = None,
@@ -88,10 +88,10 @@ def learning_curve(
     return result
 
 
-def _open(data: str | Path | Dataset, settings: Mapping[str, Any]) -> Dataset:
+def _open(data: Data, settings: Mapping[str, Any]) -> Dataset:
     for key in settings.keys() - {*keys_for(Use.HELD_OUT), "data_dir"}:
         raise ConfigError(f"{key} is a setting of trainings, and a learning curve trains nothing: leave it out")
-    dataset = data if isinstance(data, Dataset) else open_data(data, settings)
+    dataset = open_data(data, settings)
     name, train = dataset.eval_split(), dataset.split("train")
     if name == "train" or len(train) < _MIN_IMAGES:
         raise DataError(

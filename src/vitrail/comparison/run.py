@@ -26,7 +26,7 @@ from vitrail.comparison.timings import time_models
 from vitrail.comparison.verdict import paragraph, summarize
 from vitrail.data.catalog import check_outside, open_dataset
 from vitrail.data.contents import fingerprint
-from vitrail.data.dataset import Dataset
+from vitrail.data.dataset import Data, Dataset
 from vitrail.errors import RunError
 from vitrail.training.checkpoints.provenance import environment
 from vitrail.training.checkpoints.run_folder import RUNS
@@ -39,7 +39,7 @@ Log = Callable[[str], None]
 
 
 def compare(
-    data: str | Path | Dataset,
+    data: Data,
     models: Sequence[str] | None = None,
     *,
     budget: float | str | None = None,
@@ -54,7 +54,8 @@ def compare(
     """Which of several models is the most accurate on these images, each trained with its own recipe for the same time.
 
     Args:
-        data: a folder of images, a dataset's name, wds: shards, an hf-dataset:, or a Dataset.
+        data: a folder of images, a CSV or parquet table, a dataset's name, wds: shards or an hf-dataset:; or a frame, a
+            list of (path, label), a torch dataset, arrays, or a Dataset (see docs/data.md).
         models: names from `list_models()`, each as NAME or NAME@RECIPE; None: the ViT that `train` would choose, a Swin
             if one fits the image size, and the ResNet of the most similar cost.
         budget: of one training: seconds, "10m" or "2h"; by default 10 minutes, or as many `epochs` as are given.
@@ -73,7 +74,7 @@ def compare(
         Stopped: by Ctrl-C or SIGTERM, a KeyboardInterrupt: the same call goes on.
     """
     log = log or (lambda text: None)
-    dataset = data if isinstance(data, Dataset) else open_data(data, settings)
+    dataset = open_data(data, settings)
     plan = make_plan(dataset, models, seeds=seeds, shares=shares, settings={**settings, "budget": budget})
     folder = RUNS / f"compare-{Path(dataset.name).name}" if out is None else user_path(out)
     check_outside(folder, dataset.name)
@@ -111,7 +112,7 @@ def _about(plan: Plan, dataset: Dataset, command: str) -> dict[str, Any]:
     }
 
 
-def open_data(data: str | Path, settings: Mapping[str, Any]) -> Dataset:
+def open_data(data: Data, settings: Mapping[str, Any]) -> Dataset:
     """The dataset, split as the settings say."""
     keys = (*keys_for(Use.HELD_OUT), "data_dir")
     flat = make_config({key: settings[key] for key in keys if settings.get(key) is not None}).flat

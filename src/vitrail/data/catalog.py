@@ -11,10 +11,11 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from vitrail.data.contents import warn_about_leaks
-from vitrail.data.dataset import Dataset
-from vitrail.data.formats import hf_datasets, webdataset
+from vitrail.data.dataset import Data, Dataset
+from vitrail.data.formats import hf_datasets, objects, table, webdataset
 from vitrail.data.formats.cifar import open_cifar
 from vitrail.data.formats.digits import open_digits
 from vitrail.data.formats.folder import open_folder
@@ -28,26 +29,38 @@ from vitrail.utils.files import user_path
 
 @dataclass(frozen=True)
 class FormatRow:
-    """A format: data that start with `prefix` are opened by `opener`, which is given the rest of the string.
+    """A format. takes: whether data are of it. opener: opens them, without the `prefix` of a string.
 
-    is_path: whether that rest is a path on this machine, and not an address.
+    is_path: whether such a string is a path on this machine, and not an address.
     """
 
-    prefix: str
-    opener: Callable[[str, SplitOptions, Progress | None], Dataset]
-    is_path: Callable[[str], bool]
+    takes: Callable[[Any], bool]
+    opener: Callable[[Any, SplitOptions, Progress | None], Dataset]
+    prefix: str = ""
+    is_path: Callable[[str], bool] = lambda path: True
 
 
-# The first whose prefix matches.
+def _prefixed(
+    prefix: str,
+    opener: Callable[[str, SplitOptions, Progress | None], Dataset],
+    is_path: Callable[[str], bool],
+) -> FormatRow:
+    return FormatRow(lambda data: isinstance(data, str) and data.startswith(prefix), opener, prefix, is_path)
+
+
+# The first that takes the data.
 FORMATS = (
-    FormatRow("wds:", webdataset.open_webdataset, lambda pattern: not webdataset.is_url(pattern)),
-    FormatRow("hf-dataset:", hf_datasets.open_hf_dataset, hf_datasets.is_path),
-    FormatRow("", open_folder, lambda path: True),
+    _prefixed("wds:", webdataset.open_webdataset, lambda pattern: not webdataset.is_url(pattern)),
+    _prefixed("hf-dataset:", hf_datasets.open_hf_dataset, hf_datasets.is_path),
+    _prefixed(objects.MEMORY, objects.refuse_memory, lambda name: False),
+    FormatRow(lambda data: isinstance(data, str) and table.is_table(data), table.open_table),
+    FormatRow(lambda data: isinstance(data, str), open_folder),
+    FormatRow(lambda data: True, objects.open_object),
 )
 
 
 def open_dataset(
-    data: str | Path,
+    data: Data,
     *,
     data_dir: str | Path | None = None,
     val_fraction: float = 0.1,
@@ -58,33 +71,38 @@ def open_dataset(
     progress: Progress | None = None,
     find_copies: bool = True,
 ) -> Dataset:
-    """Open a dataset of DATASETS by name, a folder of images, or data with the prefix of a format in FORMATS.
+    """Open a dataset of DATASETS by name, or data of a format in FORMATS: a folder, a table, objects in memory, ...
 
-    A name takes precedence over a folder of the same name in the working directory; write "./digits" for the folder.
+    A Dataset is returned as it is, but for `class_names`. A name takes precedence over a folder of the same name in the
+    working directory; write "./digits" for the folder.
     data_dir: the folder with a named dataset's files, which are otherwise downloaded. val_fraction, test_fraction: what
     is held out of train if there is no such split (test only with enough images). split_seed: decides which images are
     held out; independent of the training seed. group_duplicates: near duplicates are held out together, or not at all,
     for which every image is read; without effect on splits that the data has. class_names: a model's classes, to which
     labels are matched by name. progress: called with (done, total) bytes of a download or files of a scan. find_copies:
-    warn of images that are in two splits, byte for byte. Raises DataError or ConfigError.
+    warn of images that are in two splits, byte for byte. Raises DataError (DataTypeError for an object of another type)
+    or ConfigError.
     """
+    if isinstance(data, Dataset):
+        return data if class_names is None else data.relabel(class_names)
     # Training needs two classes; the images of an evaluation may be of a single one.
     min_classes = 2 if class_names is None else 1
     options = SplitOptions(val_fraction, test_fraction, split_seed, min_classes, group_duplicates)
-    row = DATASETS.get(str(data).lower()) if isinstance(data, str) else None
+    row = DATASETS.get(data.lower()) if isinstance(data, str) else None
     format_row, rest = _format_of(data)
     if row is not None:
         splits = row.opener(row, Path(data_dir) if data_dir else None, progress)
         dataset = make_dataset(row.name, row.class_names, splits, options)
         dataset = replace(dataset, channels=row.channels, mean=row.mean, std=row.std)
-    elif format_row.prefix or user_path(data).is_dir():
+    elif format_row.opener is not open_folder or user_path(rest).is_dir():
         dataset = format_row.opener(rest, options, progress)
         if find_copies:
             warn_about_leaks(dataset)
     else:
-        hint = did_you_mean(str(data), DATASETS)
-        problem = "is a file, not a folder" if Path(data).exists() else f"is neither a folder nor a known dataset{hint}"
-        raise DataError(f"{data} {problem}; datasets: {', '.join(DATASETS)}; also wds: shards and hf-dataset: names")
+        hint = did_you_mean(rest, DATASETS)
+        problem = "is a file, not a folder" if Path(rest).exists() else f"is neither a folder nor a known dataset{hint}"
+        others = "CSV and parquet tables, wds: shards and hf-dataset: names"
+        raise DataError(f"{data} {problem}; datasets: {', '.join(DATASETS)}; also {others}")
     return dataset if class_names is None else dataset.relabel(class_names)
 
 
@@ -93,7 +111,7 @@ def absolute_data(data: str | Path) -> str:
     if isinstance(data, str) and data.lower() in DATASETS:
         return data
     row, rest = _format_of(data)
-    return row.prefix + (os.path.abspath(os.path.expanduser(rest)) if row.is_path(rest) else rest)
+    return row.prefix + (os.path.abspath(os.path.expanduser(rest)) if row.is_path(rest) else str(rest))
 
 
 def check_outside(out: str | Path, data: str | Path) -> None:
@@ -106,9 +124,12 @@ def check_outside(out: str | Path, data: str | Path) -> None:
         raise DataError(f"{out} is in the folder of images {rest}: choose --out outside of it")
 
 
-def _format_of(data: str | Path) -> tuple[FormatRow, str]:
-    row = next(row for row in FORMATS if str(data).startswith(row.prefix))
-    return row, str(data).removeprefix(row.prefix)
+def _format_of(data: Any) -> tuple[FormatRow, Any]:
+    """The format, and the data without its prefix; a path becomes a string."""
+    if isinstance(data, os.PathLike):
+        data = os.fspath(data)
+    row = next(row for row in FORMATS if row.takes(data))
+    return row, data.removeprefix(row.prefix) if isinstance(data, str) else data
 
 
 def _fashion_file(name: str, md5: str) -> DatasetFile:

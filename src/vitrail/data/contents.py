@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from vitrail.data.dataset import ArraySplit, Dataset, EncodedSplit, Split
+from vitrail.data.items import ItemSplit
 from vitrail.images.decode import BadImage
 
 SAMPLE = 256  # images of a split whose contents a fingerprint covers
@@ -113,8 +114,8 @@ def digest(text: str) -> str:
 class Fingerprint:
     """What identifies the training and validation images of a run.
 
-    names: of labels, order and names. sizes: of all files' lengths, or shapes of arrays. contents: of a sample of
-    `sampled` images. times: of all files' modification times, which also change when a folder is copied.
+    names: of labels, weights, order and names. sizes: of all files' lengths, or shapes of arrays. contents: of a sample
+    of `sampled` images. times: of all files' modification times, which also change when a folder is copied.
     """
 
     names: str
@@ -135,7 +136,7 @@ class Fingerprint:
 
     def difference(self, before: Mapping[str, object]) -> str:
         """What differs from a stored fingerprint, or "". Times alone do not count."""
-        kinds = {"names": "names, order or labels", "sizes": "sizes of files", "contents": "contents"}
+        kinds = {"names": "names, order, labels or weights", "sizes": "sizes of files", "contents": "contents"}
         return next((text for name, text in kinds.items() if before.get(name) != getattr(self, name)), "")
 
     def checked(self, before: Mapping[str, object]) -> str:
@@ -153,12 +154,18 @@ def fingerprint(dataset: Dataset) -> Fingerprint:
     for split in (dataset.splits[name] for name in ("train", "val") if name in dataset.splits):
         parts["names"].update(np.ascontiguousarray(split.labels).tobytes())
         parts["names"].update(names_digest(split).encode())
+        if split.weights is not None:
+            parts["names"].update(split.weights.tobytes())
         rows = np.unique(np.linspace(0, len(split) - 1, min(SAMPLE, len(split))).astype(np.int64)).tolist()
         for row in rows:
             if isinstance(split, ArraySplit):
                 parts["contents"].update(split.images[row].tobytes())
             elif isinstance(split, EncodedSplit):
                 parts["contents"].update(_digest(split, row) or b"")
+            elif isinstance(split, ItemSplit):
+                parts["contents"].update(split.digests[row].encode())
+        if isinstance(split, ItemSplit):
+            parts["sizes"].update(split.sizes.tobytes())
         if isinstance(split, EncodedSplit):
             lengths, times = split.stats().T
             parts["sizes"].update(lengths.tobytes())

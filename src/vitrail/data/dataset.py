@@ -22,17 +22,21 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Labels = npt.NDArray[np.int64]
+Weights = npt.NDArray[np.float64]
 Resize = Callable[[int, int], tuple[int, int]]  # (height, width) before and after
 SkippedImage = dict[str, str]  # {"path", "reason"}
+Data = Any  # what `open_dataset` takes: a path or name, a frame, a torch dataset, ..., or a Dataset
 
 
 class Split(Protocol):
     """Images and labels. Each implementation is a dataclass.
 
-    labels: int64 (N,). sizes: int64 (N, 2), heights and widths, or None if unknown.
+    labels: int64 (N,). weights: float64 (N,), of each image in the loss, or None for 1. sizes: int64 (N, 2), heights
+    and widths, or None if unknown.
     """
 
     labels: Labels
+    weights: Weights | None
 
     def __len__(self) -> int: ...
 
@@ -72,6 +76,7 @@ class ArraySplit:
     labels: Labels
     prefix: str = "image"
     indices: npt.NDArray[np.int64] | None = None  # of a subset in the full split, used in names; None: all images
+    weights: Weights | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != np.uint8 or self.images.ndim not in (3, 4):
@@ -107,13 +112,18 @@ class ArraySplit:
             images = np.ascontiguousarray(images.transpose(0, 3, 1, 2)[rows]).transpose(0, 2, 3, 1)
         else:
             images = images[rows]
-        return ArraySplit(images, self.labels[rows], self.prefix, indices)
+        return ArraySplit(images, self.labels[rows], self.prefix, indices, _of_rows(self.weights, rows))
+
+
+def _of_rows(values: npt.NDArray[Any] | None, rows: npt.NDArray[np.int64]) -> Any:
+    return None if values is None else values[rows]
 
 
 class EncodedSplit:
     """A split of encoded images, decoded to RGB on access."""
 
     labels: Labels
+    weights: Weights | None = None
     sizes: npt.NDArray[np.int64] | None
 
     def __len__(self) -> int:
@@ -144,6 +154,7 @@ class FileSplit(EncodedSplit):
     paths: list[str]
     labels: Labels
     sizes: npt.NDArray[np.int64] | None = None
+    weights: Weights | None = None
 
     def __post_init__(self) -> None:
         if len(self.paths) != len(self.labels):
@@ -164,8 +175,8 @@ class FileSplit(EncodedSplit):
         return np.array([_stat(path) for path in self.paths], dtype=np.int64).reshape(-1, 2)
 
     def take(self, rows: npt.NDArray[np.int64]) -> FileSplit:
-        sizes = None if self.sizes is None else self.sizes[rows]
-        return FileSplit([self.paths[i] for i in rows], self.labels[rows], sizes)
+        paths = [self.paths[i] for i in rows]
+        return FileSplit(paths, self.labels[rows], _of_rows(self.sizes, rows), _of_rows(self.weights, rows))
 
 
 def _stat(path: str) -> tuple[int, int]:

@@ -16,7 +16,7 @@ import torch
 
 from vitrail.classifier import Classifier
 from vitrail.data.catalog import open_dataset
-from vitrail.data.dataset import ArraySplit, Dataset, Sizes
+from vitrail.data.dataset import ArraySplit, Data, Dataset, Sizes
 from vitrail.deploy.candidates import AUTO, PT2, WEB, Builder, Candidate, choose_candidates
 from vitrail.deploy.gate import MAX_LOSS, MIN_SPEEDUP, CheckImages, Limits
 from vitrail.deploy.merging import choose_merging
@@ -59,8 +59,8 @@ def export(
     *,
     target: str = AUTO,
     precision: str = AUTO,
-    data: str | Path | Dataset | None = None,
-    check: str | Path | Dataset | None = None,
+    data: Data | None = None,
+    check: Data | None = None,
     data_dir: str | Path | None = None,
     max_loss: float = MAX_LOSS,
     min_speedup: float | None = None,
@@ -181,16 +181,14 @@ def _student_builder(trials: Trials, name: str, dataset: Dataset, settings: Mapp
 def _open_images(
     classifier: Classifier,
     reference: Runtime,
-    data: str | Path | Dataset | None,
-    check: str | Path | Dataset | None,
+    data: Data | None,
+    check: Data | None,
     data_dir: str | Path | None,
 ) -> tuple[CheckImages, Dataset | None, list[str]]:
     """The images of the check, those of the calibration, and what is to be said of them."""
     options = {key: value for key, value in classifier.notes.get("split", {}).items() if key in SPLIT_OPTIONS}
 
-    def open_images(source: str | Path | Dataset) -> Dataset:
-        if isinstance(source, Dataset):
-            return source.relabel(classifier.class_names)
+    def open_images(source: Data) -> Dataset:
         return open_dataset(source, data_dir=data_dir, class_names=classifier.class_names, **options)
 
     if data is None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from vitrail.data.catalog import open_dataset
-from vitrail.data.dataset import Dataset
+from vitrail.data.dataset import Data
 from vitrail.diagnosis.checks.labels import test_interval
 from vitrail.diagnosis.checks.table import CHECKS
 from vitrail.diagnosis.cost import forecasts, plan
@@ -72,7 +72,7 @@ class Diagnosis:
 
 
 def doctor(
-    data: str | Path | Dataset,
+    data: Data,
     model: str | Path | BaseClassifier | None = None,
     *,
     forecast_model: str | None = None,
@@ -84,7 +84,8 @@ def doctor(
     """Check the images and labels of a dataset, and forecast what a training would cost. No file is changed.
 
     Args:
-        data: a folder of images, a dataset's name, wds: shards, an hf-dataset:, or a Dataset.
+        data: a folder of images, a CSV or parquet table, a dataset's name, wds: shards or an hf-dataset:; or a frame, a
+            list of (path, label), a torch dataset, arrays, or a Dataset (see docs/data.md).
         model: a classifier, or what `load` takes. Its features find more duplicates and more wrong labels.
         forecast_model: a catalog name whose cost is forecast besides that of the automatic choice; "none": no forecast.
         data_dir: folder of a named dataset's files.
@@ -96,7 +97,7 @@ def doctor(
         DataError: the data cannot be opened, or no image can be read.
         VitrailError: the model cannot be loaded or, if named, trained.
     """
-    dataset = data if isinstance(data, Dataset) else open_dataset(data, data_dir=data_dir, find_copies=False, **split)
+    dataset = open_dataset(data, data_dir=data_dir, find_copies=False, **split)
     show = progress or (lambda name, total: nullcontext(lambda count: None))
     setup = None
     if forecast_model != "none" and "train" in dataset.splits:

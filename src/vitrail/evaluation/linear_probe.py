@@ -29,9 +29,12 @@ class LogisticRegression:
 
     Minimises the mean cross-entropy plus l2 / 2 times the sum of squared weights, on standardised features; the bias is
     not penalised. scikit-learn's `C` is 1 / (N l2). Each fit starts at the previous solution, so fit decreasing l2.
+    sample_weights: of each image in the mean, N with a mean of 1; None: all 1.
     """
 
-    def __init__(self, features: Tensor, labels: Tensor, num_classes: int) -> None:
+    def __init__(
+        self, features: Tensor, labels: Tensor, num_classes: int, sample_weights: Tensor | None = None
+    ) -> None:
         dtype = torch.float64 if features.numel() <= _MAX_FLOAT64 else torch.float32
         features = features.to(dtype)
         self._mean = features.mean(dim=0)
@@ -40,6 +43,7 @@ class LogisticRegression:
         self._scale = torch.where(std > 1e-6 * std.max().clamp_min(1e-30), std, torch.inf)
         self._features = (features - self._mean) / self._scale
         self._labels = labels
+        self._sample_weights = None if sample_weights is None else sample_weights.to(features)
         self._weight = torch.zeros(num_classes, features.shape[1], dtype=dtype, device=features.device)
         self._bias = torch.zeros(num_classes, dtype=dtype, device=features.device)
 
@@ -66,9 +70,13 @@ class LogisticRegression:
         for start in range(0, count, rows):
             features, labels = self._features[start : start + rows], self._labels[start : start + rows]
             logits = torch.addmm(self._bias, features, self._weight.T)
-            value += F.cross_entropy(logits, labels, reduction="sum") / count
+            losses = F.cross_entropy(logits, labels, reduction="none")
             gradient = logits.softmax(dim=1)  # with respect to the logits, N K: softmax - one-hot labels
             gradient[torch.arange(len(labels), device=labels.device), labels] -= 1
+            if self._sample_weights is not None:
+                weights = self._sample_weights[start : start + rows]
+                losses, gradient = losses * weights, gradient * weights[:, None]
+            value += losses.sum() / count
             self._weight.grad += gradient.T @ features / count
             self._bias.grad += gradient.sum(dim=0) / count
         return value

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vitrail.data.catalog import open_dataset
-from vitrail.data.dataset import Dataset
+from vitrail.data.dataset import Data, Dataset
 from vitrail.errors import ConfigError, VitrailError
 from vitrail.models.catalog import VARIANTS
 from vitrail.pretrained.resolve import at_hand
@@ -109,7 +109,7 @@ class Recommendation:
 
 
 def recommend(
-    data: str | Path | Dataset,
+    data: Data,
     *,
     max_latency_ms: float | None = None,
     max_memory_mb: float | None = None,
@@ -139,14 +139,14 @@ def recommend(
         if limit is not None and not limit > 0:
             raise ConfigError(f"{name} must be above 0, not {limit:g}")
     chosen_device = pick_device(device)
-    dataset = data if isinstance(data, Dataset) else open_dataset(data, data_dir=data_dir)
+    dataset = open_dataset(data, data_dir=data_dir)
     stats = dataset_stats(dataset, pretrained)
     with cpu_threads(threads), torch.random.fork_rng(devices=[]):
         rows = _measured(candidates(stats), dataset, limits, chosen_device, log)
         _probe_all(rows, dataset, limits, chosen_device, log)
         if hours is not None:
             _check_hours(rows, dataset, stats, hours, chosen_device, log)
-    return _conclude(rows, dataset, stats, limits, data.name if isinstance(data, Dataset) else str(data))
+    return _conclude(rows, dataset, stats, limits, str(data) if isinstance(data, str | Path) else dataset.name)
 
 
 def _measured(

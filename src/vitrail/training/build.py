@@ -49,7 +49,15 @@ def make_trainer(setup: Setup, steps_per_epoch: int, device: torch.device, distr
     return Trainer(
         setup.model,
         make_task(setup, device),
-        BatchAugmenter(config, setup.preprocess, dataset.num_classes, device, weights, distributed),
+        BatchAugmenter(
+            config,
+            setup.preprocess,
+            dataset.num_classes,
+            device,
+            weights,
+            distributed,
+            dataset.split("train").weights,
+        ),
         make_schedule(config, steps_per_epoch),
         config,
         device,

@@ -82,7 +82,8 @@ def run_probe(
         features = _all_features(setup, reporter, state, skipped, check)
         train, num_classes = features["train"], setup.dataset.num_classes
         evaluate = partial(_evaluate_head, setup, features, device)
-        head, chosen, history = _choose(evaluate, train, num_classes, "val" in features, reporter, folder, check)
+        regression = LogisticRegression(train.values, train.labels, num_classes, _sample_weights(setup, train))
+        head, chosen, history = _choose(evaluate, regression, "val" in features, reporter, folder, check)
     set_linear_head(setup.model, head, (setup.preprocess.channels, *setup.preprocess.size))
     name = setup.dataset.eval_split()
     if name not in features:
@@ -220,8 +221,7 @@ def _evaluate_head(
 
 def _choose(
     evaluate: Callable[[Linear, str], Evaluation],
-    train: Features,
-    num_classes: int,
+    regression: LogisticRegression,
     with_val: bool,
     reporter: Reporter,
     folder: RunFolder,
@@ -231,7 +231,6 @@ def _choose(
 
     Returns the head, its metrics, and those of all heads.
     """
-    regression = LogisticRegression(train.values, train.labels, num_classes)
     history: list[dict[str, Any]] = []
     best: tuple[tuple[float, float], int, Linear] | None = None
     folder.write_metrics(history)
@@ -259,6 +258,15 @@ def _choose(
     assert best is not None
     _, index, head = best
     return head, history[index], history
+
+
+def _sample_weights(setup: Setup, train: Features) -> Tensor | None:
+    """The weights of the readable training images, if the data has weights: their mean is 1."""
+    weights = setup.dataset.split("train").weights
+    if weights is None:
+        return None
+    chosen = torch.from_numpy(weights)[train.indices].to(train.values.device)
+    return chosen / chosen.mean()
 
 
 def _knn_top1(features: Mapping[str, Features], name: str, num_classes: int) -> float:

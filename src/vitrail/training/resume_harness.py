@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from vitrail.data.dataset import Dataset
+from vitrail.data.dataset import Data
 from vitrail.errors import RunError, VitrailError
 from vitrail.training.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from vitrail.training.checkpoints.run_folder import RunFolder
@@ -66,7 +66,7 @@ class AtCall:
 class Job:
     """Arguments of `train`, and when the process of a rank sends itself a signal."""
 
-    data: str | Path | Dataset | None
+    data: Data | None
     arguments: Mapping[str, Any]
     trigger: Trigger | None = None
     signal: int = signal.SIGKILL

@@ -12,7 +12,7 @@ from vitrail._version import __version__
 from vitrail.classifier import Classifier
 from vitrail.data.catalog import check_outside
 from vitrail.data.contents import digest, names_digest
-from vitrail.data.dataset import Dataset
+from vitrail.data.dataset import Data
 from vitrail.errors import ConfigError, DeviceError, DistributedError, RunError
 from vitrail.evaluation.metrics import Evaluation
 from vitrail.models.base import ImageModel
@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 
 def train(
-    data: str | Path | Dataset | None = None,
+    data: Data | None = None,
     *,
     model: str | nn.Module | None = None,
     pretrained: bool | None = None,
@@ -68,7 +68,8 @@ def train(
     """Train or fine-tune a classifier and write a run folder.
 
     Args:
-        data: a folder of images, a dataset's name, wds: shards, an hf-dataset:, or a Dataset.
+        data: a folder of images, a CSV or parquet table, a dataset's name, wds: shards or an hf-dataset:; or a frame, a
+            list of (path, label), a torch dataset, arrays, or a Dataset (see docs/data.md).
         model: a name from `list_models()`, or a module with timm's interface; None: chosen for the images.
         pretrained, weights, teacher, probe, epochs, budget, seed, config: settings, see `TrainConfig`; they override
             the recipe, which overrides what is chosen for the images. teacher: also a Classifier or a module.
@@ -140,7 +141,7 @@ def _parse(given: Mapping[str, Any]) -> tuple[TrainConfig, nn.Module | None, Cla
 
 
 def _new_setup(
-    data: str | Path | Dataset | None,
+    data: Data | None,
     given: Mapping[str, Any],
     recipe_name: str | Path | None,
     distributed: DistributedContext,
@@ -164,7 +165,7 @@ def _new_setup(
     return setup
 
 
-def _resumed_setup(data: str | Path | Dataset | None, given: Mapping[str, Any], before: TrainConfig) -> Setup:
+def _resumed_setup(data: Data | None, given: Mapping[str, Any], before: TrainConfig) -> Setup:
     """The setup of a run that is resumed, with its settings."""
     requested, external, teacher = _parse(given)
     for key, value in requested.given.items():

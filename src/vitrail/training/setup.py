@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from vitrail.data.catalog import absolute_data, open_dataset
-from vitrail.data.dataset import Dataset
+from vitrail.data.dataset import Data, Dataset
 from vitrail.errors import ConfigError, DataError, ModelError
 from vitrail.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from vitrail.inference.engine import default_workers
@@ -68,7 +68,7 @@ class Setup:
 
 
 def prepare(
-    data: str | Path | Dataset,
+    data: Data,
     requested: TrainConfig,
     external: nn.Module | None = None,
     recipe: Recipe | None = None,
@@ -88,9 +88,9 @@ def prepare(
     if external is None and requested.model.model and not requested.model.weights:
         variant(requested.model.model)  # before a download, not after
     folder, split = requested.data.data_dir, split_settings(requested)
-    dataset = data if isinstance(data, Dataset) else open_dataset(data, data_dir=folder, **split)
+    dataset = open_dataset(data, data_dir=folder, **split)
     train = dataset.split("train")
-    given = _portable(requested.given) | {"data": data.name if isinstance(data, Dataset) else _storable(data)}
+    given = _portable(requested.given) | {"data": _storable(data) if isinstance(data, str | Path) else dataset.name}
     if external is not None:
         given["model"] = type(external).__name__
     if auto_batch := given.get("batch_size") == 0:

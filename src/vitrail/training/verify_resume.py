@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vitrail.data.dataset import Dataset
+from vitrail.data.dataset import Data
 from vitrail.errors import ConfigError, DistributedError, RunError
 from vitrail.training.config.recipes import find_recipe
 from vitrail.training.config.schema import KEYS, read_config
@@ -67,7 +67,7 @@ class Verdict:
 
 
 def verify_resume(
-    data: str | Path | Dataset | None = None, *, progress: bool = True, seconds: float = SECONDS, **arguments: Any
+    data: Data | None = None, *, progress: bool = True, seconds: float = SECONDS, **arguments: Any
 ) -> Verdict:
     """Train without interruption, and killed and resumed, and compare. Takes the arguments of `train`.
 

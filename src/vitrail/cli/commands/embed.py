@@ -34,11 +34,12 @@ def embed(
     Example: `vitrail embed runs/photos holiday/ --out holiday.npy`
     """
     from vitrail.cli.common.tables import print_skipped, stderr, stdout
+    from vitrail.data.formats.objects import image_inputs
     from vitrail.inference.feature_file import embed_to_file
 
     classifier = open_model(model, device, img_size, precision)
     try:
-        result = embed_to_file(classifier.engine(), paths, out, batch_size=batch_size, progress=_progress)
+        result = embed_to_file(classifier.engine(), image_inputs(paths), out, batch_size=batch_size, progress=_progress)
     except KeyboardInterrupt:
         stderr().print("stopped; run the same command again to continue")
         raise

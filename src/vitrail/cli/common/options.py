@@ -20,12 +20,17 @@ ModelArgument = Annotated[
     ),
 ]
 DATA: Any = typer.Argument(
-    metavar="DATA", help="A folder of images, a dataset's name, wds: shards or hf-dataset:.", show_default=False
+    metavar="DATA",
+    help="A folder of images, a CSV or parquet table, a dataset's name, wds: shards or hf-dataset:.",
+    show_default=False,
 )
 DataArgument = Annotated[str, DATA]
 PathsArgument = Annotated[
     list[str],
-    typer.Argument(metavar="PATH...", help="Images, folders (searched recursively), or patterns such as '*.jpg'."),
+    typer.Argument(
+        metavar="PATH...",
+        help="Images, folders (searched recursively), tables of paths (CSV), or patterns such as '*.jpg'.",
+    ),
 ]
 SizeOption = Annotated[
     str | None,

@@ -36,12 +36,14 @@ def augment(
     preprocess: Preprocess,
     seed: int,
     epoch: int,
+    sample_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Augment and normalise a batch, on the images' device.
 
-    images: uint8 B C H W. labels: int64 B. keys: int64 B, on the CPU.
-    Returns float32 B C H W, normalised, and the targets: `labels` unchanged, or float32 B K that sum to 1 if the config
-    mixes images. Label smoothing is applied by the loss: cross_entropy(..., label_smoothing=) takes soft targets too.
+    images: uint8 B C H W. labels: int64 B. keys: int64 B, on the CPU. sample_weights: float B, of each image.
+    Returns float32 B C H W, normalised, and the targets: `labels` unchanged, or float32 B K if the config mixes images.
+    These sum to 1; with sample_weights each label counts as much as its image, and they sum to the mixture's weight.
+    Label smoothing is applied by the loss: cross_entropy(..., label_smoothing=) takes soft targets too.
     """
 
     def draw(stream: str, n: int) -> Floats:
@@ -67,7 +69,7 @@ def augment(
         x = _erase(x, config, draw("erase", 7), fold(seed, epoch, "noise"))
     if not config.mixes:
         return x, labels
-    return _mix(x, labels, num_classes, config, draw("mix", 5))
+    return _mix(x, labels, num_classes, config, draw("mix", 5), sample_weights)
 
 
 def _tensor(values: npt.NDArray[np.generic], like: torch.Tensor) -> torch.Tensor:
@@ -217,12 +219,17 @@ def _beta(alpha: float, u: Floats) -> Floats:
 
 
 def _mix(
-    x: torch.Tensor, labels: torch.Tensor, num_classes: int, config: Augment, u: Floats
+    x: torch.Tensor,
+    labels: torch.Tensor,
+    num_classes: int,
+    config: Augment,
+    u: Floats,
+    sample_weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mixup or CutMix of each image with its neighbour. u: (B, 5).
 
     Image b becomes w x_b + (1 - w) x_partner, with w one number (Mixup) or 0 inside a box and 1 outside (CutMix); its
-    target is the same mixture of the labels, with the mean of w.
+    target is the same mixture of the labels, with the mean of w, and of their weights.
     """
     height, width = x.shape[2:]
     cut = u[:, 1] < (config.switch if config.mixup and config.cutmix else float(config.cutmix > 0))
@@ -237,6 +244,8 @@ def _mix(
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
         keep = np.where(cut, 1.0 - area / (height * width), keep)
     one_hot = (labels[:, None] == torch.arange(num_classes, device=labels.device)).to(torch.float32)
+    if sample_weights is not None:
+        one_hot *= sample_weights[:, None]
     return _with_partner(x, weight), _with_partner(one_hot, _tensor(keep, x)[:, None])
 
 

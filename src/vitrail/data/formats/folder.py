@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import dropwhile, groupby
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from vitrail.data.dataset import Dataset, FileSplit, SkippedImage
-from vitrail.data.formats.scan import Label, Sample, Scan
+from vitrail.data.formats.scan import Label, Sample, Scan, scan_files
 from vitrail.data.splits import SPLIT_NAMES, SPLITS, SplitOptions, make_dataset, natural
 from vitrail.errors import DataError, did_you_mean
 from vitrail.images.decode import BadImage, decode, image_extensions
@@ -22,7 +21,6 @@ from vitrail.utils.download import Progress
 from vitrail.utils.files import user_path
 from vitrail.utils.text import join_names, printable, readable
 
-_CHUNK = 64  # files per task of the scan
 File = tuple[str, str]  # path, class
 
 
@@ -58,7 +56,7 @@ def open_folder(folder: str, options: SplitOptions, progress: Progress | None = 
     splits: dict[str, FileSplit] = {}
     for split, listing in listings.items():
         skipped += listing.skipped
-        scan = _scan(listing.files, progress)
+        scan = scan_files(listing.files, progress)
         if split == first:
             _check_each_class(root, listing, scan)
         skipped += scan.skipped
@@ -178,25 +176,6 @@ def _common_classes(root: Path, listings: dict[str, _Listing]) -> list[str]:
             if name not in listings[split].classes:
                 raise DataError(f"{root / split} lacks the class {name!r}, which {first}/ has")
     return names
-
-
-def _scan(files: Sequence[File], progress: Progress | None) -> Scan:
-    """Read all headers."""
-
-    def scan_chunk(chunk: Sequence[File]) -> Scan:
-        scan = Scan()
-        for path, label in chunk:
-            scan.add(path, path, path, label)
-        return scan
-
-    found = Scan()
-    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        for part in pool.map(scan_chunk, [files[i : i + _CHUNK] for i in range(0, len(files), _CHUNK)]):
-            found.samples += part.samples
-            found.skipped += part.skipped
-            if progress:
-                progress(len(found.samples) + len(found.skipped), len(files))
-    return found
 
 
 def _check_each_class(root: Path, listing: _Listing, scan: Scan) -> None:

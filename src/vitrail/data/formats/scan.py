@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,16 +19,17 @@ from vitrail.data.dataset import Dataset, SkippedImage, Split
 from vitrail.data.splits import SPLIT_NAMES, SPLITS, SplitOptions, make_dataset, natural, split_of
 from vitrail.errors import DataError, VitrailError
 from vitrail.images.decode import BadImage, decode, read_header
-from vitrail.utils.download import cache_dir
+from vitrail.utils.download import Progress, cache_dir
 from vitrail.utils.files import atomic_write_text
 
 Label = int | str  # a class index or a class name
 S = TypeVar("S", bound=Split)
 _VERSION = 2  # of the cached JSON
+_CHUNK = 64  # files per task of the scan
 
 
 class Sample(NamedTuple):
-    """A readable image. offset, length: of its content in a shard; in a table, offset is its row."""
+    """A readable image. offset, length: of its content in a shard; in a table or list of files, offset is its row."""
 
     name: str
     offset: int
@@ -66,6 +69,25 @@ class Scan:
 
     def skip(self, path: str, reason: str) -> None:
         self.skipped.append({"path": path, "reason": reason})
+
+
+def scan_files(files: Sequence[tuple[str, Label]], progress: Progress | None) -> Scan:
+    """Read the headers of all files, each (path, label). A sample's offset is the file's place in `files`."""
+
+    def scan_chunk(start: int) -> Scan:
+        scan = Scan()
+        for number, (path, label) in enumerate(files[start : start + _CHUNK], start):
+            scan.add(path, path, path, label, number)
+        return scan
+
+    found = Scan()
+    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
+        for part in pool.map(scan_chunk, range(0, len(files), _CHUNK)):
+            found.samples += part.samples
+            found.skipped += part.skipped
+            if progress:
+                progress(len(found.samples) + len(found.skipped), len(files))
+    return found
 
 
 def cached_scan(key: str, fingerprint: str, scan: Callable[[], Scan]) -> Scan:

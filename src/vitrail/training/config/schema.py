@@ -54,7 +54,9 @@ class Use(Enum):
 class DataSettings(Settings):
     """Images and their split."""
 
-    data: str = Field("", description="a folder of images, a dataset's name, wds: shards or an hf-dataset:")
+    data: str = Field(
+        "", description="a folder of images, a CSV or parquet table, a dataset's name, wds: shards or an hf-dataset:"
+    )
     data_dir: Annotated[PathText, Use.RESUME] = Field(None, description="folder of a named dataset's files")
     val_fraction: Annotated[float, Use.HELD_OUT] = Field(
         0.1, gt=0, lt=1, description="share of the training images used for validation if the data has no val split"

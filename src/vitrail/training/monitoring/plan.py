@@ -72,10 +72,16 @@ def _processes(trainer: Trainer) -> str:
 def data_lines(dataset: Dataset) -> list[str]:
     """Images by split, where the splits come from, the first class names, and the number of unreadable files."""
     counts = ", ".join(f"{count:,} {name}" for name, count in dataset.counts().items())
+    weights = dataset.splits["train"].weights if "train" in dataset.splits else None
     return [
         f"data    {dataset.name}: {counts} images",
         f"split   {dataset.how_split}",
         f"classes {dataset.num_classes}: {printable(', '.join(dataset.class_names), _NAMES_WIDTH)}",
+        *(
+            []
+            if weights is None
+            else [f"weights {weights.min():g} to {weights.max():g} of the images, in the training loss"]
+        ),
         *([f"skipped {len(dataset.skipped)} unreadable files, listed in summary.json"] if dataset.skipped else []),
     ]
 

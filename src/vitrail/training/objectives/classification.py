@@ -56,17 +56,17 @@ class Classify(Task):
         """The loss of one head's logits, B K, on the view's targets.
 
         With class weights w and target probabilities t it is sum(w t * -log p) / sum(w t), as in torch for class
-        indices. Label smoothing changes the t of the numerator only.
+        indices. Label smoothing changes the t of the numerator only. The loss of an image is multiplied by its sample
+        weight, with a mean of 1 over the training images, as in scikit-learn.
         """
         if self.kind == "bce":
             return self._binary(logits, view)
-        if view.class_weights is None:
+        if view.class_weights is None and view.sample_weights is None:
             return F.cross_entropy(logits, view.targets, label_smoothing=self.smoothing)
-        logits = logits.to(view.class_weights.dtype)
-        total = F.cross_entropy(
-            logits, view.targets, view.class_weights, label_smoothing=self.smoothing, reduction="sum"
+        each = F.cross_entropy(
+            logits.float(), view.targets, view.class_weights, label_smoothing=self.smoothing, reduction="none"
         )
-        return total / len(view)
+        return view.mean(each)
 
     def _binary(self, logits: Tensor, view: View) -> Tensor:
         """Binary cross-entropy. The weight of an image is the mean of its classes' weights."""
@@ -75,7 +75,7 @@ class Classify(Task):
         targets = shares * (1 - self.smoothing) + self.smoothing / logits.shape[1]
         if self.threshold is not None:
             targets = (targets > self.threshold).to(logits.dtype)
-        if view.class_weights is None:
+        if view.class_weights is None and view.sample_weights is None:
             return F.binary_cross_entropy_with_logits(logits, targets)
         each = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1)
-        return (each * (shares @ view.class_weights)).mean()
+        return view.mean(each if view.class_weights is None else each * (shares @ view.class_weights))

@@ -26,24 +26,24 @@ from vitrail.training.setup import Setup
 
 @dataclass(frozen=True)
 class Hard:
-    """Cross-entropy with the teacher's top class as the label. Logits and teacher B K."""
+    """Cross-entropy with the teacher's top class as the label. Logits and teacher B K; `mean` of the losses B."""
 
-    def __call__(self, logits: Tensor, teacher: Tensor) -> Tensor:
-        return F.cross_entropy(logits, teacher.argmax(dim=1))
+    def __call__(self, logits: Tensor, teacher: Tensor, mean: Callable[[Tensor], Tensor] = torch.mean) -> Tensor:
+        return mean(F.cross_entropy(logits, teacher.argmax(dim=1), reduction="none"))
 
 
 @dataclass(frozen=True)
 class Soft:
-    """tau^2 KL(teacher || student) at the temperature tau, the mean over the batch. Logits and teacher B K.
+    """tau^2 KL(teacher || student) at the temperature tau. Logits and teacher B K; `mean` of the losses B.
 
     tau^2 keeps the scale of the gradients when tau changes (Hinton et al., section 2).
     """
 
     temperature: float = 1.0
 
-    def __call__(self, logits: Tensor, teacher: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, teacher: Tensor, mean: Callable[[Tensor], Tensor] = torch.mean) -> Tensor:
         student, teacher = (F.log_softmax(x.float() / self.temperature, dim=1) for x in (logits, teacher))
-        return self.temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        return self.temperature**2 * mean(F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1))
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Distill(Task):
         output = model(view.images)
         logits, distilled = output if isinstance(output, tuple) else (output, output)
         loss = self.labels.loss(logits, view)
-        return (1 - self.weight) * loss + self.weight * self.scheme(distilled, teacher_logits)
+        return (1 - self.weight) * loss + self.weight * self.scheme(distilled, teacher_logits, view.mean)
 
 
 def make_task(setup: Setup, device: torch.device) -> Task:

@@ -38,12 +38,14 @@ def settle_cache(config: TrainConfig, dataset: Dataset, preprocess: Preprocess) 
 
 
 def cached_readers(config: TrainConfig, dataset: Dataset, preprocess: Preprocess, log: Log) -> dict[str, ReadImage]:
-    """Functions that read "train" and "val" through the cache; none if there is no cache."""
+    """Functions that read "train" and "val" through the cache; none for a split that has no encoded images."""
     if config.io.cache == "off":
         return {}
     readers, left = {}, byte_count(config.io.cache)
     log_once = functools.cache(log)  # the splits may have the same problem, such as a full disk
     for name, count in _bytes(config, dataset, preprocess).items():
+        if not count:  # a split of objects in memory, beside one of files
+            continue
         random_crop = name == "train" and config.augment.crop_scale is not None
         readers[name] = cached_reader(dataset.split(name), preprocess, left, log_once, random_crop=random_crop)
         left = max(0, left - count)
