@@ -19,7 +19,7 @@ from vitrail.models.base import ImageModel
 from vitrail.training.checkpoints.checkpoint import unshared
 from vitrail.training.checkpoints.provenance import python_call, session_record
 from vitrail.training.checkpoints.run_folder import RUNS, RunFolder, check_empty, create_run_folder, unfinished_run
-from vitrail.training.config.recipes import find_recipe
+from vitrail.training.config.recipes import check_optimizer, find_recipe
 from vitrail.training.config.schema import KEYS, TrainConfig, Use, keys_for, make_config
 from vitrail.training.config.stamp import read_run_toml, to_run_toml
 from vitrail.training.engine.interrupt import Stopped
@@ -157,6 +157,7 @@ def _new_setup(
         if recipe and not recipe.complete:
             values.pop("recipe", None)  # a file may set probe; named recipes are for training
         check_probe_keys({**values, **(recipe.settings if recipe else {})})
+    check_optimizer(values, recipe)
     check_trackers(values.get("track", "none"))  # before a download, not after
     # The machines of several processes may have different caches.
     single = distributed.world_size == 1

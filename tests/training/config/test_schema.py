@@ -209,6 +209,7 @@ def test_data_keys_reach_the_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
 BASE: dict[str, torch.Tensor] = {}
 
 _CHANGES = {
+    "optimizer": "muon",
     "img_size": 12,
     "in_chans": 3,
     "merge": 4,
@@ -251,6 +252,7 @@ _CHANGES = {
 
 # Keys that only change what another one does.
 _CHANGES_OF_CHANGES = {
+    "momentum": ({"optimizer": "muon"}, 0.5),
     "crop_ratio": ({"crop_scale": (0.3, 0.6)}, (2.0, 3.0)),
     "bce_threshold": ({"loss": "bce", "mixup": 0.8}, 0.3),
     "edge": ({"pad_shift": 2}, "reflect"),

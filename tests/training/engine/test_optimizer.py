@@ -103,7 +103,7 @@ def test_layer_decay_needs_layers() -> None:
 def test_rates_are_set_and_groups_described() -> None:
     model = build_model(VIT)
     groups = parameter_groups(model, config(lr=1e-3, head_lr=1e-2, weight_decay=0.1))
-    optimizer = make_optimizer(groups, (0.9, 0.95))
+    optimizer = make_optimizer(groups, config(betas=(0.9, 0.95)).optimizer)
     assert optimizer.defaults["fused"]
     assert optimizer.defaults["betas"] == (0.9, 0.95)
     set_rates(optimizer, 0.5)
@@ -133,7 +133,9 @@ def test_a_step_is_adamw() -> None:
     """By hand, from the paper's algorithm 2, on one weight that decays and one that does not."""
     model = nn.Linear(1, 1)
     weight, bias = model.weight.item(), model.bias.item()
-    optimizer = make_optimizer(parameter_groups(model, config(lr=0.1, weight_decay=0.3)), (0.9, 0.99))
+    optimizer = make_optimizer(
+        parameter_groups(model, config(lr=0.1, weight_decay=0.3)), config(betas=(0.9, 0.99)).optimizer
+    )
     model(torch.tensor([[2.0]])).sum().backward()  # gradients 2 and 1; the first step of Adam is their sign
     optimizer.step()
     assert model.weight.item() == pytest.approx(weight * (1 - 0.1 * 0.3) - 0.1, abs=1e-6)

@@ -51,11 +51,28 @@ class Recipe:
 
 def rates_for(batch_size: int, settings: Mapping[str, Any]) -> dict[str, float]:
     """The learning rates scaled to another batch size: by its square root for Adam (Malladi et al., 2022,
-    https://arxiv.org/abs/2205.10287).
+    https://arxiv.org/abs/2205.10287), in proportion for SGD (Goyal et al., 2017, https://arxiv.org/abs/1706.02677).
     """
-    factor = (batch_size / settings["batch_size"]) ** 0.5
+    factor = (batch_size / settings["batch_size"]) ** (1 if settings.get("optimizer") == "sgd" else 0.5)
     rates = {key: rate for key in keys_for(Use.RATE) if (rate := settings.get(key)) is not None}
     return rates if factor == 1 else {key: float(f"{rate * factor:.3g}") for key, rate in rates.items()}
+
+
+_OWN = {"sgd": {"lr": "0.1", "weight_decay": "5e-4"}, "lamb": {"lr": "5e-3"}}  # not to be taken from AdamW's recipes
+
+
+def check_optimizer(given: Mapping[str, Any], recipe: Recipe | None) -> None:
+    """Raise ConfigError if the optimizer needs settings that are neither given nor in a recipe for it."""
+    ours = recipe.settings if recipe else {}
+    name = given.get("optimizer") or ours.get("optimizer", "adamw")
+    stated = {*given, *(ours if ours.get("optimizer") == name else ())}
+    if missing := {key: value for key, value in _OWN.get(name, {}).items() if key not in stated}:
+        example = " ".join(f"{key}={value}" for key, value in missing.items())
+        raise ConfigError(
+            f"optimizer={name} needs {' and '.join(missing)}, as the recipes' are for AdamW: for example {example}"
+        )
+    if given.get("momentum") is not None and name not in ("sgd", "muon"):
+        raise ConfigError(f"momentum is of sgd and muon: leave it out with optimizer={name}, which has betas")
 
 
 @cache

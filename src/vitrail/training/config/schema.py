@@ -93,8 +93,13 @@ class ModelSettings(Settings):
 
 
 class OptimizerSettings(Settings):
-    """AdamW."""
+    """Optimizer and learning rate."""
 
+    optimizer: Literal["adamw", "sgd", "lamb", "muon"] = Field(
+        "adamw",
+        description="adamw; sgd (Nesterov) and lamb need an lr of their own; muon, for training from scratch: Muon for "
+        "hidden matrices, AdamW for the rest, at AdamW's lr",
+    )
     lr: Annotated[Positive, Use.RATE] = Field(1e-3, description="peak learning rate")
     backbone_lr: Annotated[Positive | None, Optional, Use.RATE] = Field(
         None, description="peak learning rate of all layers but the head; none: lr"
@@ -105,6 +110,7 @@ class OptimizerSettings(Settings):
     layer_decay: float = Field(1.0, gt=0, le=1, description="factor on the learning rate per layer from the head down")
     weight_decay: Amount = Field(0.05, description="not applied to biases, norms, tokens and position embeddings")
     betas: Annotated[tuple[Rate, Rate], Pair] = Field((0.9, 0.999), description="decay of the two moment estimates")
+    momentum: Annotated[Rate | None, Optional] = Field(None, description="of sgd and muon; none: 0.9 and 0.95")
     clip_grad: Annotated[Positive | None, Optional] = Field(None, description="largest gradient norm; none: no limit")
 
 

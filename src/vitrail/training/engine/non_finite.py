@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vitrail.training.engine.parallel import to_local
 from vitrail.training.engine.state import TrainState
 
 MAX_CONSECUTIVE_BAD_STEPS = 3
@@ -36,6 +37,12 @@ class _PendingStep:
     images: int
     finite: Tensor
     loss: Tensor
+
+
+def copy_if_finite(target: Tensor, value: Tensor, found_inf: Tensor | None) -> None:
+    """Copy `value` into `target`, both possibly sharded, unless `found_inf` (one value) is given and not 0."""
+    target, value = to_local(target), to_local(value)
+    target.copy_(value if found_inf is None else torch.where(found_inf == 0, value, target))
 
 
 class NonFiniteGuard:

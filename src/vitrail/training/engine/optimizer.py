@@ -1,10 +1,11 @@
-"""AdamW and its parameter groups: learning rate and weight decay of each parameter.
+"""The optimizer and its parameter groups: learning rate and weight decay of each parameter.
 
-Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2017 (https://arxiv.org/abs/1711.05101). Layer-wise
-decay of the learning rate is that of BEiT (https://arxiv.org/abs/2106.08254), after ELECTRA.
+AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2017 (https://arxiv.org/abs/1711.05101).
+Layer-wise decay of the learning rate is that of BEiT (https://arxiv.org/abs/2106.08254), after ELECTRA.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,20 +14,26 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from vitrail.errors import ConfigError, ModelError
-from vitrail.training.config.schema import TrainConfig
+from vitrail.training.config.schema import OptimizerSettings, TrainConfig
+from vitrail.training.engine.optimizers.lamb import Lamb
+from vitrail.training.engine.optimizers.muon import Muon
+from vitrail.training.engine.optimizers.sgd import Sgd
 from vitrail.training.engine.parallel import full_tensor
 
 _HEADS = ("head", "head_dist", "heads", "fc", "classifier")  # first part of a parameter's name
+_EMBEDDING = re.compile("embed|token")  # in the name of an embedding of patches or positions, or a token
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Groups for AdamW: every trainable parameter is in exactly one.
+    """Groups for the optimizer: every trainable parameter is in exactly one.
 
     Each group has params, a name, its peak learning rate `peak_lr` (`lr` starts as that) and its weight_decay. Vectors
-    and scalars (biases, norms, scales) have no weight decay, nor does what the model names in `no_weight_decay`.
+    and scalars (biases, norms, scales) have no weight decay, nor does what the model names in `no_weight_decay`. For
+    Muon, groups of hidden matrices have orthogonalize=True and their `momentum`.
 
     Raises:
-        ConfigError: layer_decay is set and the model has neither layer_ids nor group_matcher.
+        ConfigError: layer_decay is set and the model has neither layer_ids nor group_matcher, or the optimizer is Muon
+            and the model has no hidden matrices.
         ModelError: all parameters are frozen.
     """
     settings = config.optimizer
@@ -34,6 +41,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     no_decay = own.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # names or patterns
     layers = layer_ids(model) if settings.layer_decay < 1 else None
     deepest = max(layers.values()) if layers else 0
+    muon = settings.optimizer == "muon"
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -46,16 +54,24 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
             key += f" layer {layers[name]}"
         decays = parameter.ndim > 1 and not any(fnmatchcase(name, pattern) for pattern in no_decay)
         key += "" if decays else ", no decay"
-        empty = {
+        empty: dict[str, Any] = {
             "name": key,
             "params": [],
             "lr": peak,
             "peak_lr": peak,
             "weight_decay": settings.weight_decay * decays,
         }
+        if muon:
+            hidden = decays and parameter.ndim == 2 and not is_head and not _EMBEDDING.search(name)
+            key = empty["name"] = key + ", Muon" * hidden
+            empty |= {"orthogonalize": hidden, "momentum": momentum(settings)}
         groups.setdefault(key, empty)["params"].append(parameter)
     if not groups:
         raise ModelError("the model has no trainable parameters: all of them are frozen")
+    if muon and not any(group["orthogonalize"] for group in groups.values()):
+        raise ConfigError(
+            f"Muon is for hidden matrices, and {type(model).__name__} trains none: use optimizer=adamw, sgd or lamb"
+        )
     return list(groups.values())
 
 
@@ -84,10 +100,22 @@ def describe_groups(groups: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def make_optimizer(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.AdamW:
-    """AdamW over these groups, fused into one kernel if torch has one for the device."""
-    device = groups[0]["params"][0].device.type
-    return torch.optim.AdamW(groups, betas=betas, fused=device in ("cpu", "cuda", "mps", "xpu"))
+def make_optimizer(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """The configured optimizer over these groups; AdamW is fused into one kernel if torch has one for the device."""
+    fused, pace = groups[0]["params"][0].device.type in ("cpu", "cuda", "mps", "xpu"), momentum(settings)
+    makers: dict[str, Callable[[], torch.optim.Optimizer]] = {
+        "adamw": lambda: torch.optim.AdamW(groups, betas=settings.betas, fused=fused),
+        "sgd": lambda: Sgd(groups, pace),
+        "lamb": lambda: Lamb(groups, settings.betas),
+        "muon": lambda: Muon(groups, settings.betas, fused),
+    }
+    return makers[settings.optimizer]()
+
+
+def momentum(settings: OptimizerSettings) -> float:
+    """The momentum of SGD or Muon."""
+    usual = 0.95 if settings.optimizer == "muon" else 0.9
+    return usual if settings.momentum is None else settings.momentum
 
 
 @torch.no_grad()

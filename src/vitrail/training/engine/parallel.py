@@ -128,6 +128,16 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return dtensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def like_sharded(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor that is the same in every process, sharded as `parameter` is; without sharding, as it is."""
+    if not hasattr(parameter, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    dtensor: Any = parameter
+    return distribute_tensor(tensor, dtensor.device_mesh, dtensor.placements, src_data_rank=None)
+
+
 class BatchNormBuffers:
     """The running statistics of a model's batch norms, which a training step changes along with the weights."""
 

@@ -74,7 +74,7 @@ class Trainer:
         average = Ema.copy_of(model) if decay else None
         self._forward = self._wrap(average, example)
         self.groups = parameter_groups(model, config)
-        self.optimizer = make_optimizer(self.groups, config.optimizer.betas)
+        self.optimizer = make_optimizer(self.groups, config.optimizer)
         self.ema = Ema(model, decay, config.regularize.ema_warmup, average) if decay else None
         self.loss_sum = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         self._parameters: list[nn.Parameter] = [p for group in self.groups for p in group["params"]]
