@@ -65,10 +65,32 @@ class Classifier(BaseClassifier):
         """The device of the model."""
         return next(self.model.parameters()).device
 
-    def to(self, device: str | torch.device) -> Classifier:
-        """Move the model; returns the classifier itself."""
+    def to(self, device: str | torch.device | torch.dtype) -> Classifier:
+        """Move the model; returns the classifier itself.
+
+        Raises:
+            ConfigError: a type of numbers: the weights stay float32, see `precision`.
+        """
+        if type(device).__name__ == "dtype":  # of torch, which need not have been imported
+            kind = str(device).removeprefix("torch.")
+            if kind == "float32":
+                return self
+            bf16 = 'for bfloat16 set precision="bf16" (classifier.precision, or vitrail.load)'
+            raise ConfigError(f"the weights of a classifier stay float32, not {kind}: {bf16}")
         self.model.to(device)
         return self
+
+    def half(self) -> Classifier:
+        """Refused, see `to`."""
+        import torch
+
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> Classifier:
+        """Refused, see `to`."""
+        import torch
+
+        return self.to(torch.bfloat16)
 
     def resize(self, img_size: int | tuple[int, int] | str) -> Classifier:
         """Change the input size, in pixels: 384, (320, 192) or "320x192" (height, width). Returns the classifier.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,17 +30,19 @@ SPLIT_OPTIONS = ("val_fraction", "test_fraction", "split_seed", "group_duplicate
 
 @dataclass(frozen=True)
 class Score:
-    """One class and its probability, 0 to 1."""
+    """One class, its probability, 0 to 1, and its number in `class_names`."""
 
     label: str
     score: float
+    index: int | None = None
 
 
 @dataclass(frozen=True)
 class Prediction:
     """The most probable class of one input, its score and the `top` classes; or the `error` why it could not be read.
 
-    `path` is None for an image in memory.
+    `path` is None for an image in memory. `index` is the number of the class in `class_names`. `probabilities` are
+    those of all K classes, in the order of `class_names`, if they were asked for.
     """
 
     path: str | None
@@ -48,13 +50,16 @@ class Prediction:
     score: float | None = None
     top: tuple[Score, ...] = ()
     error: str | None = None
+    index: int | None = None
+    probabilities: npt.NDArray[np.float32] | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON: `path` and `error`, or `path`, `label`, `score` and `top`."""
+        """Plain JSON: `path` and `error`, or `path`, `label`, `score` and `top`, and `probabilities` if it has them."""
         if self.error is not None:
             return {"path": self.path, "error": self.error}
-        top = [asdict(score) for score in self.top]
-        return {"path": self.path, "label": self.label, "score": self.score, "top": top}
+        top = [{"label": each.label, "score": each.score} for each in self.top]
+        found = {"path": self.path, "label": self.label, "score": self.score, "top": top}
+        return found if self.probabilities is None else {**found, "probabilities": self.probabilities.tolist()}
 
 
 class BaseClassifier:
@@ -83,16 +88,24 @@ class BaseClassifier:
         """An inference engine with the current model, preprocessing and precision."""
         raise NotImplementedError
 
-    def predict(self, inputs: Inputs, top: int = 5, batch_size: int | None = None) -> list[Prediction]:
+    def predict(
+        self, inputs: Inputs, top: int = 5, batch_size: int | None = None, *, probabilities: bool = False
+    ) -> list[Prediction]:
         """The `top` most probable classes of each image, in the order of `inputs`. Safe to call from several threads.
 
-        inputs: one or several paths, folders (searched recursively), glob patterns, Pillow images, or uint8 arrays
-        H W or H W C. An image that could not be read gives a Prediction with `error`. batch_size: None for the default,
-        with which the probabilities are bit-identical to those of `evaluate`.
-        """
-        return list(self.stream(inputs, top, batch_size))
+        inputs: one or several paths, folders (searched recursively), glob patterns, tables or frames of paths, Pillow
+        images, uint8 arrays H W or H W C, or tensors C H W or B C H W (uint8, or float from 0 to 1, not normalised). An
+        image that could not be read gives a Prediction with `error`. batch_size: None for the default, with which the
+        probabilities are bit-identical to those of `evaluate`. probabilities: of all classes too.
 
-    def stream(self, inputs: Inputs, top: int = 5, batch_size: int | None = None) -> Iterator[Prediction]:
+        Raises:
+            DataTypeError: an input of another type, which is a TypeError.
+        """
+        return list(self.stream(inputs, top, batch_size, probabilities=probabilities))
+
+    def stream(
+        self, inputs: Inputs, top: int = 5, batch_size: int | None = None, *, probabilities: bool = False
+    ) -> Iterator[Prediction]:
         """`predict` as an iterator. Images are decoded while the model runs, a few batches at a time."""
         if not self.class_names:
             raise ModelError("this model has no classes to predict; use embed() for its features")
@@ -102,15 +115,26 @@ class BaseClassifier:
 
         for batch in self.engine().stream(image_inputs(inputs), batch_size):
             indices = ranking(batch.outputs, top)
-            scores = np.take_along_axis(softmax(batch.outputs), indices, axis=1)
-            rows = zip(scores.tolist(), indices.tolist(), strict=True)
+            values = softmax(batch.outputs)
+            scores = np.take_along_axis(values, indices, axis=1)
+            rows = zip(scores.tolist(), indices.tolist(), values, strict=True)
             for item, error in zip(batch.items, batch.errors, strict=True):
                 path = path_of(item)
                 if error is not None:
                     yield Prediction(path, error=error)
                     continue
-                best = tuple(Score(self.class_names[k], score) for score, k in zip(*next(rows), strict=True))
-                yield Prediction(path, best[0].label, best[0].score, best)
+                top_scores, numbers, row = next(rows)
+                pairs = zip(top_scores, numbers, strict=True)
+                best = tuple(Score(self.class_names[k], score, k) for score, k in pairs)
+                first = best[0]
+                yield Prediction(
+                    path,
+                    first.label,
+                    first.score,
+                    best,
+                    index=first.index,
+                    probabilities=row.copy() if probabilities else None,
+                )
 
     def embed(self, inputs: Inputs, batch_size: int | None = None) -> npt.NDArray[np.float32]:
         """The input of the classification head, float32 N F, in the order of `inputs`.

@@ -242,7 +242,7 @@ def normalized(clf: Classifier, pictures: list[ReadImage]) -> Tensor:
 def _best(probabilities: Tensor, names: tuple[str, ...]) -> tuple[Score, ...]:
     found = probabilities.sort(descending=True, stable=True)
     pairs = zip(found.indices[:_TOP].tolist(), found.values[:_TOP].tolist(), strict=True)
-    return tuple(Score(names[index], value) for index, value in pairs)
+    return tuple(Score(names[index], value, index) for index, value in pairs)
 
 
 def compute_maps(

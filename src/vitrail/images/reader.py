@@ -1,4 +1,4 @@
-"""Inputs of `predict` and `embed` (paths, folders, glob patterns, images, arrays), decoded and cropped for a model.
+"""Inputs of `predict` and `embed` (paths, folders, patterns, images, arrays, tensors), decoded and cropped for a model.
 
 Shapes: H W height and width, C channels.
 """
@@ -15,13 +15,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from vitrail.errors import DataError
+from vitrail.errors import DataError, DataTypeError
 from vitrail.images.convert import Pixels
 from vitrail.images.decode import BadImage, decode, image_extensions
 from vitrail.images.preprocess import Preprocess
+from vitrail.images.tensors import is_tensor, tensor_pixels
 
 Input = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any]
-Inputs = Input | Iterable[Input]
+Inputs = Input | Iterable[Input] | Any  # also tensors, which become arrays
+_TAKEN = "give paths, folders, patterns, Pillow images, uint8 arrays H W or H W C, or tensors C H W or B C H W"
 
 
 @dataclass(frozen=True)
@@ -32,19 +34,29 @@ class NoImages:
     error: str
 
 
-def expand(inputs: Inputs) -> Iterator[Input | NoImages]:
+def expand(inputs: Inputs, channels: int | None = None) -> Iterator[Input | NoImages]:
     """The single images of `inputs`: folders are searched recursively, glob patterns are matched.
 
-    A folder or pattern without images yields a NoImages.
+    A folder or pattern without images yields a NoImages. channels: of the model, for tensors.
+
+    Raises:
+        DataTypeError: an input is of another type, or a tensor of another shape or range.
     """
-    if isinstance(inputs, str | os.PathLike | bytes | Image.Image):
+    if isinstance(inputs, str | os.PathLike | bytes | Image.Image) or is_tensor(inputs):
         inputs = [inputs]
     elif isinstance(inputs, np.ndarray):
         inputs = list(inputs) if inputs.ndim == 4 else [inputs]
+    elif not isinstance(inputs, Iterable):
+        raise DataTypeError(f"{type(inputs).__name__} is not an image: {_TAKEN}")
     for source in inputs:
-        if not isinstance(source, str | os.PathLike):
+        if is_tensor(source):
+            yield from tensor_pixels(source, channels)
+            continue
+        if isinstance(source, bytes | Image.Image | np.ndarray):
             yield source
             continue
+        if not isinstance(source, str | os.PathLike):
+            raise DataTypeError(f"{type(source).__name__} is not an image: {_TAKEN}")
         path = os.fspath(source)
         if os.path.isdir(path):
             yield from _or_error(path, _images_below(path), "contains no images")

@@ -67,9 +67,9 @@ class Engine:
     def stream(
         self, inputs: Inputs, batch_size: int | None = None, *, features: bool = False
     ) -> Iterator[BatchResult[Input | NoImages]]:
-        """Paths, folders, patterns, Pillow images or uint8 arrays, as in `images/reader.py`."""
+        """Paths, folders, patterns, Pillow images, uint8 arrays or tensors, as in `images/reader.py`."""
         read = partial(crop, preprocess=self.runtime.preprocess)
-        return self.run(expand(inputs), read, batch_size, features=features)
+        return self.run(expand(inputs, self.runtime.preprocess.channels), read, batch_size, features=features)
 
     def run(
         self,

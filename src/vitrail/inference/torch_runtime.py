@@ -34,7 +34,11 @@ class TorchRuntime:
     ) -> None:
         self.model = eval_view(model)
         self.preprocess = preprocess
-        self.device = next(model.parameters()).device
+        first = next(model.parameters())
+        if first.dtype != torch.float32:
+            kind = str(first.dtype).removeprefix("torch.")
+            raise ModelError(f"{name or type(model).__name__} has weights in {kind}: call model.float() first")
+        self.device = first.device
         self.bf16 = uses_bf16(model, self.device, precision)
         self.name = name or type(model).__name__
         self.num_classes = int(getattr(model, "num_classes", 0))
