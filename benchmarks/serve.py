@@ -3,7 +3,8 @@ offline batches, and the same beside LitServe with the same ONNX model.
 
     python -m benchmarks.serve exports/photos photos/*.jpg
 
-Each service runs in a process of its own; rounds of all of them alternate. LitServe (pip install litserve) is left out
+Each service runs in a process of its own; rounds of all of them alternate, and those that are
+not measured are suspended. LitServe (pip install litserve) is left out
 where it is not installed.
 """
 
@@ -14,8 +15,10 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,12 @@ from vitrail.classifier import load
 
 PORTS = {"vitrail": 8301, "litserve": 8302}
 CONCURRENCY = 16
+BOUNDARY = "2a1c6d9e0b"
+FORM = (  # a form with one file, which both services take
+    f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\n'
+    "Content-Type: image/jpeg\r\n\r\n".encode(),
+    f"\r\n--{BOUNDARY}--\r\n".encode(),
+)
 LITSERVE = """
 import io, sys
 import litserve
@@ -38,8 +47,8 @@ class Api(litserve.LitAPI):
     def setup(self, device):
         self.engine = load(sys.argv[1]).engine()
         self.names = load(sys.argv[1]).class_names
-    async def decode_request(self, request: Request):
-        return await request.body()
+    def decode_request(self, request: Request):
+        return request["file"].file.read()
     def batch(self, inputs):
         return inputs
     def predict(self, inputs):
@@ -62,7 +71,9 @@ def ask(port: int, data: bytes, connection: http.client.HTTPConnection | None = 
     """Seconds of a request."""
     start = time.perf_counter()
     connection = connection or http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("POST", "/predict", data, {"Content-Type": "application/octet-stream"})
+    connection.request(
+        "POST", "/predict", FORM[0] + data + FORM[1], {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
+    )
     answer = connection.getresponse()
     body = answer.read()
     if answer.status != 200:
@@ -83,30 +94,37 @@ def throughput(port: int, images: list[bytes]) -> tuple[float, list[float]]:
     return len(images) / (time.perf_counter() - start), times
 
 
-def start_services(export: str, max_batch: int) -> dict[str, subprocess.Popen[bytes]]:
-    serve = [sys.executable, "-m", "vitrail", "serve", export, "--port", str(PORTS["vitrail"]), "--no-access-log"]
-    started = {"vitrail": subprocess.Popen(serve, stderr=subprocess.DEVNULL)}
-    try:
-        import litserve  # noqa: F401
+def commands(export: str, max_batch: int, folder: str) -> dict[str, list[str]]:
+    """Of each service."""
+    found = {"vitrail": ["-m", "vitrail", "serve", export, "--port", str(PORTS["vitrail"]), "--no-access-log"]}
+    if find_spec("litserve"):
+        script = Path(folder, "served.py")  # a file: LitServe's workers import it
+        script.write_text(LITSERVE)
+        found["litserve"] = [str(script), export, str(PORTS["litserve"]), str(max_batch)]
+    return found
 
-        command = [sys.executable, "-c", LITSERVE, export, str(PORTS["litserve"]), str(max_batch)]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        started["litserve"] = subprocess.Popen(command, start_new_session=True, **quiet)
-    except ImportError:
-        pass
-    return started
+
+def start(command: list[str]) -> subprocess.Popen[bytes]:
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen([sys.executable, *command], start_new_session=True, stdout=quiet, stderr=quiet)
 
 
 def wait_ready(name: str, data: bytes) -> float:
     """Seconds until the first answer."""
-    start = time.perf_counter()
-    while time.perf_counter() - start < 120:
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < 120:
         try:
             ask(PORTS[name], data)
-            return time.perf_counter() - start
+            return time.perf_counter() - begin
         except (OSError, RuntimeError, http.client.HTTPException):
             time.sleep(0.02)
     raise RuntimeError(f"{name} does not answer")
+
+
+def only(services: dict[str, subprocess.Popen[bytes]], name: str | None = None) -> None:
+    """Let this service run and suspend the others, which take time of the CPU also when nobody asks them."""
+    for each, process in services.items():
+        os.killpg(process.pid, signal.SIGCONT if each == name else signal.SIGSTOP)
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -125,26 +143,35 @@ def main() -> None:
     read = [Path(path).read_bytes() for path in arguments.images]
     images = [read[index % len(read)] for index in range(arguments.requests)]
     engine = load(arguments.export).engine()
-    services = start_services(arguments.export, arguments.max_batch)
+    folder = tempfile.TemporaryDirectory()
+    services: dict[str, subprocess.Popen[bytes]] = {}
     result: dict[str, Any] = {}
     try:
-        ready = {name: wait_ready(name, images[0]) for name in services}
+        ready = {}
+        for name, command in commands(arguments.export, arguments.max_batch, folder.name).items():
+            services[name] = start(command)
+            ready[name] = wait_ready(name, images[0])
+            only(services)
         rows: dict[str, dict[str, list[float]]] = {name: {"rate": [], "single": [], "many": []} for name in services}
         direct: list[float] = []
         offline: list[float] = []
         for _ in range(arguments.rounds):
             connections = {name: http.client.HTTPConnection("127.0.0.1", PORTS[name], timeout=60) for name in services}
             for data in images[:50]:
-                start = time.perf_counter()
+                only(services)
+                begin = time.perf_counter()
                 list(engine.stream([data], 1))
-                direct.append(time.perf_counter() - start)
+                direct.append(time.perf_counter() - begin)
                 for name in services:
+                    only(services, name)
                     rows[name]["single"].append(ask(PORTS[name], data, connections[name]))
-            start = time.perf_counter()
+            only(services)
+            begin = time.perf_counter()
             for _ in engine.stream(images):
                 pass
-            offline.append(len(images) / (time.perf_counter() - start))
+            offline.append(len(images) / (time.perf_counter() - begin))
             for name in services:
+                only(services, name)
                 rate, times = throughput(PORTS[name], images)
                 rows[name]["rate"].append(rate)
                 rows[name]["many"] += times
@@ -156,20 +183,20 @@ def main() -> None:
                     "p99": round(percentile(row["single"], 0.99) - percentile(direct, 0.99), 2),
                 },
                 "images_per_second": round(statistics.median(row["rate"]), 1),
-                "of_offline": round(statistics.median(np.divide(row["rate"], offline)), 3),
+                "of_offline": round(float(np.median(np.divide(row["rate"], offline))), 3),
+                "p50_ms_at_16": percentile(row["many"], 0.5),
                 "p99_ms_at_16": percentile(row["many"], 0.99),
             }
     finally:
-        for name, process in services.items():
-            if name == "litserve":
-                os.killpg(process.pid, signal.SIGTERM)
-            process.terminate()
+        for process in services.values():
+            os.killpg(process.pid, signal.SIGCONT)
+            os.killpg(process.pid, signal.SIGTERM)
     direct_ms = {"p50": percentile(direct, 0.5), "p99": percentile(direct, 0.99)}
     result |= {"direct_ms": direct_ms, "offline_images_per_second": round(statistics.median(offline), 1)}
     for key, value in result.items():
         print(key, value)
-    command = f"python -m benchmarks.serve {Path(arguments.export).name} ... --rounds {arguments.rounds}"
-    write(arguments.name, command=command, requests=len(images), rounds=arguments.rounds, results=result)
+    shown = f"python -m benchmarks.serve {Path(arguments.export).name} ... --rounds {arguments.rounds}"
+    write(arguments.name, command=shown, requests=len(images), rounds=arguments.rounds, results=result)
 
 
 if __name__ == "__main__":
