@@ -120,10 +120,13 @@ class Classifier(BaseClassifier):
         self.preprocess = preprocess
         return self
 
-    def engine(self) -> Engine:
+    def engine(self, *, adapt_threads: bool = False) -> Engine:
         from vitrail.inference.torch_runtime import TorchRuntime
 
-        return Engine(TorchRuntime(self.model, self.preprocess, self.precision, self.architecture))
+        runtime = TorchRuntime(
+            self.model, self.preprocess, self.precision, self.architecture, adapt_threads=adapt_threads
+        )
+        return Engine(runtime)
 
     def save(self, folder: str | Path) -> Path:
         """Write a model folder, atomically; see `vitrail.pretrained.model_folder`."""
@@ -168,7 +171,7 @@ class ExportedClassifier(BaseClassifier):
         self.report = record.check
         self._engine = Engine(runtime)
 
-    def engine(self) -> Engine:
+    def engine(self, *, adapt_threads: bool = False) -> Engine:
         return self._engine
 
 

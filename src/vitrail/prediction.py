@@ -84,8 +84,12 @@ class BaseClassifier:
         height, width = self.preprocess.size
         return f"{type(self).__name__}({self.architecture}, {len(self.class_names)} classes, {height}x{width} pixels)"
 
-    def engine(self) -> Engine:
-        """An inference engine with the current model, preprocessing and precision."""
+    def engine(self, *, adapt_threads: bool = False) -> Engine:
+        """An inference engine with the current model, preprocessing and precision.
+
+        adapt_threads: for one long job: torch on the CPU computes with as many threads as are the fastest while other
+        programs use the cores, and a warning says so. An export has the threads that it was opened with.
+        """
         raise NotImplementedError
 
     def predict(
@@ -113,7 +117,7 @@ class BaseClassifier:
             raise ConfigError(f"top must be at least 1, not {top}")
         from vitrail.data.formats.objects import image_inputs  # later: it takes a while
 
-        for batch in self.engine().stream(image_inputs(inputs), batch_size):
+        for batch in self.engine(adapt_threads=True).stream(image_inputs(inputs), batch_size):
             indices = ranking(batch.outputs, top)
             values = softmax(batch.outputs)
             scores = np.take_along_axis(values, indices, axis=1)
@@ -144,7 +148,7 @@ class BaseClassifier:
         """
         from vitrail.data.formats.objects import image_inputs
 
-        engine = self.engine()
+        engine = self.engine(adapt_threads=True)
         rows = [np.empty((0, engine.runtime.num_features), np.float32)]
         for batch in engine.stream(image_inputs(inputs), batch_size, features=True):
             for item, error in zip(batch.items, batch.errors, strict=True):
@@ -178,7 +182,7 @@ class BaseClassifier:
         name = split or dataset.eval_split()
         self._warn_if_changed(dataset, data, name)
         result = evaluate(
-            self.engine().runtime,
+            self.engine(adapt_threads=True).runtime,
             dataset.split(name),
             self.class_names,
             name=name,

@@ -16,6 +16,7 @@ from vitrail.training.build import make_train_loader, make_trainer
 from vitrail.training.config.schema import make_config
 from vitrail.training.config.values import byte_count
 from vitrail.training.resources.forecast import Cost, estimate_cost
+from vitrail.training.resources.threads import ThreadControl
 from vitrail.training.setup import Setup, prepare
 from vitrail.utils.device import cpu_threads, pick_device
 from vitrail.utils.distributed import SINGLE_PROCESS
@@ -38,7 +39,7 @@ def forecast(setup: Setup) -> dict[str, Any]:
     """
     config = setup.config
     device = pick_device(config.machine.device)
-    with torch.random.fork_rng(devices=[]), cpu_threads(config.machine.threads):
+    with torch.random.fork_rng(devices=[]), cpu_threads(None):
         cost, lines = _measure(setup, device)
     epochs = config.schedule.epochs
     epoch = None
@@ -64,6 +65,9 @@ def _measure(setup: Setup, device: torch.device) -> tuple[Cost | None, list[str]
     loader = make_train_loader(setup, device, SINGLE_PROCESS, None)
     setup.model.to(device)
     trainer = make_trainer(setup, loader.steps_per_epoch, device, SINGLE_PROCESS)
+    threads = ThreadControl(setup.config.machine.threads, may_try=device.type == "cpu")
+    threads.choose_for(trainer, setup.preprocess)
+    threads.apply(0)
     return estimate_cost(trainer, loader, setup.dataset.counts(), setup.dataset.eval_split(), _TRIAL_STEPS)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vitrail.errors import ModelError
 from vitrail.images.preprocess import Preprocess
+from vitrail.inference.adaptive_threads import AdaptiveThreads
 from vitrail.inference.runtime import Images, Outputs, default_batch_size
 from vitrail.models.base import ImageModel
 from vitrail.utils.device import uses_bf16
@@ -25,12 +26,19 @@ class TorchRuntime:
     """A torch model in evaluation mode, whatever mode the model itself is in.
 
     precision: "off" for float32, "bf16" for bfloat16 autocast, "auto" for the faster one on this hardware (see
-    `uses_bf16`). Parameters, buffers and hooks are shared with the model; after a change of its modules, such as a new
-    head, a new runtime is needed, which takes about 2 ms for a ViT-B.
+    `uses_bf16`). adapt_threads: in a long job on the CPU, compute with as many threads as are the fastest while other
+    programs use the cores; the last bits of the results depend on it. Parameters, buffers and hooks are shared with the
+    model; after a change of its modules, such as a new head, a new runtime is needed, which takes about 2 ms for a
+    ViT-B.
     """
 
     def __init__(
-        self, model: nn.Module, preprocess: Preprocess, precision: str = "auto", name: str | None = None
+        self,
+        model: nn.Module,
+        preprocess: Preprocess,
+        precision: str = "auto",
+        name: str | None = None,
+        adapt_threads: bool = False,
     ) -> None:
         self.model = eval_view(model)
         self.preprocess = preprocess
@@ -44,6 +52,7 @@ class TorchRuntime:
         self.num_classes = int(getattr(model, "num_classes", 0))
         self.num_features = int(getattr(model, "num_features", 0))
         self.default_batch_size = default_batch_size(preprocess, self.device.type)
+        self._threads = AdaptiveThreads() if adapt_threads and self.device.type == "cpu" else None
 
     def logits(self, images: Images) -> Outputs:
         return self._run(self.model, images)
@@ -56,6 +65,11 @@ class TorchRuntime:
         return model_fingerprint(self.model, self.name, preprocess, "bf16" if self.bf16 else "float32")
 
     def _run(self, forward: Callable[[Tensor], Any], images: Images) -> Outputs:
+        if self._threads is not None:
+            return self._threads.run(partial(self._compute, forward), images)
+        return self._compute(forward, images)
+
+    def _compute(self, forward: Callable[[Tensor], Any], images: Images) -> Outputs:
         with torch.inference_mode(), autocast(self.device, self.bf16):
             outputs: Outputs = forward(self._normalize(images)).float().cpu().numpy()
         return outputs

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from vitrail.training.engine.state import TrainState
 from vitrail.training.monitoring.plan import data_lines
 from vitrail.training.monitoring.progress import Reporter
 from vitrail.training.monitoring.summary import run_summary
+from vitrail.training.resources.threads import ThreadControl
 from vitrail.training.setup import Setup
 from vitrail.utils.device import describe_precision, precision, uses_bf16
 from vitrail.utils.eval_view import eval_view
@@ -35,6 +37,7 @@ from vitrail.weights.heads import HEADS
 GRID = tuple(10.0**-power for power in range(7))  # l2 penalties from which validation chooses, strong to weak
 _DEFAULT_L2 = 1e-3  # where there are no validation images
 _PATIENCE = 2  # penalties in a row that do not improve validation, after which the search ends
+_TRIAL_SHARE = 50  # a fiftieth of the images are in a trial of the number of threads, at most
 _CHUNK = 8192  # images whose logits are computed at once
 
 
@@ -53,6 +56,18 @@ def check_probe_keys(given: Mapping[str, Any]) -> None:
     for key in given:
         if key not in keys_for(Use.PROBE):
             raise ConfigError(f"{key} has no effect on a probe, which trains a linear head alone: leave it out")
+
+
+def choose_probe_threads(setup: Setup, threads: ThreadControl, device: torch.device) -> str:
+    """Choose torch's number of threads by trial, if that is left open; the config's `threads`."""
+    machine, dataset = setup.config.machine, setup.dataset
+    runtime = TorchRuntime(setup.model.to(device), setup.preprocess, machine.amp)
+    total = sum(dataset.counts().values())
+    images = min(machine.eval_batch_size or runtime.default_batch_size, total // _TRIAL_SHARE)
+    blank = np.zeros((images, *setup.preprocess.size, setup.preprocess.channels), np.uint8)
+    if line := threads.choose(images, lambda: runtime.logits(blank)):
+        setup.reasons.append(line)
+    return str(threads.plan)
 
 
 def run_probe(
@@ -283,7 +298,7 @@ def _plan_lines(setup: Setup, folder: RunFolder, device: torch.device) -> list[s
     start = config.model.weights or published or ("the given model's" if setup.external else None)
     random = "random weights, so the features are random too: use --weights or --pretrained"
     return [
-        *(reason for reason in setup.reasons if reason.startswith("model")),
+        *(reason for reason in setup.reasons if reason.startswith(("model", "threads"))),
         *data_lines(dataset),
         f"model   {config.model.model}, frozen, input {height}x{width}; {start or random}",
         f"device  {device}, {describe_precision(device, uses_bf16(setup.model, device, config.machine.amp))}",

@@ -1,6 +1,7 @@
 """`train`: from a folder of images to a classifier and a run folder."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,9 +32,10 @@ from vitrail.training.monitoring.report_data import report_details
 from vitrail.training.monitoring.summary import result_lines, training_summary
 from vitrail.training.monitoring.trackers import check_trackers
 from vitrail.training.objectives.teacher import Source, config_name
-from vitrail.training.probe import check_probe_keys, run_probe
+from vitrail.training.probe import check_probe_keys, choose_probe_threads, run_probe
 from vitrail.training.resources.batch_size import fit_batch_size, memory_advice
 from vitrail.training.resources.forecast import estimate_cost
+from vitrail.training.resources.threads import ThreadControl
 from vitrail.training.session import Session
 from vitrail.training.setup import Setup, prepare, split_settings
 from vitrail.utils.device import compiling, cpu_threads, pick_device, uses_bf16
@@ -199,9 +201,10 @@ def _run(
     setup.config, setup.given = config.updated(pinned), {**setup.given, **pinned}
     if several and (config.model.probe or setup.auto_batch or show_batch):
         raise DistributedError("a probe, batch_size=auto and --show-batch need a single process: leave out torchrun")
-    with cpu_threads(config.machine.threads):
-        session = None if config.model.probe else _make_session(setup, reporter, device, distributed)
-        setup = session.setup if session else setup
+    threads = ThreadControl(config.machine.threads, may_try=device.type == "cpu" and not several and show_batch is None)
+    with cpu_threads(threads.plan.at(0)):
+        session = None if config.model.probe else _make_session(setup, reporter, device, distributed, threads)
+        setup = session.setup if session else _with_probe_threads(setup, threads, device)
         if show_batch is not None:
             if session is None:
                 raise ConfigError("a probe has no training batches: leave out --show-batch")
@@ -222,6 +225,12 @@ def _run(
             return _train(session, folder, reporter, resumed)
 
 
+def _with_probe_threads(setup: Setup, threads: ThreadControl, device: torch.device) -> Setup:
+    """The setup of a probe, with the fastest number of threads."""
+    used = {"threads": choose_probe_threads(setup, threads, device)}
+    return replace(setup, config=setup.config.updated(used), given={**setup.given, **used})
+
+
 def _folder(
     out: str | Path | None, resume: str | Path | None, setup: Setup, distributed: DistributedContext
 ) -> RunFolder:
@@ -238,14 +247,23 @@ def _folder(
     return folder
 
 
-def _make_session(setup: Setup, reporter: Reporter, device: torch.device, distributed: DistributedContext) -> Session:
-    """A session; with batch_size=auto, with the largest batch size for the device."""
-    session = Session(setup, reporter, device, distributed)
+def _make_session(
+    setup: Setup, reporter: Reporter, device: torch.device, distributed: DistributedContext, threads: ThreadControl
+) -> Session:
+    """A session, with the fastest number of threads and, with batch_size=auto, the largest batch for the device."""
+    session = Session(setup, reporter, device, distributed, threads)
+
+    def choose() -> None:
+        with compiling():
+            if line := session.choose_threads():
+                session.setup.reasons.append(line)
+
+    _run_to_end(choose, reporter, lambda: memory_advice(session.trainer, setup.preprocess))
     if not setup.auto_batch:
         return session
     with compiling():
         size, reason = fit_batch_size(session.trainer, setup.preprocess, len(session.loader.split))
-    return Session(setup.with_batch_size(size, reason), reporter, device)
+    return Session(session.setup.with_batch_size(size, reason), reporter, device, threads=threads)
 
 
 def _train(session: Session, folder: RunFolder, reporter: Reporter, resumed: bool) -> Classifier:

@@ -7,7 +7,7 @@ the files.
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from vitrail.data.contents import fingerprint
+from vitrail.data.loader import Batch
 from vitrail.errors import DivergedError, RunError
 from vitrail.evaluation.evaluate import Interrupted, NotFinite, evaluate
 from vitrail.evaluation.metrics import Evaluation
@@ -26,6 +27,8 @@ from vitrail.training.checkpoints.best import BestWeights
 from vitrail.training.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from vitrail.training.checkpoints.policy import CheckpointPolicy
 from vitrail.training.checkpoints.run_folder import RunFolder
+from vitrail.training.config.schema import KEYS
+from vitrail.training.config.stamp import to_run_toml
 from vitrail.training.engine.interrupt import Interrupt, Stopped
 from vitrail.training.engine.non_finite import MAX_CONSECUTIVE_BAD_STEPS, MAX_ROLLBACKS, ROLLBACK_LR_SCALE
 from vitrail.training.engine.parallel import check_distributed_config
@@ -36,6 +39,7 @@ from vitrail.training.monitoring.plan import epoch_line
 from vitrail.training.monitoring.progress import Reporter
 from vitrail.training.monitoring.trackers import Trackers
 from vitrail.training.resources.image_cache import cached_readers
+from vitrail.training.resources.threads import ThreadControl
 from vitrail.training.setup import Setup
 from vitrail.utils.distributed import SINGLE_PROCESS, DistributedContext
 
@@ -50,7 +54,12 @@ class Session:
     trackers: Trackers
 
     def __init__(
-        self, setup: Setup, reporter: Reporter, device: torch.device, distributed: DistributedContext = SINGLE_PROCESS
+        self,
+        setup: Setup,
+        reporter: Reporter,
+        device: torch.device,
+        distributed: DistributedContext = SINGLE_PROCESS,
+        threads: ThreadControl | None = None,
     ) -> None:
         config, dataset = setup.config, setup.dataset
         self.distributed = distributed
@@ -67,6 +76,7 @@ class Session:
         converted = distributed.world_size > 1 and (config.machine.shard or device.type == "cuda")
         self.model = copy.deepcopy(setup.model) if converted else setup.model
         self.trainer = make_trainer(setup, self.loader.steps_per_epoch, device, distributed)
+        self.threads = threads or ThreadControl()
         self.images = fingerprint(dataset)
         self.teacher = self.trainer.task.teacher_fingerprint
         self.best = BestWeights()
@@ -89,6 +99,24 @@ class Session:
         self.trackers = Trackers(track, folder, self.config.flat, self.reporter.log)
         return self._restore(load_checkpoint(folder.checkpoint) if self.distributed.is_main else None)
 
+    def choose_threads(self) -> str | None:
+        """Choose torch's number of threads, if that is left open. A line if it is not torch's default."""
+        line = self.threads.choose_for(self.trainer, self.setup.preprocess)
+        self._note_threads()
+        return line
+
+    def _look_for_threads(self, batch: Batch) -> None:
+        """Choose the number of threads for the next steps, and write it to the config before they are made."""
+        if line := self.threads.look(self.trainer, batch):
+            self.reporter.log(line)
+            self._note_threads()
+            self.folder.write_config(to_run_toml(self.config, KEYS))
+
+    def _note_threads(self) -> None:
+        used = {"threads": str(self.threads.plan)}
+        self.config = self.config.updated(used)
+        self.setup = replace(self.setup, config=self.config, given={**self.setup.given, **used})
+
     def run(self) -> None:
         """Train to the end of the schedule.
 
@@ -99,6 +127,7 @@ class Session:
         state, schedule = self.trainer.state, self.trainer.schedule
         self.folder.write_metrics(self.history)
         self.trainer.task.start_training()
+        self.threads.apply(state.steps)
         if not state.steps and not state.rollbacks:
             self._initial = self._initial_checkpoint()
         self._started = time.perf_counter() - state.seconds
@@ -125,9 +154,14 @@ class Session:
             if batch is None:
                 break
             trainer.step(batch)
+            self.threads.apply(state.steps)
             now = time.perf_counter()
-            state.step_seconds += now - start
-            state.wait_seconds += self.loader.wait_seconds - waited
+            step, wait = now - start, self.loader.wait_seconds - waited
+            state.step_seconds += step
+            state.wait_seconds += wait
+            if self.threads.due(step - wait):
+                self._look_for_threads(batch)
+                now = time.perf_counter()
             start, waited = now, self.loader.wait_seconds
             self.reporter.step(trainer)
             self._sync.update(state, now - self._started, interrupt.number)

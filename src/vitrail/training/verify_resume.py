@@ -20,6 +20,7 @@ from vitrail.errors import ConfigError, DistributedError, RunError
 from vitrail.training.config.recipes import find_recipe
 from vitrail.training.config.schema import KEYS, read_config
 from vitrail.training.config.stamp import to_run_toml
+from vitrail.training.config.threads import ThreadPlan
 from vitrail.training.engine.state import TrainState
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.monitoring.progress import Reporter
@@ -96,7 +97,9 @@ def verify_resume(
         save_at, kill_at = kill_plan(state.steps, _steps_per_epoch(state) or state.steps + 1)
         log(f"{state.steps} steps without interruption; now again, killed after step {kill_at}")
         resumed.mkdir()
-        config = read_config(uninterrupted / "config.toml").updated({"checkpoint_every": save_at})
+        config = read_config(uninterrupted / "config.toml")
+        threads = str(ThreadPlan.parse(config.machine.threads).fixed)  # as in the first run, whatever the load is now
+        config = config.updated({"checkpoint_every": save_at, "threads": threads})
         (resumed / "config.toml").write_text(to_run_toml(config, KEYS), encoding="utf-8")
         again = {**objects, "resume": resumed}
         _run(Job(data, again, AtCall(_AFTER_STEP, partial(_at_step, kill_at))), killed=True)

@@ -73,15 +73,14 @@ def seed_torch(seed: int, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def cpu_threads(number: int | None) -> Iterator[None]:
-    """Set torch's number of CPU threads within the context; None leaves it unchanged."""
+    """Set torch's number of CPU threads within the context, None for the present one; afterwards it is as before."""
     before = torch.get_num_threads()
     if number is not None:
         torch.set_num_threads(number)
     try:
         yield
     finally:
-        if number is not None:
-            torch.set_num_threads(before)
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

@@ -39,7 +39,9 @@ def embed(
 
     classifier = open_model(model, device, img_size, precision)
     try:
-        result = embed_to_file(classifier.engine(), image_inputs(paths), out, batch_size=batch_size, progress=_progress)
+        result = embed_to_file(
+            classifier.engine(adapt_threads=True), image_inputs(paths), out, batch_size=batch_size, progress=_progress
+        )
     except KeyboardInterrupt:
         stderr().print("stopped; run the same command again to continue")
         raise

@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 
 from vitrail.data.augment.settings import Augment
 from vitrail.errors import ConfigError, did_you_mean
-from vitrail.training.config.values import BatchSize, CacheSize, TrackerNames
+from vitrail.training.config.values import BatchSize, CacheSize, Threads, TrackerNames
 from vitrail.utils.settings import (
     MAX_SEED,
     Amount,
@@ -214,8 +214,8 @@ class MachineSettings(Settings):
     workers: Annotated[int | None, Optional, Use.RESUME, Use.PROBE] = Field(
         None, ge=0, le=1024, description="threads that read images; none: by cores and data"
     )
-    threads: Annotated[Count | None, Optional, Use.PROBE] = Field(
-        None, le=1024, description="torch's threads on the CPU, on which the last bits depend; none: torch's default"
+    threads: Annotated[str, Threads, Use.PROBE] = Field(
+        "auto", description="torch's threads on the CPU: a number, or the fastest by trial (auto): docs/machine.md"
     )
 
 

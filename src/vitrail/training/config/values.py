@@ -5,6 +5,7 @@ import re
 from pydantic import BeforeValidator
 
 from vitrail.errors import did_you_mean
+from vitrail.training.config.threads import ThreadPlan
 from vitrail.utils.settings import none_or
 from vitrail.utils.text import one_line
 
@@ -47,4 +48,11 @@ def _trackers(value: object) -> object:
     return ",".join(dict.fromkeys(names)) or "none"
 
 
-CacheSize, BatchSize, TrackerNames = (BeforeValidator(check) for check in (_cache, _batch_size, _trackers))
+def _threads(value: object) -> object:
+    """A number, or text that `ThreadPlan` reads, as text."""
+    return value if isinstance(value, bool) else str(ThreadPlan.parse("none" if value is None else str(value)))
+
+
+CacheSize, BatchSize, TrackerNames, Threads = (
+    BeforeValidator(check) for check in (_cache, _batch_size, _trackers, _threads)
+)

@@ -136,6 +136,17 @@ class Trainer:
         state.epoch_images += images
         self.guard.flush_if_due()
 
+    def rehearse(self, batch: Batch) -> None:
+        """The forward and backward pass of a step, to be timed. The next step gives the same as without it."""
+        buffers = list(self.model.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        self.optimizer.zero_grad(set_to_none=True)
+        self._accumulate_gradients(self.view(batch, self.state.epoch))
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+
     def _optimizer_step(self, finite: Tensor, before: list[Tensor]) -> None:
         """Update weights, batch norm statistics and average if the gradient is finite; else restore the statistics."""
         if not self.guard.synchronous:
