@@ -4,6 +4,7 @@ import json
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,7 +12,7 @@ from PIL import Image
 import vitrail
 from data.make_folder import make_folder
 from vitrail.classifier import Classifier
-from vitrail.data.catalog import open_dataset
+from vitrail.data.dataset import Sizes
 from vitrail.errors import ModelError
 from vitrail.images.preprocess import Preprocess
 from vitrail.pretrained.create import create_model
@@ -81,16 +82,24 @@ def test_fit_is_a_choice(fit: str, mode: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*copies of images in two splits")  # the images are made by a few loops
-def test_long_images_are_advised_upon(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("wide", "advice"), [(3, ""), (4, "the center crop cuts off 40% or more of 10% of the images")]
+)
+def test_fit_is_advised_where_many_images_lose_much(wide: int, advice: str, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        for number in range(5):
-            Image.new("RGB", (300, 60), (number * 40, 9, 9)).save(tmp_path / name / f"{number}.png")
-    advice = [line for line in prepare(tmp_path, make_config({})).reasons if line.startswith("advice")]
-    assert len(advice) == 1
-    assert "80%" in advice[0]
-    assert "--fit pad" in advice[0]
-    assert open_dataset(tmp_path).sizes.aspect == (5.0, 5.0, 5.0)
+        for number in range(20):  # of the 40, so many have a shape of which a square loses 80 %
+            size = (300, 60) if name == "a" and number < wide else (100, 90)
+            Image.new("RGB", size, (number * 10, 9, 9)).save(tmp_path / name / f"{number}.png")
+    lines = [line for line in prepare(tmp_path, make_config({})).reasons if line.startswith("advice")]
+    assert lines == ([f"advice: {advice}; --fit pad or --fit squash keeps all of them"] if advice else [])
+
+
+def test_the_share_of_images_that_lose_much() -> None:
+    sizes = Sizes.of(np.array([[100, 100], [100, 160], [100, 170], [200, 100]]))
+    assert sizes.losing(1.0, 0.4) == 0.5
+    assert sizes.losing(1.7, 0.4) == 0.5  # the square loses 41 %, the tall one 71 %
+    assert sizes.losing(1.0, 0.0) == 1.0
 
 
 @pytest.mark.filterwarnings("ignore:.*copies of images in two splits")  # the images are made by a few loops

@@ -207,6 +207,12 @@ class Sizes:
     smallest: tuple[int, int]
     largest: tuple[int, int]
     aspect: tuple[float, float, float]
+    aspects: tuple[tuple[float, int], ...] = ()  # (width / height to three digits, images), ascending
+
+    def losing(self, aspect: float, share: float) -> float:
+        """The share of the images, 0 to 1, of which a center crop of this aspect cuts off at least `share`."""
+        lost = [count for own, count in self.aspects if 1 - min(own / aspect, aspect / own) >= share]
+        return sum(lost) / self.count
 
     @classmethod
     def of(cls, sizes: npt.NDArray[np.int64]) -> Sizes:
@@ -214,13 +220,16 @@ class Sizes:
         area = sizes.prod(axis=1)
         smallest, largest = sizes[area.argmin()], sizes[area.argmax()]
         median = np.median(sizes, axis=0)
-        aspect = np.percentile(sizes[:, 1] / sizes[:, 0], [5, 50, 95])
+        ratios = sizes[:, 1] / sizes[:, 0]
+        aspect = np.percentile(ratios, [5, 50, 95])
+        values, counts = np.unique([float(f"{ratio:.3g}") for ratio in ratios], return_counts=True)
         return cls(
             count=len(sizes),
             median=(round(float(median[0])), round(float(median[1]))),
             smallest=(int(smallest[0]), int(smallest[1])),
             largest=(int(largest[0]), int(largest[1])),
             aspect=(float(aspect[0]), float(aspect[1]), float(aspect[2])),
+            aspects=tuple(zip(values.tolist(), counts.tolist(), strict=True)),
         )
 
     @property

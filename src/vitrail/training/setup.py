@@ -33,7 +33,7 @@ from vitrail.utils.text import one_line, printable
 _FULL_CROP = 64  # largest input side, pixels, that is evaluated without a center crop
 _CROP_PCT = 0.95
 _CROP_MODES = {"crop": "center", "pad": "border", "squash": "squash"}
-_LARGE_LOSS = 0.4  # share of an image
+_LARGE_LOSS, _MANY_IMAGES = 0.4, 0.1  # shares of an image, and of the images
 # Settings with which it is not left open whether training starts from published weights.
 _DECIDES_WEIGHTS = {"model", "pretrained", "weights", "img_size", "in_chans", "teacher"}
 _FOUND_WEIGHTS = "weights are used because they are on this machine; pretrained=false trains from scratch"
@@ -144,16 +144,14 @@ def dataset_stats(dataset: Dataset, pretrained: bool | None = None) -> DatasetSt
 
 
 def advise_fit(dataset: Dataset, preprocess: Preprocess, config: TrainConfig) -> list[str]:
-    """A line if the default center crop cuts off a large part of some images."""
+    """A line if the default center crop cuts off a large part of many images."""
     height, width = preprocess.size
-    narrow, _, wide = (aspect * height / width for aspect in dataset.sizes.aspect)
-    lost = 1 - min(narrow, 1 / wide, 1.0)
-    if config.model.fit != "auto" or preprocess.crop_mode != "center" or lost < _LARGE_LOSS:
+    share = dataset.sizes.losing(width / height, _LARGE_LOSS)
+    if config.model.fit != "auto" or preprocess.crop_mode != "center" or share < _MANY_IMAGES:
         return []
-    long = "wide" if wide > 1 / narrow else "tall"
     return [
-        f"advice: some images are very {long}: the center crop cuts off up to {lost:.0%} of them; "
-        "use --fit pad or --fit squash to keep all of it"
+        f"advice: the center crop cuts off {_LARGE_LOSS:.0%} or more of {share:.0%} of the images; "
+        "--fit pad or --fit squash keeps all of them"
     ]
 
 
