@@ -23,7 +23,7 @@ from vitrail.evaluation.metrics import Evaluation
 from vitrail.inference.engine import SplitReader
 from vitrail.inference.torch_runtime import TorchRuntime
 from vitrail.training.build import make_train_loader, make_trainer
-from vitrail.training.checkpoints.best import BestWeights
+from vitrail.training.checkpoints.best import BestWeights, validation_score
 from vitrail.training.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from vitrail.training.checkpoints.policy import CheckpointPolicy
 from vitrail.training.checkpoints.run_folder import RunFolder
@@ -218,7 +218,7 @@ class Session:
             self.reporter.log(f"epoch {self.trainer.state.epoch + 1} is not kept: {error}")
             return {}
         self.skipped |= {item["path"]: item["reason"] for item in result.skipped}
-        score = result.top1 if self.config.regularize.balance == "none" else result.balanced_top1
+        score = validation_score(result, self.config.regularize.balance)
         if self.best.is_beaten_by(score, result.loss):
             weights = _cpu_copy(model_state(self.trainer.eval_model, self.distributed))
             self.best = BestWeights(self.trainer.state.epoch + 1, result.top1, result.loss, score, weights)

@@ -6,18 +6,35 @@ from typing import Any
 
 from torch import Tensor
 
+from vitrail.evaluation.metrics import Evaluation
+
+_FEW = 100  # images, of which an accuracy tells too little: one of 90 % has a standard error of 3 points or more
+
+
+def selects_by_loss(images: int, balance: str) -> bool:
+    """Whether the best epoch is the one of the lowest loss, on so many validation images."""
+    return balance == "none" and images < _FEW
+
+
+def validation_score(result: Evaluation, balance: str) -> float:
+    """The higher, the better: the top-1 accuracy, or the balanced one if the run balances classes; of few images, the
+    negative loss."""
+    if balance != "none":
+        return result.balanced_top1
+    return -result.loss if selects_by_loss(result.images, balance) else result.top1
+
 
 @dataclass
 class BestWeights:
     """The weights with the highest validation score; of equal scores, the lowest loss.
 
-    score: the top-1 accuracy, or the balanced one if the run balances classes. weights: on rank 0 only.
+    score: see `validation_score`. weights: on rank 0 only.
     """
 
     epoch: int = 0  # from 1; 0: none yet
     top1: float = -1.0
     loss: float = float("inf")
-    score: float = -1.0
+    score: float = float("-inf")
     weights: dict[str, Tensor] = field(default_factory=dict)
 
     def is_beaten_by(self, score: float, loss: float) -> bool:

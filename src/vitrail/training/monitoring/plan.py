@@ -9,6 +9,7 @@ import torch
 from vitrail.data.dataset import Dataset
 from vitrail.data.sampling import Imbalance, class_weights
 from vitrail.evaluation.metrics import IMBALANCE_RATIO
+from vitrail.training.checkpoints.best import selects_by_loss
 from vitrail.training.config.schema import TrainConfig
 from vitrail.training.engine.optimizer import describe_groups
 from vitrail.training.engine.trainer import Trainer
@@ -37,12 +38,21 @@ def plan_lines(setup: Setup, trainer: Trainer, steps_per_epoch: int, out: str) -
         f"model   {config.model.model}, {parameters:,} parameters, input {height}x{width}, {weights}",
         f"train   {' or '.join(length)}, batch size {config.schedule.batch_size}, seed {config.seed}, "
         f"recipe {config.recipe}",
+        *_selection(dataset, config),
         f"augment {', '.join(config.augment.active) or 'none'}",
         *trainer.task.lines,
         f"device  {trainer.device}{threads}, {describe_precision(trainer.device, trainer.bf16)}{_processes(trainer)}",
         *[f"group   {line}" for line in describe_groups(trainer.groups)],
         f"output  {out}",
     ]
+
+
+def _selection(dataset: Dataset, config: TrainConfig) -> list[str]:
+    """How the best epoch is selected, where it is not by accuracy."""
+    images = len(dataset.split("val")) if "val" in dataset.splits else 0
+    if not images or not selects_by_loss(images, config.regularize.balance):
+        return []
+    return [f"select  the epoch of the lowest validation loss: {images} images are too few to compare accuracies"]
 
 
 def balance_lines(dataset: Dataset, balance: str) -> list[str]:
