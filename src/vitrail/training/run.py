@@ -9,20 +9,19 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vitrail._version import __version__
 from vitrail.classifier import Classifier
 from vitrail.data.catalog import check_outside
 from vitrail.data.contents import digest, names_digest
 from vitrail.data.dataset import Data
-from vitrail.errors import ConfigError, DeviceError, DistributedError, RunError
+from vitrail.errors import ConfigError, DeviceError, DistributedError
 from vitrail.evaluation.metrics import Evaluation
 from vitrail.models.base import ImageModel
 from vitrail.training.checkpoints.checkpoint import unshared
 from vitrail.training.checkpoints.provenance import python_call, session_record
-from vitrail.training.checkpoints.run_folder import RUNS, RunFolder, check_empty, create_run_folder, unfinished_run
+from vitrail.training.checkpoints.run_folder import RUNS, RunFolder, check_empty, create_run_folder, run_to_resume
 from vitrail.training.config.recipes import check_optimizer, find_recipe
 from vitrail.training.config.schema import KEYS, TrainConfig, Use, keys_for, make_config
-from vitrail.training.config.stamp import read_run_toml, to_run_toml
+from vitrail.training.config.stamp import to_run_toml
 from vitrail.training.engine.interrupt import Stopped
 from vitrail.training.monitoring.batch_preview import draw_first_batch
 from vitrail.training.monitoring.plan import plan_lines
@@ -36,11 +35,12 @@ from vitrail.training.probe import check_probe_keys, choose_probe_threads, run_p
 from vitrail.training.resources.batch_size import fit_batch_size, memory_advice
 from vitrail.training.resources.forecast import estimate_cost
 from vitrail.training.resources.threads import ThreadControl
+from vitrail.training.resume import check_folders
 from vitrail.training.session import Session
 from vitrail.training.setup import Setup, prepare, split_settings
 from vitrail.utils.device import compiling, cpu_threads, pick_device, uses_bf16
 from vitrail.utils.distributed import DistributedContext, distributed_context
-from vitrail.utils.files import atomic_folder, user_path
+from vitrail.utils.files import atomic_folder
 from vitrail.utils.memory import is_out_of_memory
 from vitrail.utils.text import one_line
 
@@ -76,7 +76,7 @@ def train(
         pretrained, weights, teacher, probe, epochs, budget, seed, config: settings, see `TrainConfig`; they override
             the recipe, which overrides what is chosen for the images. teacher: also a Classifier or a module.
         out: the run folder; by default runs/<data>-<model>.
-        resume: the folder of an interrupted run; nothing else is needed.
+        resume: the folder of an interrupted run; nothing else is needed. With more `epochs`, also of a finished one.
         recipe: one of `recipe_names()`, or a TOML file of settings.
         verbose: print how each tensor of the weights was loaded.
         show_batch: train nothing; draw the model's inputs of the first batch to this file.
@@ -95,7 +95,7 @@ def train(
     command = command or python_call({"data": data, **given, "out": out, "resume": resume, "recipe": recipe})
     with distributed_context() as distributed, torch.random.fork_rng(devices=[]):  # restores the caller's random state
         reporter = Reporter(progress and distributed.is_main)
-        resumed = distributed.run_on_main(lambda: _check_folders(out, resume, recipe, show_batch))
+        resumed = distributed.run_on_main(lambda: check_folders(out, resume, recipe, show_batch, epochs))
         with distributed.main_process_first():
             setup = (
                 _new_setup(data, given, recipe, distributed)
@@ -105,31 +105,6 @@ def train(
         if verbose and setup.pretrained:
             reporter.log(setup.pretrained.report.table())
         return _run(setup, reporter, distributed, out=out, resume=resume, show_batch=show_batch, command=command)
-
-
-def _check_folders(
-    out: str | Path | None, resume: str | Path | None, recipe: str | Path | None, show_batch: str | Path | None
-) -> TrainConfig | None:
-    """The config of the run to resume, or None for a new one, after checking that its folder can be used."""
-    if resume is not None:
-        if recipe is not None or (out is not None and Path(out) != Path(resume)):
-            raise ConfigError("--resume continues a run in its folder with its settings: leave out --out and --recipe")
-        return _read_run_config(unfinished_run(resume))
-    if out is not None and show_batch is None:
-        check_empty(RunFolder(user_path(out)))  # before a download, not after
-    return None
-
-
-def _read_run_config(folder: RunFolder) -> TrainConfig:
-    """The config of a run that was written by this version or an earlier one."""
-    try:
-        given = read_run_toml(folder.config).given
-    except ConfigError as error:
-        version = folder.started_with()
-        if version is None or version == __version__:
-            raise RunError(str(error)) from None
-        raise RunError(f"{error}; resume this run with vitrail {version}, which started it") from None
-    return TrainConfig().updated(given)
 
 
 def _parse(given: Mapping[str, Any]) -> tuple[TrainConfig, nn.Module | None, Classifier | nn.Module | None]:
@@ -212,9 +187,10 @@ def _run(
             return _classifier(setup, setup.model)
         folder = _folder(out, resume, setup, distributed)
         with folder.lock():
-            if resume is None:
-                if distributed.is_main:
-                    check_empty(folder)  # again: another run may have used it meanwhile
+            if resume is None and distributed.is_main:
+                check_empty(folder)  # again: another run may have used it meanwhile
+            extended = distributed.run_on_main(folder.reopen)
+            if resume is None or extended:
                 folder.write_config(to_run_toml(setup.config, KEYS if session else keys_for(Use.PROBE)))
             resumed = session is not None and session.enter(folder)
             folder.append(
@@ -222,7 +198,7 @@ def _run(
             )
             if session is None:
                 return _probe(setup, folder, reporter, device)
-            return _train(session, folder, reporter, resumed)
+            return _train(session, folder, reporter, resumed, extended)
 
 
 def _with_probe_threads(setup: Setup, threads: ThreadControl, device: torch.device) -> Setup:
@@ -237,7 +213,7 @@ def _folder(
     """The folder of the resumed run, or a new one; chosen by the main process."""
 
     def choose() -> Path:
-        old = None if resume is None else unfinished_run(resume)
+        old = None if resume is None else run_to_resume(resume, extend=True)
         if old is None:
             check_outside(RUNS if out is None else out, setup.config.data.data)
         return (old or create_run_folder(out, setup.dataset.name, setup.config.model.model)).path
@@ -266,13 +242,16 @@ def _make_session(
     return Session(session.setup.with_batch_size(size, reason), reporter, device, threads=threads)
 
 
-def _train(session: Session, folder: RunFolder, reporter: Reporter, resumed: bool) -> Classifier:
+def _train(session: Session, folder: RunFolder, reporter: Reporter, resumed: bool, extended: bool) -> Classifier:
     setup = session.setup
     for line in plan_lines(setup, session.trainer, session.loader.steps_per_epoch, str(folder.path)):
         reporter.log(line)
     if resumed:
         state = session.trainer.state
         reporter.log(f"resumed at epoch {state.epoch + 1}, step {state.steps}; {session.checked}")
+    if extended:
+        lr, epochs = session.next_lr, setup.config.schedule.epochs
+        reporter.log(f"extended: the learning rate follows the schedule of {epochs:g} epochs, and goes on at {lr:.3g}")
 
     def work() -> tuple[dict[str, Any], Evaluation]:
         if not resumed and session.distributed.world_size == 1:

@@ -117,6 +117,13 @@ class Session:
         self.config = self.config.updated(used)
         self.setup = replace(self.setup, config=self.config, given={**self.setup.given, **used})
 
+    @property
+    def next_lr(self) -> float:
+        """The largest learning rate of the next step."""
+        state = self.trainer.state
+        factor = self.trainer.schedule.factor(state.steps, state.spent) * state.lr_scale
+        return max(float(group["peak_lr"]) for group in self.trainer.groups) * factor
+
     def run(self) -> None:
         """Train to the end of the schedule.
 

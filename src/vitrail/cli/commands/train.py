@@ -106,7 +106,9 @@ def train(
     budget: Annotated[str | None, typer.Option(help="Training time instead of epochs: 90s, 10m, 2h.")] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed, not of the split.  [default: 0]")] = None,
     recipe: _Recipe = None,
-    resume: Annotated[str | None, typer.Option(help="Resume the run in this folder.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="Resume the run in this folder; a finished one with more --epochs.")
+    ] = None,
     data_dir: DataDirOption = None,
     device: DeviceOption = None,
     verbose: _Verbose = False,

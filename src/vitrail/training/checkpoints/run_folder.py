@@ -79,6 +79,14 @@ class RunFolder:
         if self.writes:
             atomic_write_text(path, _json(values, indent) + "\n")
 
+    def reopen(self) -> bool:
+        """Make a finished run an unfinished one: its model and checkpoints stay. Returns whether it was finished."""
+        if not self.summary.exists():
+            return False
+        for path in (self.summary, self.path / SUMS, self.details, self.report):  # the mark of a finished run first
+            path.unlink(missing_ok=True)
+        return True
+
     def write_metrics(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Replace the metrics of all epochs."""
         if self.writes:
@@ -167,8 +175,8 @@ def _create_numbered(name: str) -> RunFolder:
                 return folder
 
 
-def unfinished_run(path: str | Path) -> RunFolder:
-    """The folder of a run that can be resumed.
+def run_to_resume(path: str | Path, extend: bool = False) -> RunFolder:
+    """The folder of a run that can be resumed; with `extend`, also of a finished one.
 
     Raises:
         RunError: there is no run, or it is finished.
@@ -176,8 +184,8 @@ def unfinished_run(path: str | Path) -> RunFolder:
     folder = RunFolder(user_path(path))
     if not folder.config.is_file():
         raise RunError(f"{folder.path} contains no run to resume: it has no {folder.config.name}")
-    if folder.summary.exists():
-        raise RunError(f"the run in {folder.path} is finished: its model is in {folder.model}")
+    if folder.summary.exists() and not extend:
+        raise RunError(f"the run in {folder.path} is finished: its model is in {folder.model}; more --epochs extend it")
     return folder
 
 
