@@ -81,6 +81,6 @@ def test_what_cannot_be_extended(tmp_path: Path) -> None:
     train(tiny.dataset(), out=tmp_path / "probe", model=tiny.VARIANT.name, probe=True, progress=False)
     with pytest.raises(RunError, match="a number of epochs"):
         extended(tmp_path / "probe")
+    run(tmp_path / "budget", **{**KEYS, "epochs": None, "budget": 0.5})
     with pytest.raises(RunError, match="a number of epochs"):
-        run(tmp_path / "budget", **{**KEYS, "epochs": None, "budget": 0.5})
         extended(tmp_path / "budget")

@@ -209,6 +209,41 @@ def test_options_that_a_probe_does_not_heed_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_classes_are_balanced_as_scikit_learn_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every other class thinned out: weights of the images, and the metric that selects the penalty."""
+    import numpy as np
+    from sklearn.utils.class_weight import compute_sample_weight
+
+    data = tiny.dataset()
+    train_split = data.splits["train"]
+    keep = [row for row, label in enumerate(train_split.labels) if label != 1 or row % 5 == 0]
+    data.splits["train"] = train_split.take(np.array(keep))  # type: ignore[attr-defined]
+    labels = data.splits["train"].labels
+    expected = compute_sample_weight("balanced", labels)
+    seen: list[Any] = []
+    original = LogisticRegression.__init__
+
+    def recorded(self: Any, features: Any, labels: Any, classes: int, weights: Any = None) -> None:
+        seen.append(weights)
+        original(self, features, labels, classes, weights)
+
+    monkeypatch.setattr(LogisticRegression, "__init__", recorded)
+    for balance in ("none", "loss", "sample"):
+        run(tmp_path / balance, data, balance=balance)
+    assert seen[0] is None
+    assert seen[1].numpy() == pytest.approx(expected / expected.mean())
+    assert torch.equal(seen[1], seen[2])
+    for balance, metric in (("none", "val_top1"), ("loss", "val_balanced_top1")):
+        lines = [json.loads(line) for line in (tmp_path / balance / "metrics.jsonl").read_text().splitlines()]
+        best = max(lines, key=lambda line: (line[metric], -line["val_loss"]))
+        assert json.loads((tmp_path / balance / "summary.json").read_text())["probe"]["l2"] == best["l2"]
+
+
+@pytest.mark.parametrize(("fit", "mode"), [("pad", "border"), ("squash", "squash")])
+def test_fit_applies_to_a_probe(fit: str, mode: str, tmp_path: Path) -> None:
+    assert run(tmp_path / "run", fit=fit).preprocess.crop_mode == mode
+
+
 def test_one_that_was_stopped_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit, fits = LogisticRegression.fit, []
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitrail.data.sampling import class_weights
 from vitrail.errors import ConfigError, DataError, ModelError
 from vitrail.evaluation.linear_probe import NEIGHBOURS, TEMPERATURE, Linear, LogisticRegression, nearest_neighbours
 from vitrail.evaluation.metrics import Evaluation, Recorder
@@ -25,7 +26,7 @@ from vitrail.training.checkpoints.run_folder import RunFolder
 from vitrail.training.config.schema import Use, keys_for
 from vitrail.training.engine.interrupt import Interrupt, Stopped
 from vitrail.training.engine.state import TrainState
-from vitrail.training.monitoring.plan import data_lines
+from vitrail.training.monitoring.plan import balance_lines, data_lines
 from vitrail.training.monitoring.progress import Reporter
 from vitrail.training.monitoring.summary import run_summary
 from vitrail.training.resources.threads import ThreadControl
@@ -98,7 +99,10 @@ def run_probe(
         train, num_classes = features["train"], setup.dataset.num_classes
         evaluate = partial(_evaluate_head, setup, features, device)
         regression = LogisticRegression(train.values, train.labels, num_classes, _sample_weights(setup, train))
-        head, chosen, history = _choose(evaluate, regression, "val" in features, reporter, folder, check)
+        metric = "top1" if setup.config.regularize.balance == "none" else "balanced_top1"
+        head, chosen, history = _choose(
+            evaluate, regression, metric if "val" in features else "", reporter, folder, check
+        )
     set_linear_head(setup.model, head, (setup.preprocess.channels, *setup.preprocess.size))
     name = setup.dataset.eval_split()
     if name not in features:
@@ -237,19 +241,19 @@ def _evaluate_head(
 def _choose(
     evaluate: Callable[[Linear, str], Evaluation],
     regression: LogisticRegression,
-    with_val: bool,
+    metric: str,
     reporter: Reporter,
     folder: RunFolder,
     check: Callable[[], None],
 ) -> tuple[Linear, dict[str, Any], list[dict[str, Any]]]:
-    """Fit heads from strong to weak l2 and choose the highest validation top-1, then the lowest validation loss.
+    """Fit heads from strong to weak l2 and choose the highest `metric` on validation, then the lowest validation loss.
 
-    Returns the head, its metrics, and those of all heads.
+    metric: a field of Evaluation; "" without validation images. Returns the head, its metrics, and those of all heads.
     """
     history: list[dict[str, Any]] = []
     best: tuple[tuple[float, float], int, Linear] | None = None
     folder.write_metrics(history)
-    for index, l2 in enumerate(GRID if with_val else (_DEFAULT_L2,)):
+    for index, l2 in enumerate(GRID if metric else (_DEFAULT_L2,)):
         check()
         start = time.perf_counter()
         head = regression.fit(l2)
@@ -257,11 +261,11 @@ def _choose(
         record = {"l2": l2, "train_loss": on_train.loss, "train_top1": on_train.top1}
         line = f"l2 {l2:<7g} loss {on_train.loss:.4f}"
         score = (0.0, 0.0)
-        if with_val:
+        if metric:
             on_val = evaluate(head, "val")
-            record |= {f"val_{key}": getattr(on_val, key) for key in ("top1", "top5", "loss", "ece")}
+            record |= {f"val_{key}": getattr(on_val, key) for key in ("top1", "balanced_top1", "top5", "loss", "ece")}
             line += f"  val loss {on_val.loss:.4f}  val top-1 {on_val.top1:.2f} %"
-            score = (on_val.top1, -on_val.loss)
+            score = (getattr(on_val, metric), -on_val.loss)
         record["seconds"] = round(time.perf_counter() - start, 3)
         history.append(record)
         folder.append(folder.metrics, record)
@@ -276,12 +280,16 @@ def _choose(
 
 
 def _sample_weights(setup: Setup, train: Features) -> Tensor | None:
-    """The weights of the readable training images, if the data has weights: their mean is 1."""
-    weights = setup.dataset.split("train").weights
-    if weights is None:
+    """The weights of the readable training images, with a mean of 1: those of the data, times those of their classes if
+    classes are balanced. On features of a frozen model, to sample a class more often is to weight it."""
+    own, balanced = setup.dataset.split("train").weights, setup.config.regularize.balance != "none"
+    if own is None and not balanced:
         return None
-    chosen = torch.from_numpy(weights)[train.indices].to(train.values.device)
-    return chosen / chosen.mean()
+    chosen = torch.ones(len(train.labels), dtype=torch.float64) if own is None else torch.from_numpy(own)[train.indices]
+    if balanced:
+        labels = train.labels.cpu()
+        chosen = chosen * torch.from_numpy(class_weights(labels.numpy(), setup.dataset.num_classes))[labels]
+    return (chosen / chosen.mean()).to(train.values.device)
 
 
 def _knn_top1(features: Mapping[str, Features], name: str, num_classes: int) -> float:
@@ -300,6 +308,7 @@ def _plan_lines(setup: Setup, folder: RunFolder, device: torch.device) -> list[s
     return [
         *(reason for reason in setup.reasons if reason.startswith(("model", "threads"))),
         *data_lines(dataset),
+        *balance_lines(dataset, config.regularize.balance, repeats=False),
         f"model   {config.model.model}, frozen, input {height}x{width}; {start or random}",
         f"device  {device}, {describe_precision(device, uses_bf16(setup.model, device, config.machine.amp))}",
         f"output  {folder.path}",

@@ -146,7 +146,7 @@ class RegularizeSettings(Settings):
     attn_drop: Annotated[Rate | None, Optional, Use.BUILD] = Field(
         None, description="dropout of attention weights; none: the model's own"
     )
-    balance: Annotated[Literal["none", "sample", "loss"], Use.VIEWS] = Field(
+    balance: Annotated[Literal["none", "sample", "loss"], Use.VIEWS, Use.PROBE] = Field(
         "none", description="class balance: draw every class equally often (sample), or use class weights (loss)"
     )
     ema: Rate = Field(

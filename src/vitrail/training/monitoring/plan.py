@@ -55,8 +55,11 @@ def _selection(dataset: Dataset, config: TrainConfig) -> list[str]:
     return [f"select  the epoch of the lowest validation loss: {images} images are too few to compare accuracies"]
 
 
-def balance_lines(dataset: Dataset, balance: str) -> list[str]:
-    """The class imbalance of the training images and how it is balanced; nothing if the classes are balanced."""
+def balance_lines(dataset: Dataset, balance: str, repeats: bool = True) -> list[str]:
+    """The class imbalance of the training images and how it is balanced; nothing if the classes are balanced.
+
+    repeats: whether balance=sample repeats images; else it weights classes, as balance=loss does.
+    """
     labels = dataset.split("train").labels
     found = Imbalance.of(labels)
     if found.ratio <= IMBALANCE_RATIO and balance == "none":
@@ -70,7 +73,7 @@ def balance_lines(dataset: Dataset, balance: str) -> list[str]:
         "sample": f"; classes sampled equally, images repeated up to {found.most_repeats} times per epoch",
         "loss": f"; class weights {weights[largest]:.3g} to {weights[smallest]:.3g} in the loss",
     }
-    return [f"balance {imbalance}{balancing[balance]}"]
+    return [f"balance {imbalance}{balancing[balance if repeats or balance == 'none' else 'loss']}"]
 
 
 def _processes(trainer: Trainer) -> str:
