@@ -119,7 +119,7 @@ def _ours(classifier: Classifier, folder: Path, images: list[Any]) -> dict[str, 
     return {
         f"vitrail {each}": open_runtime(builder.build(each)).logits
         for each in CANDIDATES
-        if unavailable(each, True) is None
+        if unavailable(each, True, classifier.preprocess.interpolation) is None
     }
 
 

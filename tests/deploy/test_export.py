@@ -6,6 +6,7 @@ The files of ONNX are written once; each test alters a copy.
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -332,3 +333,12 @@ def test_merged_tokens(tmp_path: Path) -> None:
     assert result.rows[0]["top1"] >= result.rows[0]["top1_reference"] - 10
     with pytest.raises(ConfigError, match="--data or --check"):
         vitrail.export(digits_vit(), tmp_path / "other", target="onnx", precision="fp32", merge=1.0)
+
+
+def test_openvino_is_refused_with_an_interpolation_that_needs_float64(tmp_path: Path) -> None:
+    found = digits_vit()
+    preprocess = replace(found.preprocess, interpolation="nearest")
+    other = Classifier(found.model, preprocess, found.class_names, architecture=found.architecture)
+    with pytest.raises(DeviceError, match="ties of 'nearest' resizing: use target onnx"):
+        vitrail.export(other, tmp_path / "e", target="openvino", check="digits", **ANY_SPEED)
+    assert not (tmp_path / "e").exists()

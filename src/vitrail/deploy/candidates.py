@@ -61,12 +61,16 @@ _PACKAGES = {
     "pt2": (),
 }
 
+_FLOAT64_INTERPOLATIONS = ("nearest", "box")
 
-def unavailable(candidate: Candidate, calibrated: bool) -> str | None:
-    """Why this machine or these arguments do not allow a candidate; None if they do."""
+
+def unavailable(candidate: Candidate, calibrated: bool, interpolation: str) -> str | None:
+    """Why this machine or these arguments do not allow a candidate; None if they do. interpolation: of resizing."""
     missing = [name for name in _PACKAGES[candidate.target] if find_spec(name) is None]
     if missing:
         return f"{candidate.target} needs {' and '.join(missing)}: {how_to_install(candidate.target)}"
+    if candidate.target == "openvino" and interpolation in _FLOAT64_INTERPOLATIONS:
+        return f"OpenVINO has no float64, which decides ties of {interpolation!r} resizing: use target onnx"
     if candidate.precision == "bf16" and cpu_bf16() is None:
         return "this CPU has no instructions for bfloat16"
     if candidate.precision == "int8" and not calibrated:
@@ -74,7 +78,9 @@ def unavailable(candidate: Candidate, calibrated: bool) -> str | None:
     return None
 
 
-def choose_candidates(target: str, precision: str, calibrated: bool) -> tuple[list[Candidate], dict[str, str]]:
+def choose_candidates(
+    target: str, precision: str, calibrated: bool, interpolation: str
+) -> tuple[list[Candidate], dict[str, str]]:
     """The candidates that are asked for, and those of them that are left out, with the reason.
 
     Raises:
@@ -91,7 +97,7 @@ def choose_candidates(target: str, precision: str, calibrated: bool) -> tuple[li
     if not asked:
         others = ", ".join(each.target for each in CANDIDATES if each.precision == precision)
         raise ConfigError(f"{target} has no {precision} on CPUs: use target {others}")
-    reasons = {each: unavailable(each, calibrated) for each in asked}
+    reasons = {each: unavailable(each, calibrated, interpolation) for each in asked}
     left_out = {str(each): reason for each, reason in reasons.items() if reason}
     if len(left_out) == len(asked):
         kind = ConfigError if any("--data" in reason for reason in left_out.values()) else DeviceError

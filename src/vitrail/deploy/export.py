@@ -95,7 +95,7 @@ def export(
     out = Path(out).expanduser()
     data = check if data is None else data
     _check_arguments(classifier, out, distill is not None and data is None)
-    candidates, left_out = choose_candidates(target, precision, data is not None)
+    candidates, left_out = choose_candidates(target, precision, data is not None, classifier.preprocess.interpolation)
     reference, user = (
         TorchRuntime(classifier.model, classifier.preprocess, precision_, classifier.architecture)
         for precision_ in ("off", classifier.precision)

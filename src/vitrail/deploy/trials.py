@@ -127,7 +127,9 @@ class Trials:
         """The error that says why nothing passed, and what would be the best."""
         asked = [row.candidate for row in self.rows]
         reasons = "; ".join(f"{row}: {row.reason}" for row in self.rows)
-        others = [each for each in CANDIDATES if each not in asked and not unavailable(each, self._calibrated)]
+        interpolation = self.builder.classifier.preprocess.interpolation
+        possible = [each for each in CANDIDATES if not unavailable(each, self._calibrated, interpolation)]
+        others = [each for each in possible if each not in asked]
         if others:
             self.log(f"looking for an alternative: {', '.join(map(str, others))}")
         best = self.run(others) if others else None
