@@ -64,9 +64,9 @@ class DistributedError(VitrailError):
     """A setting that several processes cannot share, or a process that was lost."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return " (did you mean 'a' or 'b'?)" with the closest of `known`, or "" if none is close."""
-    close = get_close_matches(word[:100].lower(), list(known), n=3, cutoff=0.5)
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """Return " (did you mean 'a' or 'b'?)" with the closest of `known`, or "" if none is as similar as `cutoff`."""
+    close = get_close_matches(word[:100].lower(), list(known), n=3, cutoff=cutoff)
     return f" (did you mean {' or '.join(repr(name) for name in close)}?)" if close else ""
 
 

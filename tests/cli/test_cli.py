@@ -157,7 +157,7 @@ def test_debug_shows_where_an_error_comes_from(run: Run) -> None:
         (VitrailError("a line"), 2, "error: a line"),
         (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 2, "error: runs/x: no space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "error: x: permission denied"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "stopped"),
         (ZeroDivisionError("oh"), 1, "error: ZeroDivisionError: oh"),
     ],
 )

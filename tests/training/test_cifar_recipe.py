@@ -77,7 +77,17 @@ def from_train_to_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     """Train by the recipe, evaluate, predict; returns what training said."""
     out, picture = tmp_path / "run", tmp_path / "a.png"
     start = ["--weights", weights(tmp_path, model, size)]
-    small = ["--epochs", 0.3, "--img-size", size, "batch_size=8", "workers=0", "warmup_epochs=0", "device=cpu"]
+    small = [
+        "--epochs",
+        0.3,
+        "--img-size",
+        size,
+        "batch_size=8",
+        "workers=0",
+        "warmup_epochs=0",
+        "device=cpu",
+        "--verbose",
+    ]
     _, said = command(capsys, "train", "--recipe", RECIPE, "--out", out, "--model", model, *start, *small)
     summary = json.loads((out / "summary.json").read_text())
     printed, _ = command(capsys, "evaluate", out, "cifar10", "--json")

@@ -2,7 +2,16 @@
 
 import pytest
 
-from vitrail.utils.text import format_bytes, format_duration, format_shape, join_names, one_line, printable
+from vitrail.utils.text import (
+    counted,
+    format_bytes,
+    format_duration,
+    format_rate,
+    format_shape,
+    join_names,
+    one_line,
+    printable,
+)
 
 
 def test_printable() -> None:
@@ -35,3 +44,14 @@ def test_format_bytes() -> None:
     assert [format_bytes(n) for n in (5, 14_400, 2_500_000, 999_999_999, 3.2e9, 7.25e11, 1.5e12)] == [
         "0.005 kB", "14.4 kB", "2.5 MB", "1000 MB", "3.2 GB", "725 GB", "1.5 TB",
     ]  # fmt: skip
+
+
+def test_counted() -> None:
+    assert [counted(n, "image") for n in (0, 1, 1234)] == ["0 images", "1 image", "1,234 images"]
+    assert [counted(n, "epoch") for n in (0.5, 1.0, 3.0)] == ["0.5 epochs", "1 epoch", "3 epochs"]
+    assert counted(2, "class", "classes") == "2 classes"
+
+
+def test_format_rate() -> None:
+    rates = (5e-3, 2.121e-4, 1e-4, 5e-6, 0.0)
+    assert [format_rate(rate) for rate in rates] == ["0.005", "2.12e-4", "1e-4", "5e-6", "0"]

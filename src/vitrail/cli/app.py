@@ -5,6 +5,8 @@ import shlex
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
+from functools import wraps
 from io import TextIOWrapper
 from typing import Annotated, Any
 
@@ -22,7 +24,7 @@ from vitrail.cli.commands.push import push
 from vitrail.cli.commands.recommend import recommend
 from vitrail.cli.commands.report import report
 from vitrail.cli.commands.serve import serve
-from vitrail.cli.commands.train import train
+from vitrail.cli.commands.train import explain_option, train
 from vitrail.errors import VitrailError
 from vitrail.utils.streams import lossy
 from vitrail.utils.text import plain, printable
@@ -36,9 +38,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(add_help_option=False)(train)  # train has its own --help
+
+
+def _stoppable(command: Callable[..., int | None]) -> Callable[..., int | None]:
+    """The same command, which on Ctrl-C prints the text of its KeyboardInterrupt; typer would end it without a word."""
+
+    @wraps(command)
+    def run(*arguments: Any, **options: Any) -> int | None:
+        try:
+            return command(*arguments, **options)
+        except KeyboardInterrupt as stop:
+            print(plain(str(stop)) or "stopped", file=sys.stderr)
+            return 130
+
+    return run
+
+
+app.command(add_help_option=False)(_stoppable(train))  # train has its own --help
 for _command in (doctor, recommend, evaluate, predict, explain, embed, compare, export, serve, models, push, report):
-    app.command()(_command)
+    app.command()(_stoppable(_command))
 
 
 def _print_version(wanted: bool) -> None:
@@ -115,6 +133,8 @@ def _explain(error: Exception) -> str | None:
         return str(error)
     if hasattr(error, "format_message"):  # typer: a wrong option or argument
         context = getattr(error, "ctx", None)
+        if (option := getattr(error, "option_name", None)) and context and context.command.name == "train":
+            return explain_option(option, [name for each in context.command.params for name in each.opts])
         command = context.command_path if context else "vitrail"
         if not error.format_message():  # no command: typer has printed the help
             return ""

@@ -202,7 +202,9 @@ def _hold_out_missing(splits: dict[str, S], options: SplitOptions, names_of: Cal
         groups = None if groups is None else groups[kept]
         if len(held_out):
             splits[split], splits["train"] = train.take(held_out), train.take(kept)
-            notes.append(f"{split}: {len(held_out)} of {total} images held out, stratified, split seed {options.seed}")
+            notes.append(
+                f"{split}: {len(held_out):,} of {total:,} images held out, stratified, split seed {options.seed}"
+            )
     if copies:
         notes.append(copies)
     if too_few and len(given) == 1 and options.test_fraction:

@@ -13,7 +13,7 @@ from vitrail.images.convert import BadImage
 from vitrail.reports.page import render_page
 from vitrail.reports.thumbnails import SIDE, thumbnail
 from vitrail.utils.files import atomic_write_text
-from vitrail.utils.text import format_bytes, format_duration
+from vitrail.utils.text import counted, format_bytes, format_duration
 
 if TYPE_CHECKING:
     from vitrail.diagnosis.doctor import Diagnosis
@@ -49,9 +49,10 @@ def report_values(diagnosis: Diagnosis) -> dict[str, Any]:
     scan = diagnosis.evidence.scan
     order = sorted(diagnosis.findings, key=lambda finding: SEVERITIES.index(finding.severity))
     counts = {severity: sum(f.severity == severity for f in order) for severity in SEVERITIES}
+    classes = counted(diagnosis.classes, "class", "classes")
     return {
         "data": scan.dataset.name,
-        "lead": f"{diagnosis.images:,} readable images of {diagnosis.classes:,} classes. {diagnosis.test_interval}",
+        "lead": f"{counted(diagnosis.images, 'readable image')} of {classes}. {diagnosis.test_interval}",
         "cards": [
             {"name": "Errors", "value": counts["error"], "unit": "", "note": "accuracies would be wrong"},
             {"name": "Warnings", "value": counts["warning"], "unit": "", "note": "training would suffer"},

@@ -15,3 +15,8 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     half = (z2 * (share * (1 - share) / count + z2 / (4 * count**2))) ** 0.5
     low, high = (100 * (middle + sign * half) / (1 + z2 / count) for sign in (-1, 1))
     return max(low, 0.0), min(high, 100.0)
+
+
+def has_top5(classes: int) -> bool:
+    """Whether top-5 accuracy says anything: of five classes it is always 100 %."""
+    return classes > 5

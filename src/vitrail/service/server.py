@@ -24,6 +24,7 @@ from vitrail.service.connections import limited_protocol
 from vitrail.service.guard import Guard
 from vitrail.service.settings import ServeSettings
 from vitrail.service.workers import run_workers
+from vitrail.utils.text import counted
 
 _HEADER_BYTES = 32 << 10
 _M_ARENA_MAX = -8  # of glibc's malloc.h
@@ -80,7 +81,11 @@ def serve(
         with tempfile.TemporaryDirectory(prefix="vitrail-metrics-") as folder:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, default_workers() // settings.workers)))
-            print(f"{settings.workers} workers on {_url(listening)}; Ctrl-C stops them", file=sys.stderr, flush=True)
+            print(
+                f"{counted(settings.workers, 'worker')} on {_url(listening)}; Ctrl-C stops them",
+                file=sys.stderr,
+                flush=True,
+            )
             run_workers(start, listening, settings.workers, settings.drain_timeout)
 
 

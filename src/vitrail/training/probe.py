@@ -26,7 +26,7 @@ from vitrail.training.checkpoints.run_folder import RunFolder
 from vitrail.training.config.schema import Use, keys_for
 from vitrail.training.engine.interrupt import Interrupt, Stopped
 from vitrail.training.engine.state import TrainState
-from vitrail.training.monitoring.plan import balance_lines, data_lines
+from vitrail.training.monitoring.plan import balance_lines, data_lines, reason_lines
 from vitrail.training.monitoring.progress import Reporter
 from vitrail.training.monitoring.summary import run_summary
 from vitrail.training.resources.threads import ThreadControl
@@ -82,8 +82,7 @@ def run_probe(
         ModelError: the model has no linear head.
     """
     started = time.perf_counter()
-    for line in _plan_lines(setup, folder, device):
-        reporter.log(line)
+    reporter.plan(_plan_lines(setup, folder, device))
     skipped: dict[str, str] = {}
     state = TrainState()  # its times and images are those of all splits
     with Interrupt() as interrupt:
@@ -306,7 +305,7 @@ def _plan_lines(setup: Setup, folder: RunFolder, device: torch.device) -> list[s
     start = config.model.weights or published or ("the given model's" if setup.external else None)
     random = "random weights, so the features are random too: use --weights or --pretrained"
     return [
-        *(reason for reason in setup.reasons if reason.startswith(("model", "threads"))),
+        *reason_lines(reason for reason in setup.reasons if not reason.startswith("recipe")),
         *data_lines(dataset),
         *balance_lines(dataset, config.regularize.balance, repeats=False),
         f"model   {config.model.model}, frozen, input {height}x{width}; {start or random}",

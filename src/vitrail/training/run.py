@@ -15,14 +15,15 @@ from vitrail.data.contents import digest, names_digest
 from vitrail.data.dataset import Data
 from vitrail.errors import ConfigError, DeviceError, DistributedError
 from vitrail.evaluation.metrics import Evaluation
+from vitrail.evaluation.statistics import has_top5
 from vitrail.models.base import ImageModel
 from vitrail.training.checkpoints.checkpoint import unshared
+from vitrail.training.checkpoints.kept import stop_says_what_is_kept
 from vitrail.training.checkpoints.provenance import python_call, session_record
 from vitrail.training.checkpoints.run_folder import RUNS, RunFolder, check_empty, create_run_folder, run_to_resume
 from vitrail.training.config.recipes import check_optimizer, find_recipe
 from vitrail.training.config.schema import KEYS, TrainConfig, Use, keys_for, make_config
 from vitrail.training.config.stamp import to_run_toml
-from vitrail.training.engine.interrupt import Stopped
 from vitrail.training.monitoring.batch_preview import draw_first_batch
 from vitrail.training.monitoring.plan import plan_lines
 from vitrail.training.monitoring.progress import Reporter
@@ -78,7 +79,7 @@ def train(
         out: the run folder; by default runs/<data>-<model>.
         resume: the folder of an interrupted run; nothing else is needed. With more `epochs`, also of a finished one.
         recipe: one of `recipe_names()`, or a TOML file of settings.
-        verbose: print how each tensor of the weights was loaded.
+        verbose: print every parameter group, and how each tensor of the weights was loaded.
         show_batch: train nothing; draw the model's inputs of the first batch to this file.
         command: the command to name in the report; None: this call.
 
@@ -87,24 +88,25 @@ def train(
 
     Raises:
         VitrailError: of the kind of what is wrong.
-        Stopped: by Ctrl-C or SIGTERM, a KeyboardInterrupt: the run is saved, and the message says how to resume.
+        Stopped: by Ctrl-C or SIGTERM, a KeyboardInterrupt: its message says what is kept, and how to resume.
     """
     named: dict[str, Any] = {"model": model, "pretrained": pretrained, "weights": weights, "teacher": teacher}
     named |= {"probe": probe, "epochs": epochs, "budget": budget, "seed": seed}
     given = {key: value for key, value in named.items() if value is not None} | config
     command = command or python_call({"data": data, **given, "out": out, "resume": resume, "recipe": recipe})
     with distributed_context() as distributed, torch.random.fork_rng(devices=[]):  # restores the caller's random state
-        reporter = Reporter(progress and distributed.is_main)
-        resumed = distributed.run_on_main(lambda: check_folders(out, resume, recipe, show_batch, epochs))
-        with distributed.main_process_first():
-            setup = (
-                _new_setup(data, given, recipe, distributed)
-                if resumed is None
-                else _resumed_setup(data, given, resumed)
-            )
-        if verbose and setup.pretrained:
-            reporter.log(setup.pretrained.report.table())
-        return _run(setup, reporter, distributed, out=out, resume=resume, show_batch=show_batch, command=command)
+        reporter = Reporter(progress and distributed.is_main, verbose)
+        with stop_says_what_is_kept(reporter.log):
+            resumed = distributed.run_on_main(lambda: check_folders(out, resume, recipe, show_batch, epochs))
+            with distributed.main_process_first(), reporter.busy("reading images and model"):
+                setup = (
+                    _new_setup(data, given, recipe, distributed)
+                    if resumed is None
+                    else _resumed_setup(data, given, resumed)
+                )
+            if verbose and setup.pretrained:
+                reporter.log(setup.pretrained.report.table())
+            return _run(setup, reporter, distributed, out=out, resume=resume, show_batch=show_batch, command=command)
 
 
 def _parse(given: Mapping[str, Any]) -> tuple[TrainConfig, nn.Module | None, Classifier | nn.Module | None]:
@@ -186,7 +188,7 @@ def _run(
             reporter.log(draw_first_batch(session, show_batch))
             return _classifier(setup, setup.model)
         folder = _folder(out, resume, setup, distributed)
-        with folder.lock():
+        with stop_says_what_is_kept(reporter.log, folder), folder.lock():
             if resume is None and distributed.is_main:
                 check_empty(folder)  # again: another run may have used it meanwhile
             extended = distributed.run_on_main(folder.reopen)
@@ -244,8 +246,8 @@ def _make_session(
 
 def _train(session: Session, folder: RunFolder, reporter: Reporter, resumed: bool, extended: bool) -> Classifier:
     setup = session.setup
-    for line in plan_lines(setup, session.trainer, session.loader.steps_per_epoch, str(folder.path)):
-        reporter.log(line)
+    steps = session.loader.steps_per_epoch
+    reporter.plan(plan_lines(setup, session.trainer, steps, str(folder.path), all_groups=reporter.verbose))
     if resumed:
         state = session.trainer.state
         reporter.log(f"resumed at epoch {state.epoch + 1}, step {state.steps}; {session.checked}")
@@ -258,7 +260,8 @@ def _train(session: Session, folder: RunFolder, reporter: Reporter, resumed: boo
             _log_cost(session, reporter)
         with session.trackers, compiling():
             session.run()
-            result = session.final_evaluation(session.final_model())
+            with reporter.busy("evaluating the best epoch"):
+                result = session.final_evaluation(session.final_model())
             summary = training_summary(session, result)
             session.trackers.finish(summary)
         return summary, result
@@ -272,7 +275,7 @@ def _train(session: Session, folder: RunFolder, reporter: Reporter, resumed: boo
 def _log_cost(session: Session, reporter: Reporter) -> None:
     """Print the estimated cost, and reserve time for the last validation."""
     dataset, trainer = session.setup.dataset, session.trainer
-    with compiling():
+    with compiling(), reporter.busy("trial steps"):
         cost, lines = estimate_cost(trainer, session.loader, dataset.counts(), dataset.eval_split())
     for line in lines:
         reporter.log(line)
@@ -290,9 +293,6 @@ def _run_to_end(work: Callable[[], T], reporter: Reporter, advice: Callable[[], 
     """The result of `work`. Raises DeviceError with an advice if memory is exhausted."""
     try:
         return work()
-    except Stopped as stopped:
-        reporter.log(str(stopped))
-        raise
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
@@ -318,6 +318,7 @@ def _finish(
     groups: the optimizer's parameter groups, for the report.
     """
     loaded = setup.pretrained.loaded if setup.pretrained else None
+    top5 = ["top5"] if has_top5(setup.dataset.num_classes) else []
     notes = {
         "data": setup.dataset.name,
         "split": split_settings(setup.config),
@@ -326,7 +327,7 @@ def _finish(
             "data": digest(setup.config.data.data),
             "images": names_digest(setup.dataset.split("train")),
         },
-        "figures": {key: summary[key] for key in ("split", "images", "top1", "top5", "loss")},
+        "figures": {key: summary[key] for key in ("split", "images", "top1", *top5, "loss")},
         **({"source": loaded.source, "licence": loaded.licence} if loaded else {}),  # the model inherits the licence
     }
     classifier = _classifier(setup, model, report=summary, notes=notes)

@@ -52,6 +52,19 @@ def join_names(names: Iterable[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + more
 
 
+def counted(count: float, one: str, many: str = "") -> str:
+    """ "1 image", "1,234 images", "0.5 epochs"; many: the plural where it is not `one` with an s."""
+    return f"{f'{count:,}' if isinstance(count, int) else f'{count:g}'} {one if count == 1 else many or one + 's'}"
+
+
+def format_rate(value: float) -> str:
+    """A learning rate in three digits: "0.005", "2.12e-4", "5e-6"."""
+    if value >= 1e-3 or not value:
+        return f"{value:.3g}"
+    digits, _, exponent = f"{value:.2e}".partition("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
 def format_shape(shape: Iterable[int]) -> str:
     """ "3x4x5"; "scalar" for a tensor without dimensions."""
     return "x".join(str(size) for size in shape) or "scalar"

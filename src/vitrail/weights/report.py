@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from vitrail.utils.text import format_shape, join_names, printable
+from vitrail.utils.text import counted, format_shape, join_names, printable
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Report:
 
     def __str__(self) -> str:
         """One line."""
-        parts = [f"{len(self.of('loaded'))} tensors loaded"]
+        parts = [f"{counted(len(self.of('loaded')), 'tensor')} loaded"]
         for state in ("resized", "adapted"):
             if entries := self.of(state):
                 parts.append(f"{len(entries)} {state} ({_summary(entries)})")

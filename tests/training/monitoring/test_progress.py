@@ -1,6 +1,7 @@
 """What a run tells while it goes on."""
 
 import io
+import time
 
 import pytest
 from rich.console import Console
@@ -60,3 +61,31 @@ def test_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         reporter.epoch("an epoch", last=True)
     assert "data wait" in screen.getvalue()
     assert "an epoch" in screen.getvalue()
+
+
+def test_something_moves_while_nothing_is_counted() -> None:
+    screen = io.StringIO()
+    reporter = Reporter()
+    reporter.console = Console(file=screen, force_terminal=True, width=80)
+    with reporter.busy("trial steps"):
+        shown = screen.tell()
+        time.sleep(1.2)
+        assert screen.tell() > shown  # drawn again, without a call
+    assert "trial steps" in screen.getvalue()
+
+
+def test_the_bar_moves_within_a_step() -> None:
+    screen = io.StringIO()
+    reporter = Reporter()
+    reporter.console = Console(file=screen, force_terminal=True, width=80)
+    with reporter:
+        time.sleep(0.5)
+        shown = screen.tell()
+        time.sleep(1.0)
+        assert screen.tell() > shown
+
+
+def test_nothing_moves_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with Reporter().busy("trial steps"):
+        pass
+    assert capsys.readouterr() == ("", "")

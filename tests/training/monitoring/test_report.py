@@ -31,7 +31,7 @@ from vitrail.training import run as run_module
 from vitrail.training.checkpoints.run_folder import RunFolder
 from vitrail.training.engine.interrupt import Stopped
 from vitrail.training.engine.trainer import Trainer
-from vitrail.training.monitoring.report import make_report, write_report
+from vitrail.training.monitoring.report import make_report, metric_cards, write_report
 from vitrail.training.monitoring.report_data import confused_pairs, report_details
 from vitrail.training.run import train
 
@@ -58,7 +58,7 @@ def assert_figures(page: Element, folder: Path) -> dict[str, Any]:
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     shown = cards(page)
     assert shown["Top-1 accuracy"] == f"{summary['top1']:.2f}"
-    assert shown["Top-5 accuracy"] == f"{summary['top5']:.2f}"
+    assert "Top-5 accuracy" not in shown  # of three classes
     assert shown["Loss"] == f"{summary['loss']:.4f}"
     assert shown["Calibration error"] == f"{100 * summary['ece']:.2f}"
     assert shown["Images"] == f"{summary['images']:,}"
@@ -446,3 +446,11 @@ def test_the_report_needs_no_torch(tmp_path: Path, like: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert make_report(RunFolder(tmp_path / "run"))
+
+
+def test_top5_is_shown_of_six_classes_and_not_of_five() -> None:
+    summary = {"top1": 50.0, "top5": 90.0, "loss": 1.0, "ece": 0.1, "images": 10, "split": "test", "seconds": 1.0}
+    summary |= {"images_per_second": 1.0, "waiting_for_data": 0.0}
+    for classes, shown in ((5, False), (6, True)):
+        found = metric_cards({**summary, "per_class": [{"label": str(k)} for k in range(classes)]})
+        assert ("Top-5 accuracy" in [card["name"] for card in found]) == shown

@@ -61,9 +61,10 @@ def doctor(
 def _print(diagnosis: "Diagnosis", data: str) -> None:
     from vitrail.cli.common.tables import stdout
     from vitrail.diagnosis.report import cost_facts
+    from vitrail.utils.text import counted
 
     console = stdout()
-    console.print(f"{diagnosis.images:,} images of {diagnosis.classes:,} classes in {data}")
+    console.print(f"{counted(diagnosis.images, 'image')} of {counted(diagnosis.classes, 'class', 'classes')} in {data}")
     console.print(f"{diagnosis.test_interval}\n")
     for finding in diagnosis.findings:
         _print_finding(finding)

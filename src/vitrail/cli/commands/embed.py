@@ -33,9 +33,10 @@ def embed(
 
     Example: `vitrail embed runs/photos holiday/ --out holiday.npy`
     """
-    from vitrail.cli.common.tables import print_skipped, stderr, stdout
+    from vitrail.cli.common.tables import print_skipped, stdout
     from vitrail.data.formats.objects import image_inputs
     from vitrail.inference.feature_file import embed_to_file
+    from vitrail.utils.text import counted
 
     classifier = open_model(model, device, img_size, precision)
     try:
@@ -43,9 +44,8 @@ def embed(
             classifier.engine(adapt_threads=True), image_inputs(paths), out, batch_size=batch_size, progress=_progress
         )
     except KeyboardInterrupt:
-        stderr().print("stopped; run the same command again to continue")
-        raise
-    stdout().print(f"{result.images:,} images, {result.features:,} features each, in {result.path}")
+        raise KeyboardInterrupt("stopped; run the same command again to continue") from None
+    stdout().print(f"{counted(result.images, 'image')}, {result.features:,} features each, in {result.path}")
     print_skipped(result.skipped)
 
 

@@ -57,10 +57,13 @@ def evaluate(
 def _print(result: "Evaluation", data: str) -> None:
     from vitrail.cli.common.tables import percent, print_skipped, stdout
     from vitrail.evaluation.metrics import is_imbalanced
+    from vitrail.evaluation.statistics import has_top5
+    from vitrail.utils.text import counted
 
     console = stdout()
-    console.print(f"{result.images:,} {result.split} images of {data}\n")
-    console.print(f"  top-1  {percent(result.top1, 2):>9}    top-5              {percent(result.top5, 2):>9}")
+    console.print(f"{counted(result.images, f'{result.split} image')} of {data}\n")
+    top5 = f"    top-5              {percent(result.top5, 2):>9}" if has_top5(len(result.class_names)) else ""
+    console.print(f"  top-1  {percent(result.top1, 2):>9}{top5}")
     console.print(f"  loss   {result.loss:>9.4f}    calibration error  {percent(100 * result.ece, 2):>9}")
     if is_imbalanced(result.per_class):
         console.print(f"  balanced top-1 (mean over classes): {percent(result.balanced_top1, 2)}")

@@ -22,7 +22,7 @@ def push(
     """
     from vitrail.pretrained.push import plan_upload
     from vitrail.pretrained.push import push as send
-    from vitrail.utils.text import plain
+    from vitrail.utils.text import counted, plain
 
     plan = plan_upload(model, repo)
     if dry_run:
@@ -30,6 +30,6 @@ def push(
         for name, size in sizes.items():
             print(f"{size:>15,}  {plain(name)}")
         target = f"hf:{repo}@{revision}" if revision else f"hf:{repo}"
-        print(f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files to upload to {target}")
+        print(f"{sum(sizes.values()):>15,}  bytes in {counted(len(sizes), 'file')} to upload to {target}")
         return
     print(plain(send(plan, private=private, revision=revision, message=message, create_pr=create_pr)))

@@ -1,11 +1,13 @@
 """`vitrail train`."""
 
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vitrail.cli.common.options import DATA, DataDirOption, DeviceOption, JsonOption, SizeOption
+from vitrail.cli.common.progress import starting
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,9 +24,7 @@ def _print_help(context: typer.Context, wanted: bool) -> None:
 
     settings = _settings_table({parameter.name for parameter in context.command.params})
     Console().print(
-        Panel(
-            settings, title="Settings (key=value); a recipe sets other defaults", title_align="left", border_style="dim"
-        )
+        Panel(settings, title="Settings: key=value, such as lr=1e-3", title_align="left", border_style="dim")
     )
     raise typer.Exit
 
@@ -37,8 +37,8 @@ def _settings_table(options: set[str | None]) -> "Table":
 
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("setting", style="cyan", no_wrap=True)
-    table.add_column("default", style="dim", no_wrap=True)
-    table.add_column("meaning")
+    table.add_column("default (a recipe\nmay set another)", style="dim", no_wrap=True)
+    table.add_column("meaning", vertical="bottom")
     for name, section in SECTIONS.items():
         fields = {key: field for key, field in section.model_fields.items() if key not in options}
         if fields:
@@ -77,7 +77,7 @@ _Balance = Annotated[
 _Recipe = Annotated[
     str | None, typer.Option(metavar="NAME", help="deit, swin, augreg, plain, small, finetune, ..., or a TOML file.")
 ]
-_Verbose = Annotated[bool, typer.Option("--verbose", help="Print how each tensor of the weights was loaded.")]
+_Verbose = Annotated[bool, typer.Option("--verbose", help="Print all parameter groups and every tensor loaded.")]
 _ShowBatch = Annotated[
     str | None, typer.Option(metavar="PNG", help="Draw the first batch as the model gets it, without training.")
 ]
@@ -130,9 +130,12 @@ def train(
         verdict = verify(data, **given)
         print(verdict)
         return 0 if verdict.same else 1
-    from vitrail.training.engine.interrupt import Stopped
-    from vitrail.training.run import train as run
-
+    try:
+        with starting("loading PyTorch"):
+            from vitrail.training.engine.interrupt import Stopped
+            from vitrail.training.run import train as run
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped before the run began: nothing was written") from None
     try:
         classifier = run(data, **given)
     except Stopped as stopped:  # typer would exit with 130, the status of Ctrl-C, for every signal
@@ -142,6 +145,22 @@ def train(
 
         print_json(classifier.report)
     return 0
+
+
+def explain_option(name: str, options: Iterable[str]) -> str:
+    """What to write instead of an option that train does not have, such as --lr. options: those that it has."""
+    from vitrail.errors import ConfigError, did_you_mean
+    from vitrail.training.config.aliases import CLOSE, key_of
+    from vitrail.training.config.schema import KEYS
+
+    word = name.lstrip("-").replace("-", "_")
+    try:
+        key = key_of(word, KEYS)
+    except ConfigError as error:
+        hint = "" if "not supported" in str(error) else did_you_mean(name, options, CLOSE)
+        return f"there is no option {name}{hint}; see `vitrail train --help`" if hint else str(error)
+    option = f"--{key.replace('_', '-')}"
+    return f"{name} is {option}" if option in options else f"{word} is a setting: write {key}=VALUE, without dashes"
 
 
 def _arguments(context: typer.Context, data: str | None, settings: list[str]) -> tuple[str | None, dict[str, Any]]:

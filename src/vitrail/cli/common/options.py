@@ -55,9 +55,13 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 
 def open_model(source: str, device: str | None, img_size: str | None, precision: str) -> "BaseClassifier":
     """Load MODEL; see `print_loaded`."""
-    from vitrail.classifier import load
+    from vitrail.cli.common.progress import starting
 
-    return print_loaded(load(source, device or "auto", img_size, precision))
+    with starting("loading the model"):
+        from vitrail.classifier import load
+
+        loaded = load(source, device or "auto", img_size, precision)
+    return print_loaded(loaded)
 
 
 def print_loaded(classifier: "AnyClassifier") -> "AnyClassifier":

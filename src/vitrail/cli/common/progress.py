@@ -9,15 +9,30 @@ _LINE_SECONDS = 10.0  # between two lines without a terminal
 
 
 @contextmanager
+def starting(what: str) -> Iterator[None]:
+    """While something is imported or loaded: in a terminal, what it is and the time so far."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn("line"), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(file=sys.stderr), refresh_per_second=4, transient=True) as moving:
+        moving.add_task(what, total=None)
+        yield
+
+
+@contextmanager
 def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """Yields a function to call with the number of items just done. what: their plural, such as "images"."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
     from vitrail.utils.streams import lossy
 
     terminal = sys.stderr.isatty()
-    columns = (BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    columns = (SpinnerColumn("line"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
     start = last = time.perf_counter()
     done = 0
     with Progress(*columns, console=Console(file=lossy(sys.stderr)), transient=True, disable=not terminal) as bar:

@@ -11,6 +11,7 @@ from typing import Any
 from vitrail.models.catalog import VARIANTS
 from vitrail.training.config.recipes import Recipe, named_recipe, rates_for
 from vitrail.training.config.schema import Use, keys_for
+from vitrail.utils.text import counted
 
 
 @dataclass(frozen=True)
@@ -234,11 +235,11 @@ def choose(stats: DatasetStats, given: Mapping[str, Any], recipe: Recipe | None 
         values["epochs"] = epochs
     if epochs not in (None, recipe_epochs):
         values["warmup_epochs"] = min(settings["warmup_epochs"], round(epochs / 10, 3))
-    length = "as many epochs as the budget allows" if epochs is None else f"{epochs:g} epochs"
+    length = "as many epochs as the budget allows" if epochs is None else counted(epochs, "epoch")
     origin = f"{row.recipe}, for {row.task}{f', and {recipe.name}' if recipe else ''}"
     if recipe is not None and complete:
         origin = recipe.name
-    line = f"recipe {origin}: {length} of {stats.images:,} images in batches of {batch}"
+    line = f"recipe {origin}: {length} of {counted(stats.images, 'image')} in batches of {batch}"
     if batch != usual and "lr" not in given:
         line += f", lr {values['lr']:g} ({settings['lr']:g} at {usual}: square-root scaling)"
     reasons.append(line)

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from vitrail.data.augment.settings import Augment
 from vitrail.errors import ConfigError, did_you_mean
+from vitrail.training.config.aliases import by_key, key_of
 from vitrail.training.config.values import BatchSize, CacheSize, Threads, TrackerNames
 from vitrail.utils.settings import (
     MAX_SEED,
@@ -287,13 +288,11 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
     """A config from values by key; strings are read by the key's type, and what is not given has its default.
 
     Raises:
-        ConfigError: an unknown key, or a value out of its range.
+        ConfigError: an unknown key, one that is given twice, or a value out of its range.
     """
+    values = by_key(values, KEYS)
     nested: dict[str, Any] = {}
     for key, value in values.items():
-        if key not in KEYS:
-            hint = did_you_mean(key, KEYS)
-            raise ConfigError(f"unknown training option {one_line(repr(key), 80)}{hint}; see `vitrail train --help`")
         if key in SECTION_OF:
             nested.setdefault(SECTION_OF[key], {})[key] = value
         else:
@@ -312,15 +311,15 @@ def parse_overrides(arguments: Iterable[str]) -> dict[str, str]:
     """`["lr=1e-3", "img-size=64"]` to strings by key.
 
     Raises:
-        ConfigError: an argument without "=", or a key that is given twice.
+        ConfigError: an argument without "=", an unknown key, or one that is given twice.
     """
     values: dict[str, str] = {}
     for argument in arguments:
-        key, equals, value = argument.partition("=")
+        name, equals, value = argument.partition("=")
         if not equals:
             hint = did_you_mean(argument, KEYS)
             raise ConfigError(f"{one_line(repr(argument), 80)} is not key=value{hint}; for example lr=1e-3")
-        key = key.strip().replace("-", "_")
+        key = key_of(name.strip().lstrip("-").replace("-", "_"), KEYS)
         if key in values:
             raise ConfigError(
                 f"{printable(key, 80)} is given twice: as {one_line(values[key], 80)} and as {one_line(value, 80)}"

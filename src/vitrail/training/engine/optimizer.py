@@ -19,6 +19,7 @@ from vitrail.training.engine.optimizers.lamb import Lamb
 from vitrail.training.engine.optimizers.muon import Muon
 from vitrail.training.engine.optimizers.sgd import Sgd
 from vitrail.training.engine.parallel import full_tensor
+from vitrail.utils.text import counted, format_rate
 
 _HEADS = ("head", "head_dist", "heads", "fc", "classifier")  # first part of a parameter's name
 _EMBEDDING = re.compile("embed|token")  # in the name of an embedding of patches or positions, or a token
@@ -98,6 +99,15 @@ def describe_groups(groups: list[dict[str, Any]]) -> list[str]:
         f"  lr {group['peak_lr']:.3g}  weight decay {group['weight_decay']:.3g}"
         for group in groups
     ]
+
+
+def summarize_groups(groups: list[dict[str, Any]], layer_decay: float = 1.0) -> str:
+    """All groups in one line: their number, the range of their peak learning rates, and the largest weight decay."""
+    rates = [group["peak_lr"] for group in groups]
+    low, high = format_rate(min(rates)), format_rate(max(rates))
+    layers = "" if layer_decay == 1 else f", layer decay {layer_decay:g}"
+    decay = f", weight decay {max(group['weight_decay'] for group in groups):.3g}"
+    return f"{counted(len(groups), 'group')}, lr {low if low == high else f'{low} ... {high}'}{layers}{decay}"
 
 
 def make_optimizer(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.Optimizer:

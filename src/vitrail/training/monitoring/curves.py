@@ -63,7 +63,7 @@ def _rates(history: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, A
     ]
 
 
-def history_table(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def history_table(history: Sequence[Mapping[str, Any]], *, top5: bool = True) -> dict[str, Any]:
     """Columns (name, CSS class) and rows of the metrics by epoch, or by fit of a linear probe."""
     formats = {
         "epoch": ("epoch", "d"),
@@ -77,7 +77,7 @@ def history_table(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "val_ece": ("validation ECE", ".4f"),
         "images_per_second": ("images/s", ",.0f"),
     }
-    keys = [key for key in formats if any(key in row for row in history)]
+    keys = [key for key in formats if any(key in row for row in history) and (top5 or key != "val_top5")]
     rows = [
         ["–" if row.get(key) is None else format(row[key], formats[key][1]) for key in keys]
         for row in history[-_MAX_EPOCHS:]

@@ -1,7 +1,7 @@
 """The plan printed before training, and the line printed after each epoch."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,28 +11,33 @@ from vitrail.data.sampling import Imbalance, class_weights
 from vitrail.evaluation.metrics import IMBALANCE_RATIO
 from vitrail.training.checkpoints.best import selects_by_loss
 from vitrail.training.config.schema import TrainConfig
-from vitrail.training.engine.optimizer import describe_groups
+from vitrail.training.engine.optimizer import describe_groups, summarize_groups
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.setup import Setup
 from vitrail.utils.device import describe_precision
-from vitrail.utils.text import printable
+from vitrail.utils.text import counted, format_duration, printable
 
 _ADVISE_BALANCE = 5.0  # ratio of largest to smallest class from which balancing is advised
-_NAMES_WIDTH = 80  # characters of the class names that are printed
+_NAMES_WIDTH = 66  # characters of the class names that are printed
 
 
-def plan_lines(setup: Setup, trainer: Trainer, steps_per_epoch: int, out: str) -> list[str]:
-    """Data, model, schedule, augmentation, device, parameter groups and run folder, one line each."""
+def plan_lines(
+    setup: Setup, trainer: Trainer, steps_per_epoch: int, out: str, *, all_groups: bool = False
+) -> list[str]:
+    """Data, model, schedule, augmentation, device, parameter groups and run folder: the label of a line is its first
+    word. all_groups: a line for each parameter group, instead of one for all."""
     config, dataset = setup.config, setup.dataset
     height, width = setup.preprocess.size
     parameters = sum(p.numel() for p in trainer.model.parameters())
     weights = config.model.weights or ("published weights" if config.model.pretrained else "trained from scratch")
-    threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
+    threads = f", {counted(torch.get_num_threads(), 'thread')}" if trainer.device.type == "cpu" else ""
     epochs, budget = config.schedule.epochs, config.schedule.budget
-    length = [] if epochs is None else [f"{epochs:g} epochs of {steps_per_epoch} steps"]
-    length += [] if budget is None else [f"{budget:g} seconds"]
+    length = [] if epochs is None else [f"{counted(epochs, 'epoch')} of {counted(steps_per_epoch, 'step')}"]
+    length += [] if budget is None else [format_duration(budget)]
+    groups = [f"group   {line}" for line in describe_groups(trainer.groups)]
+    summary = summarize_groups(trainer.groups, config.optimizer.layer_decay)
     return [
-        *setup.reasons,
+        *reason_lines(setup.reasons),
         *data_lines(dataset),
         *balance_lines(dataset, config.regularize.balance),
         f"model   {config.model.model}, {parameters:,} parameters, input {height}x{width}, {weights}",
@@ -42,9 +47,14 @@ def plan_lines(setup: Setup, trainer: Trainer, steps_per_epoch: int, out: str) -
         f"augment {', '.join(config.augment.active) or 'none'}",
         *trainer.task.lines,
         f"device  {trainer.device}{threads}, {describe_precision(trainer.device, trainer.bf16)}{_processes(trainer)}",
-        *[f"group   {line}" for line in describe_groups(trainer.groups)],
+        *(groups if all_groups else [f"groups  {summary}, {config.optimizer.optimizer}"]),
         f"output  {out}",
     ]
+
+
+def reason_lines(reasons: Iterable[str]) -> list[str]:
+    """The automatic choices, with their first words aligned as those of the plan's other lines."""
+    return [f"{word:7} {rest.lstrip()}" for word, _, rest in (reason.partition(" ") for reason in reasons)]
 
 
 def _selection(dataset: Dataset, config: TrainConfig) -> list[str]:
@@ -70,7 +80,7 @@ def balance_lines(dataset: Dataset, balance: str, repeats: bool = True) -> list[
     weights = class_weights(labels, dataset.num_classes)
     balancing = {
         "none": "; consider --balance sample or --balance loss" * (found.ratio > _ADVISE_BALANCE),
-        "sample": f"; classes sampled equally, images repeated up to {found.most_repeats} times per epoch",
+        "sample": f"; classes sampled equally, images repeated up to {counted(found.most_repeats, 'time')} per epoch",
         "loss": f"; class weights {weights[largest]:.3g} to {weights[smallest]:.3g} in the loss",
     }
     return [f"balance {imbalance}{balancing[balance if repeats or balance == 'none' else 'loss']}"]
@@ -84,10 +94,11 @@ def _processes(trainer: Trainer) -> str:
 
 def data_lines(dataset: Dataset) -> list[str]:
     """Images by split, where the splits come from, the first class names, and the number of unreadable files."""
-    counts = ", ".join(f"{count:,} {name}" for name, count in dataset.counts().items())
+    sizes = dataset.counts()
+    counts = ", ".join(f"{count:,} {name}" for name, count in sizes.items())
     weights = dataset.splits["train"].weights if "train" in dataset.splits else None
     return [
-        f"data    {dataset.name}: {counts} images",
+        f"data    {dataset.name}: {counts} {'image' if list(sizes.values()) == [1] else 'images'}",
         f"split   {dataset.how_split}",
         f"classes {dataset.num_classes}: {printable(', '.join(dataset.class_names), _NAMES_WIDTH)}",
         *(
@@ -95,7 +106,7 @@ def data_lines(dataset: Dataset) -> list[str]:
             if weights is None
             else [f"weights {weights.min():g} to {weights.max():g} of the images, in the training loss"]
         ),
-        *([f"skipped {len(dataset.skipped)} unreadable files, listed in summary.json"] if dataset.skipped else []),
+        *([f"skipped {counted(len(dataset.skipped), 'unreadable file')}: summary.json"] if dataset.skipped else []),
     ]
 
 

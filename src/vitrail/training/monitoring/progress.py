@@ -4,28 +4,33 @@ Reading the loss synchronises with the device, so it happens at most a few times
 """
 
 import sys
+import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from vitrail.training.engine.state import TrainState
 from vitrail.training.engine.trainer import Trainer
 from vitrail.utils.console import PlainConsole
 from vitrail.utils.streams import lossy
-from vitrail.utils.text import format_duration
+from vitrail.utils.text import format_duration, plain
 
 _BAR_SECONDS = 0.25  # between two updates of the bar
 _LINE_SECONDS = 10.0  # between two lines without a terminal
+_MOVES = 4  # times per second that the bar is drawn in a terminal
+_INDENT = 8  # columns of the first word of a plan's line
 _EPOCH_SECONDS = 2.0  # between two epoch lines without a terminal
 
 
 class Reporter:
-    """Prints steps, epochs and messages of a run; nothing if `enabled` is False."""
+    """Prints steps, epochs and messages of a run; nothing if `enabled` is False. verbose: in full."""
 
-    def __init__(self, enabled: bool = True) -> None:
+    def __init__(self, enabled: bool = True, verbose: bool = False) -> None:
+        self.verbose = verbose
         self.console = PlainConsole(file=lossy(sys.stderr), quiet=not enabled)
         self._bar: Progress | None = None
         self._every = _BAR_SECONDS if self.console.is_terminal else _LINE_SECONDS
@@ -36,15 +41,36 @@ class Reporter:
         """Print a line above the bar."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=not self.console.is_terminal)
 
+    def plan(self, lines: list[str]) -> None:
+        """Print the lines of a plan; in a terminal, what does not fit continues below the text, not the first word."""
+        for line in lines:
+            if not self.console.is_terminal:
+                self.log(line)
+                continue
+            indent, width = " " * _INDENT, max(self.console.width, 2 * _INDENT)
+            self.log(textwrap.fill(plain(line), width, subsequent_indent=indent, break_on_hyphens=False))
+
+    @contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """While something goes on that has no steps to count: in a terminal, what it is and the time so far."""
+        if self.console.quiet or not self.console.is_terminal:
+            yield
+            return
+        columns = (SpinnerColumn("line"), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, refresh_per_second=_MOVES, transient=True) as moving:
+            moving.add_task(what, total=None)
+            yield
+
     def __enter__(self) -> Self:
         self._last = time.perf_counter()
         if not self.console.quiet and self.console.is_terminal:
             self._bar = Progress(
+                SpinnerColumn("line"),
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=6),
                 TextColumn("{task.fields[status]}", markup=False),
                 console=self.console,
-                auto_refresh=False,
+                refresh_per_second=_MOVES,
                 transient=True,
             )
             self._bar.add_task("training", total=1.0, status="")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrail.errors import RunError
-from vitrail.evaluation.statistics import wilson
+from vitrail.evaluation.statistics import has_top5, wilson
 from vitrail.models.catalog import VARIANTS
 from vitrail.reports.charts import Bin, reliability_chart
 from vitrail.reports.page import render_page
@@ -19,7 +19,7 @@ from vitrail.training.config.schema import FIELDS, read_config
 from vitrail.training.monitoring.curves import charts, history_table
 from vitrail.utils.files import atomic_write_text
 from vitrail.utils.settings import format_value
-from vitrail.utils.text import format_duration, printable
+from vitrail.utils.text import counted, format_duration, printable
 
 _MATRIX_CLASSES = 20  # up to so many classes, the confusion matrix is shown; above, the most confused pairs
 _MAX_PAIRS = 20
@@ -62,7 +62,7 @@ def report_values(folder: RunFolder) -> dict[str, Any]:
         "lead": describe_evaluation(summary),
         "cards": metric_cards(summary),
         "charts": charts(history, summary, groups),
-        "history": history_table(history),
+        "history": history_table(history, top5=has_top5(len(summary["per_class"]))),
         "groups": [
             (row["name"], f"{row['parameters']:,}", f"{row['peak_lr']:.3g}", f"{row['weight_decay']:.3g}")
             for row in groups
@@ -103,7 +103,7 @@ def describe_evaluation(summary: Mapping[str, Any]) -> str:
         "val": ", also used for model selection, so the figures are slightly optimistic" if selected else "",
         "train": ", the training images: the figures do not apply to other images",
     }.get(split, "")
-    measured = f"Measured on {summary['images']:,} {split} images{role}."
+    measured = f"Measured on {counted(summary['images'], f'{split} image')}{role}."
     if "probe" in summary:
         val = summary["probe"]["val_top1"]
         chosen = "" if val is None else f", selected on validation, top-1 {val:.2f} %"
@@ -122,10 +122,11 @@ def describe_evaluation(summary: Mapping[str, Any]) -> str:
 def metric_cards(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     """The metrics at the top of the page: name, value, unit, note."""
     low, high = wilson(summary["top1"] / 100, summary["images"])
+    top5 = has_top5(len(summary["per_class"]))
     waiting = f"{100 * summary['waiting_for_data']:.0f} % of the time waiting for data"
     cards = [
         ("Top-1 accuracy", f"{summary['top1']:.2f}", "%", f"95 % CI {low:.1f} to {high:.1f} %"),
-        ("Top-5 accuracy", f"{summary['top5']:.2f}", "%", "true label among the top 5"),
+        *([("Top-5 accuracy", f"{summary['top5']:.2f}", "%", "true label among the top 5")] if top5 else []),
         ("Loss", f"{summary['loss']:.4f}", "", "cross-entropy"),
         ("Calibration error", f"{100 * summary['ece']:.2f}", "%", "ECE; lower is better"),
         ("Images", f"{summary['images']:,}", "", f"{summary['split']} split"),
@@ -156,7 +157,7 @@ def run_facts(summary: Mapping[str, Any], config: Mapping[str, str]) -> dict[str
 def _skipped_steps(summary: Mapping[str, Any]) -> str:
     if not summary.get("skipped_steps"):
         return ""
-    rollbacks = f", {summary['rollbacks']} rollbacks" if summary.get("rollbacks") else ""
+    rollbacks = f", {counted(summary['rollbacks'], 'rollback')}" if summary.get("rollbacks") else ""
     return f"{summary['skipped_steps']:,} with a loss or gradient that was not finite{rollbacks}"
 
 

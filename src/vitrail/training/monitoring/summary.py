@@ -11,7 +11,7 @@ from vitrail.training.checkpoints.provenance import environment
 from vitrail.training.engine.state import TrainState
 from vitrail.training.session import Session
 from vitrail.training.setup import Setup
-from vitrail.utils.text import format_duration
+from vitrail.utils.text import counted, format_duration
 
 _SMALL = 100  # images below which the confidence interval is printed
 
@@ -71,7 +71,7 @@ def training_summary(session: Session, result: Evaluation) -> dict[str, Any]:
 
 def result_lines(summary: Mapping[str, Any]) -> list[str]:
     """The skipped images and the result of a training or of a linear probe."""
-    score = f"{summary['split']} top-1 {summary['top1']:.2f} % on {summary['images']:,} images"
+    score = f"{summary['split']} top-1 {summary['top1']:.2f} % on {counted(summary['images'], 'image')}"
     if 0 < summary["images"] < _SMALL:
         low, high = wilson(summary["top1"] / 100, summary["images"])
         score += f" (95 % CI {low:.0f} to {high:.0f} %)"
@@ -88,8 +88,9 @@ def _training_lines(summary: Mapping[str, Any], score: str) -> list[str]:
     speed = f"{summary['images_per_second']:,.0f} images/s"
     lines = [f"{score}; trained in {format_duration(summary['seconds'])} at {speed}"]
     if summary["skipped_steps"]:
-        rollbacks = f"; {summary['rollbacks']} rollbacks to an earlier checkpoint" if summary["rollbacks"] else ""
-        lines.append(f"{summary['skipped_steps']} steps skipped: loss or gradient not finite{rollbacks}")
+        back = counted(summary["rollbacks"], "rollback")
+        rollbacks = f"; {back} to an earlier checkpoint" if summary["rollbacks"] else ""
+        lines.append(f"{counted(summary['skipped_steps'], 'step')} skipped: loss or gradient not finite{rollbacks}")
     return lines
 
 
@@ -99,7 +100,8 @@ def _probe_lines(summary: Mapping[str, Any], score: str) -> list[str]:
     selected = "the default, without validation images" if val is None else f"selected on val, {val:.2f} %"
     return [
         f"{score} by a linear head on frozen features (l2 {probe['l2']:g}, {selected})",
-        f"{summary['split']} top-1 {summary['knn_top1']:.2f} % by {probe['knn_neighbours']} nearest neighbours",
-        f"{probe['images']:,} images through the model at {summary['images_per_second']:,.0f} images/s; "
+        f"{summary['split']} top-1 {summary['knn_top1']:.2f} % by "
+        f"{counted(probe['knn_neighbours'], 'nearest neighbour')}",
+        f"{counted(probe['images'], 'image')} through the model at {summary['images_per_second']:,.0f} images/s; "
         f"total time {format_duration(summary['seconds'])}",
     ]

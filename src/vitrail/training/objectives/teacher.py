@@ -32,7 +32,7 @@ from vitrail.training.setup import absolute_path
 from vitrail.utils.device import uses_bf16
 from vitrail.utils.files import user_path
 from vitrail.utils.fingerprint import model_fingerprint
-from vitrail.utils.text import one_line
+from vitrail.utils.text import counted, one_line
 
 _OBJECT = "python:"  # prefix, in the config, of a teacher that was passed as an object
 _NO_PREPROCESS = "it has no preprocessing: the student's is used"
@@ -164,7 +164,7 @@ def _teacher(
     if getattr(model, "num_classes", None) == 0:
         raise ModelError(f"the teacher {name} has no head for classes: use a classifier")
     model.eval().requires_grad_(False)
-    size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
+    size = counted(sum(p.numel() for p in model.parameters()), "parameter")
     return Teacher(name, model, preprocess, class_names, model_fingerprint(model), size, notes)
 
 
