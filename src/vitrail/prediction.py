@@ -20,6 +20,7 @@ from vitrail.images.preprocess import Preprocess
 from vitrail.images.reader import Inputs, path_of
 from vitrail.inference.engine import Engine
 from vitrail.inference.probabilities import ranking, softmax
+from vitrail.inference.tta import TtaRuntime
 
 if TYPE_CHECKING:
     from vitrail.data.dataset import Data, Dataset
@@ -92,23 +93,42 @@ class BaseClassifier:
         """
         raise NotImplementedError
 
+    def _tta_engine(self, tta: str | None) -> Engine:
+        """An engine for one long job, with test-time augmentation if asked for."""
+        engine = self.engine(adapt_threads=True)
+        return engine if tta is None else Engine(TtaRuntime(engine.runtime, tta))
+
     def predict(
-        self, inputs: Inputs, top: int = 5, batch_size: int | None = None, *, probabilities: bool = False
+        self,
+        inputs: Inputs,
+        top: int = 5,
+        batch_size: int | None = None,
+        *,
+        probabilities: bool = False,
+        tta: str | None = None,
     ) -> list[Prediction]:
         """The `top` most probable classes of each image, in the order of `inputs`. Safe to call from several threads.
 
         inputs: one or several paths, folders (searched recursively), glob patterns, tables or frames of paths, Pillow
         images, uint8 arrays H W or H W C, or tensors C H W or B C H W (uint8, or float from 0 to 1, not normalised). An
         image that could not be read gives a Prediction with `error`. batch_size: None for the default, with which the
-        probabilities are bit-identical to those of `evaluate`. probabilities: of all classes too.
+        probabilities are bit-identical to those of `evaluate`. probabilities: of all classes too. tta: average the
+        probabilities of the image and its mirror image ("flip", 2 forward passes), or of the center and the corners
+        ("crops", 5 forward passes).
 
         Raises:
             DataTypeError: an input of another type, which is a TypeError.
         """
-        return list(self.stream(inputs, top, batch_size, probabilities=probabilities))
+        return list(self.stream(inputs, top, batch_size, probabilities=probabilities, tta=tta))
 
     def stream(
-        self, inputs: Inputs, top: int = 5, batch_size: int | None = None, *, probabilities: bool = False
+        self,
+        inputs: Inputs,
+        top: int = 5,
+        batch_size: int | None = None,
+        *,
+        probabilities: bool = False,
+        tta: str | None = None,
     ) -> Iterator[Prediction]:
         """`predict` as an iterator. Images are decoded while the model runs, a few batches at a time."""
         if not self.class_names:
@@ -117,7 +137,7 @@ class BaseClassifier:
             raise ConfigError(f"top must be at least 1, not {top}")
         from vitrail.data.formats.objects import image_inputs  # later: it takes a while
 
-        for batch in self.engine(adapt_threads=True).stream(image_inputs(inputs), batch_size):
+        for batch in self._tta_engine(tta).stream(image_inputs(inputs), batch_size):
             indices = ranking(batch.outputs, top)
             values = softmax(batch.outputs)
             scores = np.take_along_axis(values, indices, axis=1)
@@ -165,11 +185,13 @@ class BaseClassifier:
         data_dir: str | Path | None = None,
         batch_size: int | None = None,
         on_batch: Callable[[int], None] | None = None,
+        tta: str | None = None,
     ) -> Evaluation:
         """Metrics on a dataset: a folder, a table, a name, or any other data that `train` takes.
 
         split: "test", "val" or "train"; by default test if there is one, else val. The images are split as in training
         (`notes["split"]`). Classes are matched by name. on_batch is called with the number of images of each batch.
+        tta: see `predict`.
 
         Raises:
             DataError: the data has a class that the model lacks, or no such split.
@@ -182,7 +204,7 @@ class BaseClassifier:
         name = split or dataset.eval_split()
         self._warn_if_changed(dataset, data, name)
         result = evaluate(
-            self.engine(adapt_threads=True).runtime,
+            self._tta_engine(tta).runtime,
             dataset.split(name),
             self.class_names,
             name=name,

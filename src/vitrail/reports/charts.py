@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib.resources import files
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -145,6 +146,17 @@ def reliability_chart(bins: Sequence[Bin], title: str) -> str:
         f'<text {side} y="{(lower.top + lower.bottom) / 2 + 4:.1f}">images</text>',
     ]
     return _svg(title, parts, HEIGHT + _HISTOGRAM)
+
+
+def standalone(chart: str) -> str:
+    """A chart as the text of an SVG file, with its own styles."""
+    style = (files("vitrail.reports") / "templates" / "style.css").read_text(encoding="utf-8")
+    size = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * WIDTH}" height="{2 * HEIGHT}" font-family="sans-serif" '
+    )
+    head, _, rest = chart.replace("<svg ", size, 1).partition(">")
+    paper = '<rect width="100%" height="100%" style="fill: var(--paper)"/>'
+    return f"{head}><style>{style}</style>{paper}{rest}\n"
 
 
 def _bar(b: Bin, upper: _Axes, lower: _Axes) -> str:

@@ -17,6 +17,7 @@ from vitrail.errors import ConfigError, DeviceError, DistributedError
 from vitrail.evaluation.metrics import Evaluation
 from vitrail.evaluation.statistics import has_top5
 from vitrail.models.base import ImageModel
+from vitrail.training.callbacks import Callback, check_callbacks
 from vitrail.training.checkpoints.checkpoint import unshared
 from vitrail.training.checkpoints.kept import stop_says_what_is_kept
 from vitrail.training.checkpoints.provenance import python_call, session_record
@@ -24,6 +25,7 @@ from vitrail.training.checkpoints.run_folder import RUNS, RunFolder, check_empty
 from vitrail.training.config.recipes import check_optimizer, find_recipe
 from vitrail.training.config.schema import KEYS, TrainConfig, Use, keys_for, make_config
 from vitrail.training.config.stamp import to_run_toml
+from vitrail.training.lr_find import draw_range_test
 from vitrail.training.monitoring.batch_preview import draw_first_batch
 from vitrail.training.monitoring.plan import plan_lines
 from vitrail.training.monitoring.progress import Reporter
@@ -65,6 +67,8 @@ def train(
     progress: bool = True,
     verbose: bool = False,
     show_batch: str | Path | None = None,
+    lr_find: str | Path | None = None,
+    callbacks: Sequence[Callback] = (),
     command: str | None = None,
     **config: Any,
 ) -> Classifier:
@@ -81,6 +85,8 @@ def train(
         recipe: one of `recipe_names()`, or a TOML file of settings.
         verbose: print every parameter group, and how each tensor of the weights was loaded.
         show_batch: train nothing; draw the model's inputs of the first batch to this file.
+        lr_find: train nothing; draw a learning rate range test to this SVG file; `report` has the suggestion.
+        callbacks: objects with `on_epoch_end(state) -> "stop" | None`, see `EpochState`; not stored in the run.
         command: the command to name in the report; None: this call.
 
     Returns:
@@ -93,20 +99,17 @@ def train(
     named: dict[str, Any] = {"model": model, "pretrained": pretrained, "weights": weights, "teacher": teacher}
     named |= {"probe": probe, "epochs": epochs, "budget": budget, "seed": seed}
     given = {key: value for key, value in named.items() if value is not None} | config
+    only = {"show_batch": show_batch, "lr_find": lr_find}
     command = command or python_call({"data": data, **given, "out": out, "resume": resume, "recipe": recipe})
     with distributed_context() as distributed, torch.random.fork_rng(devices=[]):  # restores the caller's random state
         reporter = Reporter(progress and distributed.is_main, verbose)
         with stop_says_what_is_kept(reporter.log):
-            resumed = distributed.run_on_main(lambda: check_folders(out, resume, recipe, show_batch, epochs))
+            resumed = distributed.run_on_main(lambda: check_folders(out, resume, recipe, only, epochs))
             with distributed.main_process_first(), reporter.busy("reading images and model"):
-                setup = (
-                    _new_setup(data, given, recipe, distributed)
-                    if resumed is None
-                    else _resumed_setup(data, given, resumed)
-                )
+                setup = _make_setup(data, given, recipe, resumed, distributed, callbacks)
             if verbose and setup.pretrained:
                 reporter.log(setup.pretrained.report.table())
-            return _run(setup, reporter, distributed, out=out, resume=resume, show_batch=show_batch, command=command)
+            return _run(setup, reporter, distributed, out=out, resume=resume, only=only, command=command)
 
 
 def _parse(given: Mapping[str, Any]) -> tuple[TrainConfig, nn.Module | None, Classifier | nn.Module | None]:
@@ -117,6 +120,20 @@ def _parse(given: Mapping[str, Any]) -> tuple[TrainConfig, nn.Module | None, Cla
     if teacher is not None:
         values["teacher"] = config_name(teacher)
     return make_config(values), model, teacher if isinstance(teacher, Classifier | nn.Module) else None
+
+
+def _make_setup(
+    data: Data | None,
+    given: Mapping[str, Any],
+    recipe: str | Path | None,
+    resumed: TrainConfig | None,
+    distributed: DistributedContext,
+    callbacks: Sequence[Callback],
+) -> Setup:
+    """The setup of a run that is resumed, or of a new one."""
+    setup = _resumed_setup(data, given, resumed) if resumed else _new_setup(data, given, recipe, distributed)
+    setup.callbacks = check_callbacks(callbacks)
+    return setup
 
 
 def _new_setup(
@@ -167,7 +184,7 @@ def _run(
     *,
     out: str | Path | None,
     resume: str | Path | None,
-    show_batch: str | Path | None,
+    only: Mapping[str, str | Path | None],
     command: str,
 ) -> Classifier:
     config, several = setup.config, distributed.world_size > 1
@@ -176,17 +193,21 @@ def _run(
     amp = "bf16" if uses_bf16(setup.model, device, config.machine.amp) else "off"
     pinned = distributed.broadcast_object({"cache": config.io.cache, "amp": amp})
     setup.config, setup.given = config.updated(pinned), {**setup.given, **pinned}
-    if several and (config.model.probe or setup.auto_batch or show_batch):
-        raise DistributedError("a probe, batch_size=auto and --show-batch need a single process: leave out torchrun")
-    threads = ThreadControl(config.machine.threads, may_try=device.type == "cpu" and not several and show_batch is None)
+    if config.model.probe and setup.callbacks:
+        raise ConfigError("a probe has no epochs: leave out callbacks")
+    preview = next((name for name, path in only.items() if path is not None), None)
+    if several and (config.model.probe or setup.auto_batch or preview):
+        raise DistributedError(
+            "a probe, batch_size=auto, --show-batch and --lr-find need a single process: leave out torchrun"
+        )
+    threads = ThreadControl(config.machine.threads, may_try=device.type == "cpu" and not several and preview is None)
     with cpu_threads(threads.plan.at(0)):
         session = None if config.model.probe else _make_session(setup, reporter, device, distributed, threads)
         setup = session.setup if session else _with_probe_threads(setup, threads, device)
-        if show_batch is not None:
+        if preview is not None:
             if session is None:
-                raise ConfigError("a probe has no training batches: leave out --show-batch")
-            reporter.log(draw_first_batch(session, show_batch))
-            return _classifier(setup, setup.model)
+                raise ConfigError(f"a probe has no training batches: leave out --{preview.replace('_', '-')}")
+            return _preview(session, reporter, **only)
         folder = _folder(out, resume, setup, distributed)
         with stop_says_what_is_kept(reporter.log, folder), folder.lock():
             if resume is None and distributed.is_main:
@@ -207,6 +228,18 @@ def _with_probe_threads(setup: Setup, threads: ThreadControl, device: torch.devi
     """The setup of a probe, with the fastest number of threads."""
     used = {"threads": choose_probe_threads(setup, threads, device)}
     return replace(setup, config=setup.config.updated(used), given={**setup.given, **used})
+
+
+def _preview(
+    session: Session, reporter: Reporter, show_batch: str | Path | None, lr_find: str | Path | None
+) -> Classifier:
+    """Draw the first batch or make a range test. The classifier is untrained."""
+    if show_batch is not None:
+        line, report = draw_first_batch(session, show_batch), None
+    else:
+        line, report = draw_range_test(session, lr_find)
+    reporter.log(line)
+    return _classifier(session.setup, session.setup.model, report=report)
 
 
 def _folder(

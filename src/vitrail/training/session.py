@@ -17,12 +17,13 @@ from torch import nn
 
 from vitrail.data.contents import fingerprint
 from vitrail.data.loader import Batch
-from vitrail.errors import DivergedError, RunError
+from vitrail.errors import ConfigError, DivergedError, RunError
 from vitrail.evaluation.evaluate import Interrupted, NotFinite, evaluate
 from vitrail.evaluation.metrics import Evaluation
 from vitrail.inference.engine import SplitReader
 from vitrail.inference.torch_runtime import TorchRuntime
 from vitrail.training.build import make_train_loader, make_trainer
+from vitrail.training.callbacks import early_stop
 from vitrail.training.checkpoints.best import BestWeights, validation_score
 from vitrail.training.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from vitrail.training.checkpoints.policy import CheckpointPolicy
@@ -71,6 +72,8 @@ class Session:
         self.validation: SplitReader | None = None
         if "val" in dataset.splits:
             self.validation = SplitReader(dataset.split("val"), setup.preprocess, readers.get("val"))
+        if config.schedule.patience is not None and self.validation is None:
+            raise ConfigError("patience needs validation images, and the data have none: leave it out")
         check_distributed_config(config, distributed)
         # Several devices may need another module (sharded parameters, SyncBatchNorm) than the one to save.
         converted = distributed.world_size > 1 and (config.machine.shard or device.type == "cuda")
@@ -131,7 +134,7 @@ class Session:
             Stopped: by Ctrl-C or SIGTERM; a checkpoint is written.
             VitrailError: the loss is not finite, or memory or disk is full.
         """
-        state, schedule = self.trainer.state, self.trainer.schedule
+        state = self.trainer.state
         self.folder.write_metrics(self.history)
         self.trainer.task.start_training()
         self.threads.apply(state.steps)
@@ -139,7 +142,7 @@ class Session:
             self._initial = self._initial_checkpoint()
         self._started = time.perf_counter() - state.seconds
         with self.reporter, Interrupt(ignore_repeats=self.distributed.world_size > 1) as interrupt:
-            while self.trainer.state.step or not schedule.finished(self.trainer.state.steps, self.trainer.state.spent):
+            while self.trainer.state.step or not self._finished():
                 self._train_epoch(interrupt)
                 if self.trainer.state.consecutive_bad_steps >= MAX_CONSECUTIVE_BAD_STEPS:
                     self._rollback()
@@ -150,6 +153,12 @@ class Session:
                 self._stop_if_signalled(interrupt)
         if self.trainer.state.steps:
             self.save()
+
+    def _finished(self) -> bool:
+        """Whether the schedule is at its end, or the run has stopped early."""
+        state, schedule = self.trainer.state, self.trainer.schedule
+        stopped = bool(state.stopped) and state.stopped_of == schedule.steps  # else it has been extended
+        return stopped or schedule.finished(state.steps, state.spent)
 
     def _train_epoch(self, interrupt: Interrupt) -> None:
         """The rest of the epoch; less if the schedule ends, a signal arrives or several steps are not finite."""
@@ -199,12 +208,17 @@ class Session:
             state.validation_seconds = self.distributed.broadcast_object(reserve)
         self._sync.update(state, self._clock(), interrupt.number, force=True)
         record |= {"seconds": round(state.seconds, 3), "images_per_second": round(state.images_per_second, 1)}
+        setup, patience, folder = self.setup, self.config.schedule.patience, self.folder.path
+        reason = self.distributed.run_on_main(lambda: early_stop(setup.callbacks, patience, record, self.best, folder))
+        state.stopped, state.stopped_of = "" if last else reason, trainer.schedule.steps
+        if state.stopped and self.validation and "val_loss" not in record:
+            record |= self._validate(self.validation, interrupt)  # else there might be no best epoch
         for skipped in self.distributed.all_gather_object(self.loader.skipped):
             self.skipped |= {item["path"]: item["reason"] for item in skipped}
         self.history.append(record)
         self.folder.append(self.folder.metrics, record)
         self.trackers.epoch(record, trainer.rates)
-        self.reporter.epoch(epoch_line(record, self.config, self.best.epoch), last)
+        self.reporter.epoch(epoch_line(record, self.config, self.best.epoch), last or bool(state.stopped))
         trainer.next_epoch()
 
     def _clock(self) -> float:

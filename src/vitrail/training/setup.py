@@ -22,6 +22,7 @@ from vitrail.pretrained.create import create_model
 from vitrail.pretrained.load import Pretrained, load_pretrained
 from vitrail.pretrained.model_folder import name_of
 from vitrail.pretrained.resolve import at_hand
+from vitrail.training.callbacks import Callback
 from vitrail.training.config.automatic import DatasetStats, candidates, choose, weights_advised
 from vitrail.training.config.recipes import Recipe, named_recipe, recipe_names
 from vitrail.training.config.schema import TrainConfig, Use, keys_for
@@ -56,6 +57,7 @@ class Setup:
     recipe: Recipe | None = None
     auto_batch: bool = False  # the batch size will be chosen for the device; config has a provisional one
     external: bool = False  # the model was passed as an object
+    callbacks: tuple[Callback, ...] = ()
 
     def with_batch_size(self, size: int, reason: str) -> "Setup":
         """The same with another batch size and the settings that follow from it, such as the learning rate."""

@@ -309,5 +309,6 @@ def test_every_key_that_decides_the_training_is_changed_above() -> None:
         "balance",
         "budget",
         "eval_every",
-    }  # of colour images; of uneven classes; of time
+        "patience",
+    }  # of colour images; of uneven classes; of time; of validations (test_callbacks.py)
     assert keys - _CHANGES.keys() - _CHANGES_OF_CHANGES.keys() - elsewhere == set()

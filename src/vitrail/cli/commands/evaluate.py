@@ -12,7 +12,9 @@ from vitrail.cli.common.options import (
     PrecisionOption,
     SizeOption,
     SplitOption,
+    TtaOption,
     open_model,
+    print_tta,
 )
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ def evaluate(
     img_size: SizeOption = None,
     device: DeviceOption = None,
     precision: PrecisionOption = "auto",
+    tta: TtaOption = None,
 ) -> None:
     """Evaluate a model on a dataset: top-1, top-5, loss, calibration error, and accuracy per class.
 
@@ -45,13 +48,14 @@ def evaluate(
     from vitrail.cli.common.progress import progress
     from vitrail.cli.common.tables import print_json
 
+    print_tta(tta)
     classifier = open_model(model, device, img_size, precision)
     with progress("images") as advance:
-        result = classifier.evaluate(data, split, data_dir=data_dir, batch_size=batch_size, on_batch=advance)
+        result = classifier.evaluate(data, split, data_dir=data_dir, batch_size=batch_size, on_batch=advance, tta=tta)
     if json:
-        print_json(result.to_dict())
+        print_json(result.to_dict() | ({"tta": tta} if tta else {}))
     else:
-        _print(result, data)
+        _print(result, f"{data}, tta={tta}" if tta else data)
 
 
 def _print(result: "Evaluation", data: str) -> None:

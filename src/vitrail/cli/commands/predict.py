@@ -15,7 +15,9 @@ from vitrail.cli.common.options import (
     PathsArgument,
     PrecisionOption,
     SizeOption,
+    TtaOption,
     open_model,
+    print_tta,
 )
 from vitrail.errors import ConfigError, DataError
 
@@ -37,6 +39,7 @@ def predict(
     img_size: SizeOption = None,
     device: DeviceOption = None,
     precision: PrecisionOption = "auto",
+    tta: TtaOption = None,
 ) -> None:
     """Predict labels and scores of images.
 
@@ -48,12 +51,13 @@ def predict(
     if json and csv:
         raise ConfigError("--json and --csv exclude each other")
     form = "json" if json else "csv" if csv else "text"
+    print_tta(tta)
     classifier = open_model(model, device, img_size, precision)
     top = top or _TOP[form]
     counts = Counter[bool]()  # of readable and other images
 
     def predictions() -> "Iterator[Prediction]":
-        for prediction in classifier.stream(paths, top, batch_size):
+        for prediction in classifier.stream(paths, top, batch_size, tta=tta):
             counts[prediction.error is None] += 1
             yield prediction
 

@@ -81,6 +81,9 @@ _Verbose = Annotated[bool, typer.Option("--verbose", help="Print all parameter g
 _ShowBatch = Annotated[
     str | None, typer.Option(metavar="PNG", help="Draw the first batch as the model gets it, without training.")
 ]
+_LrFind = Annotated[
+    str | None, typer.Option(metavar="SVG", help="Learning rate range test: plot and suggestion, without training.")
+]
 _VerifyResume = Annotated[
     bool, typer.Option("--verify-resume", help="Check that a killed run resumes bit for bit; takes a minute.")
 ]
@@ -113,6 +116,7 @@ def train(
     device: DeviceOption = None,
     verbose: _Verbose = False,
     show_batch: _ShowBatch = None,
+    lr_find: _LrFind = None,
     verify_resume: _VerifyResume = False,
     json: JsonOption = False,
     help: _Help = False,

@@ -47,6 +47,10 @@ PrecisionOption = Annotated[
         help="bfloat16 (bf16), float32 (off), or the faster one on this hardware (auto). Exports: auto.",
     ),
 ]
+TtaOption = Annotated[
+    str | None,
+    typer.Option(metavar="flip|crops", help="Average over mirror images (2x the time) or five crops (5x)."),
+]
 BatchSizeOption = Annotated[int | None, typer.Option(min=1, help="Images per batch; by default by image size.")]
 SplitOption = Annotated[str | None, typer.Option(help="test, val or train; by default test if there is one, else val.")]
 DataDirOption = Annotated[str | None, typer.Option(metavar="FOLDER", help="Folder of a named dataset's files.")]
@@ -71,6 +75,15 @@ def print_loaded(classifier: "AnyClassifier") -> "AnyClassifier":
 
         stderr().print(str(classifier.report))
     return classifier
+
+
+def print_tta(kind: str | None) -> None:
+    """Print to stderr what test-time augmentation costs, if there is one."""
+    if kind is not None:
+        from vitrail.cli.common.tables import stderr
+        from vitrail.inference.tta import describe_cost
+
+        stderr().print(describe_cost(kind))
 
 
 def refuse_options(context: typer.Context, names: Iterable[str], reason: str) -> None:

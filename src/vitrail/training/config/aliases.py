@@ -129,7 +129,6 @@ UNSUPPORTED = {
     "beta2": "betas=0.9,0.999 are both",
     "eps": "AdamW's epsilon is torch's default",
     "opt_eps": "AdamW's epsilon is torch's default",
-    "patience": "set epochs or budget: the best epoch is kept",
     "lrf": "min_lr is the final learning rate itself, not a share",
     "final_div": "min_lr is the final learning rate itself",
     "warmup_steps": "set warmup_epochs, fractions allowed",
@@ -175,9 +174,9 @@ UNSUPPORTED = {
     "log_wandb": "use track=wandb",
     "tensorboard": "use track=tensorboard",
     "report_to": "use track=tensorboard, track=wandb or track=trackio",
-    "auto_lr_find": "the learning rate follows from recipe and batch size; set lr to override it",
+    "auto_lr_find": "use --lr-find lr.svg, which suggests a rate, and set lr",
     "deterministic": "runs always repeat bit for bit on the same machine; set seed for another",
-    "tta": "there is no test-time augmentation in training",
+    "tta": "test-time augmentation is --tta of evaluate and predict",
 }
 
 

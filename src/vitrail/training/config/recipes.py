@@ -65,14 +65,13 @@ def check_optimizer(given: Mapping[str, Any], recipe: Recipe | None) -> None:
     """Raise ConfigError if the optimizer needs settings that are neither given nor in a recipe for it."""
     ours = recipe.settings if recipe else {}
     name = given.get("optimizer") or ours.get("optimizer", "adamw")
+    needed = {"lr": "1e-3"} if name == "adamw" != ours.get("optimizer", name) else _OWN.get(name, {})
     stated = {*given, *(ours if ours.get("optimizer") == name else ())}
-    if missing := {key: value for key, value in _OWN.get(name, {}).items() if key not in stated}:
+    if missing := {key: value for key, value in needed.items() if key not in stated}:
         example = " ".join(f"{key}={value}" for key, value in missing.items())
         raise ConfigError(
-            f"optimizer={name} needs {' and '.join(missing)}, as the recipes' are for AdamW: for example {example}"
+            f"optimizer={name} needs {' and '.join(missing)}, as the recipe's are for another: for example {example}"
         )
-    if given.get("momentum") is not None and name not in ("sgd", "muon"):
-        raise ConfigError(f"momentum is of sgd and muon: leave it out with optimizer={name}, which has betas")
 
 
 @cache

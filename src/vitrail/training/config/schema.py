@@ -65,9 +65,7 @@ class DataSettings(Settings):
     test_fraction: Annotated[float, Use.HELD_OUT] = Field(
         0.1, ge=0, lt=1, description="share of the images used for testing if a folder has no test split"
     )
-    split_seed: Annotated[int, Use.HELD_OUT] = Field(
-        0, ge=0, le=MAX_SEED, description="seed of the split of the images"
-    )
+    split_seed: Annotated[int, Use.HELD_OUT] = Field(0, ge=0, le=MAX_SEED, description="seed of that split")
     group_duplicates: Annotated[bool, Use.HELD_OUT] = Field(
         False, description="keep near duplicates on one side of the split; reads every image first"
     )
@@ -98,8 +96,7 @@ class OptimizerSettings(Settings):
 
     optimizer: Literal["adamw", "sgd", "lamb", "muon"] = Field(
         "adamw",
-        description="adamw; sgd (Nesterov) and lamb need an lr of their own; muon, for training from scratch: Muon for "
-        "hidden matrices, AdamW for the rest, at AdamW's lr",
+        description="sgd and lamb need an lr of their own; muon is for training from scratch: docs/optimizers.md",
     )
     lr: Annotated[Positive, Use.RATE] = Field(1e-3, description="peak learning rate")
     backbone_lr: Annotated[Positive | None, Optional, Use.RATE] = Field(
@@ -128,6 +125,9 @@ class ScheduleSettings(Settings):
     warmup_epochs: Amount = Field(0.0, description="epochs of linear warm-up; a budget scales it with the rest")
     min_lr: Annotated[Amount, Use.RATE] = Field(0.0, description="final learning rate where the peak is lr")
     eval_every: Count = Field(1, description="epochs between validations; the last epoch is always validated")
+    patience: Annotated[Count | None, Optional, Use.RESUME] = Field(
+        None, description="early stopping: epochs without a better validation after which the run ends; none: off"
+    )
 
 
 class RegularizeSettings(Settings):

@@ -112,6 +112,8 @@ def summarize_groups(groups: list[dict[str, Any]], layer_decay: float = 1.0) -> 
 
 def make_optimizer(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.Optimizer:
     """The configured optimizer over these groups; AdamW is fused into one kernel if torch has one for the device."""
+    if settings.momentum is not None and settings.optimizer not in ("sgd", "muon"):
+        raise ConfigError(f"momentum is of sgd and muon: leave it out with optimizer={settings.optimizer}")
     fused, pace = groups[0]["params"][0].device.type in ("cpu", "cuda", "mps", "xpu"), momentum(settings)
     makers: dict[str, Callable[[], torch.optim.Optimizer]] = {
         "adamw": lambda: torch.optim.AdamW(groups, betas=settings.betas, fused=fused),

@@ -21,6 +21,8 @@ class TrainState:
     consecutive_bad_steps: int = 0  # of these, since the last finite step
     rollbacks: int = 0  # to an earlier checkpoint, because of them
     lr_scale: float = 1.0  # of all learning rates, since the last rollback
+    stopped: str = ""  # why the run ended before the end of its schedule
+    stopped_of: int | None = None  # the steps of that schedule
 
     @property
     def images_per_second(self) -> float:

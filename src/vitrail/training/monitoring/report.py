@@ -113,7 +113,8 @@ def describe_evaluation(summary: Mapping[str, Any]) -> str:
         )
     if best:
         val = summary["val_top1"]
-        return f"{measured} Best epoch: {best} of {summary['epochs']} (validation top-1 {val:.2f} %)."
+        early = f" Stopped early: {summary['stopped']}." if summary.get("stopped") else ""
+        return f"{measured} Best epoch: {best} of {summary['epochs']} (validation top-1 {val:.2f} %).{early}"
     if summary.get("epochs"):
         return f"{measured} Weights of the last epoch, {summary['epochs']}; there were no validation images."
     return f"{measured} The model was not trained."

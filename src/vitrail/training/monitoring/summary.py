@@ -61,6 +61,7 @@ def training_summary(session: Session, result: Evaluation) -> dict[str, Any]:
         val_top1=best.top1 if best.epoch else None,
         best_epoch=best.epoch or None,
         epochs=len(session.history),
+        stopped=state.stopped or None,
         steps=state.steps,
         skipped_steps=state.skipped,
         rollbacks=state.rollbacks,
@@ -87,6 +88,8 @@ def _training_lines(summary: Mapping[str, Any], score: str) -> list[str]:
         score += f", best epoch {summary['best_epoch']}"
     speed = f"{summary['images_per_second']:,.0f} images/s"
     lines = [f"{score}; trained in {format_duration(summary['seconds'])} at {speed}"]
+    if summary["stopped"]:
+        lines.append(f"stopped after epoch {summary['epochs']}: {summary['stopped']}")
     if summary["skipped_steps"]:
         back = counted(summary["rollbacks"], "rollback")
         rollbacks = f"; {back} to an earlier checkpoint" if summary["rollbacks"] else ""
