@@ -33,6 +33,7 @@ RUNS = {
     "swin, erased": {"model": "swin_tiny_patch4_window7_224", "img_size": 32, "erase": 0.25, "layer_decay": 0.8},
     "resnet, cropped": {"model": "resnet18", "img_size": 32, "crop_scale": (0.5, 1.0), "drop": 0.1},
     # Whole recipes: shifts and mirror images; RandAugment, repeated views, mixing, erasing; layer decay; binary loss.
+    "recipe tiny": {"recipe": "tiny", "model": "vit_nano_patch2_8"},
     "recipe small": {"recipe": "small", "model": "vit_tiny_patch16_224", "img_size": 32},
     "recipe deit": {"recipe": "deit", "model": "deit_tiny_distilled_patch16_224", "img_size": 32},
     "recipe finetune": {"recipe": "finetune", "model": "vit_tiny_patch16_224", "img_size": 32},

@@ -58,6 +58,7 @@ PLAIN = {
     "model": VARIANT.name,
     "epochs": 1,
     "batch_size": 10,
+    "optimizer": "adamw",
     "lr": 1e-2,
     "warmup_epochs": 0,
     "weight_decay": 0.0,

@@ -20,7 +20,7 @@ from training.test_distributed import SAME, assert_close, launch, trained
 from vitrail.errors import ConfigError
 from vitrail.models.build import build_model
 from vitrail.models.configs import ConvNeXtConfig, ResNetConfig, SwinConfig, ViTConfig
-from vitrail.training.config.recipes import Recipe, check_optimizer, rates_for
+from vitrail.training.config.recipes import Recipe, check_optimizer, named_recipe, rates_for
 from vitrail.training.config.schema import make_config
 from vitrail.training.engine.optimizer import make_optimizer, parameter_groups
 from vitrail.training.engine.optimizers.muon import orthogonalize
@@ -206,7 +206,11 @@ def test_rates_of_adamw_are_not_taken_for_another_optimizer() -> None:
     with pytest.raises(ConfigError, match="lamb needs lr"):
         check_optimizer({"optimizer": "lamb"}, Recipe("deit", {"lr": 1e-3}))
     with pytest.raises(ConfigError, match="momentum"):
-        check_optimizer({"momentum": 0.9}, None)
+        tiny.session(momentum=0.9)
+    with pytest.raises(ConfigError, match="adamw needs lr"):
+        check_optimizer({"optimizer": "adamw"}, named_recipe("tiny-vit"))
+    check_optimizer({"optimizer": "adamw"}, named_recipe("tiny"))
+    check_optimizer({}, named_recipe("tiny-vit"))
     check_optimizer({"optimizer": "muon"}, Recipe("deit", {"lr": 1e-3}))
     check_optimizer({"optimizer": "sgd", "lr": 0.1, "weight_decay": 0.0}, None)
     check_optimizer({}, Recipe("mine", {"optimizer": "lamb", "lr": 5e-3}))

@@ -113,6 +113,7 @@ _IMAGENET = 3.8e8  # samples: 300 epochs of ImageNet-1k
 # The first that matches is used.
 RECIPES = (
     RecipeRow("finetune", "fine-tuning", 3e4, (3, 30), pretrained=True),
+    RecipeRow("tiny-vit", "a ViT on tiny images", 3.4e4, (12, 40), max_side=12, families=("vit", "deit")),
     RecipeRow("tiny", "tiny images from scratch", 7.1e4, (20, 60), max_side=12),
     RecipeRow("small", "small images from scratch", 6e5, (10, 100), max_side=64),
     RecipeRow("resnet-a2", "a CNN from scratch", _IMAGENET, (100, 300), families=("resnet", "convnext")),
@@ -219,7 +220,8 @@ def choose(stats: DatasetStats, given: Mapping[str, Any], recipe: Recipe | None 
     # The given input size decides; a model's default size is unrelated to the images.
     side = max(given.get("img_size") or values.get("img_size") or stats.size)
     name = given.get("model", values.get("model"))
-    row = next(row for row in RECIPES if row.matches(stats, side, VARIANTS[name].family if name in VARIANTS else ""))
+    family = VARIANTS[name].family if name in VARIANTS else ""
+    row = next(row for row in RECIPES if row.matches(stats, side, family) and _suits(row, given))
     complete = recipe is not None and recipe.complete
     settings = ({} if complete else dict(named_recipe(row.recipe).settings)) | (recipe.flexible if recipe else {})
     if name not in VARIANTS:
@@ -244,6 +246,12 @@ def choose(stats: DatasetStats, given: Mapping[str, Any], recipe: Recipe | None 
         line += f", lr {values['lr']:g} ({settings['lr']:g} at {usual}: square-root scaling)"
     reasons.append(line)
     return Choice({key: value for key, value in values.items() if key not in given}, reasons)
+
+
+def _suits(row: RecipeRow, given: Mapping[str, Any]) -> bool:
+    """Whether a recipe for one optimizer is for the given one. Most are for AdamW, and so for Muon too."""
+    own = named_recipe(row.recipe).settings.get("optimizer")
+    return own is None or given.get("optimizer", own) == own
 
 
 def limit_batch_size(usual: int, images: int) -> int:
