@@ -11,6 +11,7 @@ APART = {
     "comparison",
     "distillation",
     "explain",
+    "optimizers",
     "small_recipe",
 }  # run by themselves: for one processor, or of hours
 
