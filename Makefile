@@ -6,7 +6,7 @@ DEMO := runs/demo
 
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-slow test-instruction-sets test-oldest check format bench clean
+.PHONY: demo test test-slow test-instruction-sets test-oldest check docs format bench clean
 
 demo: .venv/core
 	rm -rf $(DEMO) $(DEMO)-images
@@ -29,10 +29,15 @@ test-instruction-sets: .venv/dev
 test-oldest: $(OLDEST)/dev
 	$(OLDEST)/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
 
-check: .venv/dev
+check: .venv/dev docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The site, in docs/_build/html: warnings are errors, and no network is needed. The notebooks are run.
+docs: .venv/dev
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python -m pytest -q tests/docs/test_notebooks.py
 
 format: .venv/dev
 	$(BIN)/ruff format .

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Extras whose packages are imported by name (importlib.import_module), or by another package.
-BY_NAME = {"onnxscript", "timm", "torchvision", "wandb", "trackio", "tensorboard"}
+BY_NAME = {"onnxscript", "timm", "torchvision", "wandb", "trackio", "tensorboard", "sphinx", "furo", "myst_parser"}
 MODULES = {"pillow": "PIL", "scikit-learn": "sklearn"}
 
 
