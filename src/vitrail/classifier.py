@@ -180,13 +180,15 @@ def load(
     device: str | torch.device = "cpu",
     img_size: int | tuple[int, int] | str | None = None,
     precision: str = "auto",
+    model: str | None = None,
 ) -> Classifier | ExportedClassifier:
     """Load a classifier: an ExportedClassifier from an export, which imports no torch, else a Classifier.
 
     source: an export; a model folder or run folder; a catalog name, for its default published weights; hf:org/repo,
     timm:name, torchvision:name, a URL; or a checkpoint file or folder of another library. device: "auto" for the best
     available. img_size: an input size other than that of training, see `Classifier.resize`. precision: see
-    `Classifier`. Size and precision of an export are fixed, and its device is the CPU.
+    `Classifier`. Size and precision of an export are fixed, and its device is the CPU. model: a catalog name, the
+    architecture of a checkpoint that does not tell it; for another source, it must be of that architecture.
 
     Raises:
         WeightsError: the source does not exist, is damaged, or its weights do not match the model.
@@ -195,8 +197,8 @@ def load(
         ExportError, DeviceError: see `ExportedClassifier`; or the device is not available.
     """
     path = user_path(source)
-    if not is_export(path):
-        return load_torch(source, device, img_size, precision)
+    if not is_export(path) or model is not None:
+        return load_torch(source, device, img_size, precision, model)
     if str(device) not in ("auto", "cpu"):
         raise DeviceError(f"{path} is an export, which runs on the CPU: leave out the device {str(device)!r}")
     classifier = ExportedClassifier(path)
@@ -215,13 +217,14 @@ def load_torch(
     device: str | torch.device = "cpu",
     img_size: int | tuple[int, int] | str | None = None,
     precision: str = "auto",
+    model: str | None = None,
 ) -> Classifier:
     """`load` for what needs the torch model.
 
     Raises:
         ModelError: the source is an export.
     """
-    from vitrail.models.catalog import VARIANTS
+    from vitrail.models.catalog import VARIANTS, variant
     from vitrail.pretrained.model_folder import find_model_folder, read_model_folder
     from vitrail.utils.device import pick_device
 
@@ -231,6 +234,8 @@ def load_torch(
         raise ModelError(f"{path} is an export, without the torch model that this needs: use the original, {origin}")
     if folder := find_model_folder(path):
         found = read_model_folder(folder)
+        if model is not None and found.architecture != variant(model).name:
+            raise ModelError(f"{path} is a model of {found.architecture}, not {model}: leave out the model's name")
         classifier = Classifier(
             found.model,
             found.preprocess,
@@ -243,8 +248,8 @@ def load_torch(
     else:
         from vitrail.pretrained.load import load_pretrained  # not needed for a model folder
 
-        name = str(source) if str(source) in VARIANTS else None
-        classifier = _from_weights(load_pretrained("default" if name else source, name), precision)
+        name = str(source) if str(source) in VARIANTS and model is None else None
+        classifier = _from_weights(load_pretrained("default" if name else source, name or model), precision)
     classifier.to(pick_device(device) if isinstance(device, str) else device)
     return classifier if img_size is None else classifier.resize(img_size)
 

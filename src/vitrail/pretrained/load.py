@@ -89,7 +89,10 @@ def _check_config(found: ModelConfig | None, name: str | None, source: str) -> M
     """The config of the file, checked to be that of the variant `name`; the variant's if the file has none."""
     if name is None:
         if found is None:
-            raise ModelError(f"{source} does not specify the architecture of its weights: pass --model")
+            raise ModelError(
+                f"{source} does not specify the architecture of its weights: `vitrail train` takes it by --model, "
+                "other commands take NAME --weights FILE, and vitrail.load model=NAME"
+            )
         return found
     row = variant(name).config
     if found is None:

@@ -13,6 +13,7 @@ from vitrail.cli.common.options import (
     PathsArgument,
     PrecisionOption,
     SizeOption,
+    WeightsOption,
     open_model,
 )
 
@@ -21,6 +22,7 @@ def embed(
     model: ModelArgument,
     paths: PathsArgument,
     out: Annotated[str, typer.Option(help="The file to write: .npy or .parquet.")] = "features.npy",
+    weights: WeightsOption = None,
     batch_size: BatchSizeOption = None,
     img_size: SizeOption = None,
     device: DeviceOption = None,
@@ -38,7 +40,7 @@ def embed(
     from vitrail.inference.feature_file import embed_to_file
     from vitrail.utils.text import counted
 
-    classifier = open_model(model, device, img_size, precision)
+    classifier = open_model(model, device, img_size, precision, weights)
     try:
         result = embed_to_file(
             classifier.engine(adapt_threads=True), image_inputs(paths), out, batch_size=batch_size, progress=_progress

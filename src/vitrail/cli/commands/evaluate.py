@@ -13,6 +13,7 @@ from vitrail.cli.common.options import (
     SizeOption,
     SplitOption,
     TtaOption,
+    WeightsOption,
     open_model,
     print_tta,
 )
@@ -32,6 +33,7 @@ def evaluate(
     split: SplitOption = None,
     json: JsonOption = False,
     data_dir: DataDirOption = None,
+    weights: WeightsOption = None,
     batch_size: BatchSizeOption = None,
     img_size: SizeOption = None,
     device: DeviceOption = None,
@@ -49,7 +51,7 @@ def evaluate(
     from vitrail.cli.common.tables import print_json
 
     print_tta(tta)
-    classifier = open_model(model, device, img_size, precision)
+    classifier = open_model(model, device, img_size, precision, weights)
     with progress("images") as advance:
         result = classifier.evaluate(data, split, data_dir=data_dir, batch_size=batch_size, on_batch=advance, tta=tta)
     if json:

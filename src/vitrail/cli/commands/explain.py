@@ -10,6 +10,7 @@ from vitrail.cli.common.options import (
     JsonOption,
     ModelArgument,
     SizeOption,
+    WeightsOption,
     print_loaded,
     refuse_options,
 )
@@ -75,6 +76,7 @@ def explain(
     ] = False,
     limit: Annotated[int, typer.Option(min=1, help="Images of --benchmark, at most.")] = 32,
     json: JsonOption = False,
+    weights: WeightsOption = None,
     batch_size: BatchSizeOption = None,
     img_size: SizeOption = None,
     device: DeviceOption = None,
@@ -101,7 +103,7 @@ def explain(
     if baseline is not None and not (score or benchmark):
         raise ConfigError("--baseline belongs to --score: add --score")
     baseline = baseline or "mean"
-    classifier = _open(model, device, img_size)
+    classifier = _open(model, device, img_size, weights)
     if method == _POSITIONS:
         _positions(classifier, out, json)
     elif benchmark:
@@ -113,10 +115,13 @@ def explain(
         _explain(classifier, images or [], out, json, method=method, target=target, **options)
 
 
-def _open(source: str, device: str | None, img_size: str | None) -> "Classifier":
+def _open(source: str, device: str | None, img_size: str | None, weights: str | None) -> "Classifier":
+    from vitrail.classifier import load_torch
     from vitrail.explanation.explain import open_classifier
     from vitrail.utils.device import pick_device
 
+    if weights is not None:
+        return print_loaded(load_torch(weights, device or "auto", img_size, model=source))
     return print_loaded(open_classifier(source, pick_device(device or "auto"), img_size))
 
 

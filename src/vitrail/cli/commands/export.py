@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitrail.cli.common.options import DataDirOption, JsonOption, ModelArgument, SizeOption
+from vitrail.cli.common.options import DataDirOption, JsonOption, ModelArgument, SizeOption, WeightsOption
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,6 +70,7 @@ def export(
     min_speedup: _MinSpeedup = None,
     merge: _Merge = None,
     distill: _Distill = None,
+    weights: WeightsOption = None,
     img_size: SizeOption = None,
     out: _Out = None,
     data_dir: DataDirOption = None,
@@ -96,7 +97,7 @@ def export(
     try:
         with _cleaned_up_when_terminated():
             result = run(
-                print_loaded(load_torch(model, "cpu", img_size)),
+                print_loaded(load_torch(weights or model, "cpu", img_size, model=model if weights else None)),
                 out or Path("exports", Path(model).name),
                 target=target,
                 precision=precision,

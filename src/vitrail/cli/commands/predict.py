@@ -16,6 +16,7 @@ from vitrail.cli.common.options import (
     PrecisionOption,
     SizeOption,
     TtaOption,
+    WeightsOption,
     open_model,
     print_tta,
 )
@@ -35,6 +36,7 @@ def predict(
     top: Annotated[int | None, typer.Option(min=1, help="Number of classes per image.")] = None,
     json: JsonOption = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV with a header.")] = False,
+    weights: WeightsOption = None,
     batch_size: BatchSizeOption = None,
     img_size: SizeOption = None,
     device: DeviceOption = None,
@@ -52,7 +54,7 @@ def predict(
         raise ConfigError("--json and --csv exclude each other")
     form = "json" if json else "csv" if csv else "text"
     print_tta(tta)
-    classifier = open_model(model, device, img_size, precision)
+    classifier = open_model(model, device, img_size, precision, weights)
     top = top or _TOP[form]
     counts = Counter[bool]()  # of readable and other images
 

@@ -51,20 +51,27 @@ TtaOption = Annotated[
     str | None,
     typer.Option(metavar="flip|crops", help="Average over mirror images (2x the time) or five crops (5x)."),
 ]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="A checkpoint file, folder or hf:org/repo; MODEL is then its catalog name."),
+]
 BatchSizeOption = Annotated[int | None, typer.Option(min=1, help="Images per batch; by default by image size.")]
 SplitOption = Annotated[str | None, typer.Option(help="test, val or train; by default test if there is one, else val.")]
 DataDirOption = Annotated[str | None, typer.Option(metavar="FOLDER", help="Folder of a named dataset's files.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
-def open_model(source: str, device: str | None, img_size: str | None, precision: str) -> "BaseClassifier":
-    """Load MODEL; see `print_loaded`."""
+def open_model(
+    source: str, device: str | None, img_size: str | None, precision: str, weights: str | None = None
+) -> "BaseClassifier":
+    """Load MODEL; see `print_loaded`. weights: of the architecture that MODEL then names."""
     from vitrail.cli.common.progress import starting
 
+    model = None if weights is None else source
     with starting("loading the model"):
         from vitrail.classifier import load
 
-        loaded = load(source, device or "auto", img_size, precision)
+        loaded = load(source if weights is None else weights, device or "auto", img_size, precision, model)
     return print_loaded(loaded)
 
 
