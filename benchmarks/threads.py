@@ -1,7 +1,7 @@
-"""`vitrail train` while another process is busy on every core: the automatic number of threads against each by hand.
+"""`vitrail train` while a process is busy on every core: the automatic number of threads against the best by hand.
 
-Each run is a process of its own, and those of a round come one after the other. Its time is that of the command: start,
-trial steps, training and evaluation.
+Each number is tried by hand once; then the best of them and the automatic choice take turns. Each run is a process of
+its own, and its time is that of the command: start, trial steps, training and evaluation.
 """
 
 import argparse
@@ -47,6 +47,14 @@ def seconds(arguments: Sequence[str], threads: str) -> tuple[float, str]:
         return took, json.loads(line.partition("=")[2].partition("#")[0])
 
 
+def measured(work: Sequence[str], setting: str, cores: int) -> tuple[float, str]:
+    """The seconds of a run beside busy processes, and its threads."""
+    with busy(cores):
+        took, used = seconds(work, setting)
+    print(f"threads={setting}: {took:.1f} s, {used}", flush=True)
+    return round(took, 2), used
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
@@ -54,27 +62,28 @@ def main() -> None:
     arguments = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     work = ["digits", "--epochs", f"{arguments.epochs:g}"]
-    found: dict[str, list[float]] = {str(number): [] for number in range(1, cores + 1)} | {"auto": []}
-    chosen = []
-    for _ in range(arguments.rounds):
-        for setting, times in found.items():
-            with busy(cores):
-                took, used = seconds(work, setting)
-            times.append(round(took, 2))
-            print(f"threads={setting}: {took:.1f} s, {used}", flush=True)
-            chosen += [used] if setting == "auto" else []
-    medians = {setting: statistics.median(times) for setting, times in found.items()}
-    ratio = medians["auto"] / min(value for setting, value in medians.items() if setting != "auto")
-    print(f"auto / best by hand: {ratio:.3f}")
+    once = {str(number): measured(work, str(number), cores)[0] for number in range(1, cores + 1)}
+    best = min(once, key=lambda setting: once[setting])
+    pairs, chosen = [], []
+    for number in range(arguments.rounds):
+        order = (best, "auto") if number % 2 else ("auto", best)
+        took = {setting: measured(work, setting, cores) for setting in order}
+        pairs.append((took["auto"][0], took[best][0]))
+        chosen.append(took["auto"][1])
+    ratios = [auto / by_hand for auto, by_hand in pairs]
+    print(f"auto / threads={best}: {statistics.median(ratios):.3f}")
     write(
         "threads",
         " ".join(["python -m benchmarks.threads", *sys.argv[1:]]),
         work=f"vitrail train {' '.join(work)}",
         busy=f"{cores} other processes that compute without end",
-        seconds=found,
-        median_seconds=medians,
+        seconds_by_hand=once,
+        best_by_hand=best,
+        seconds_auto_and_best=pairs,
         chosen=chosen,
-        auto_over_best_by_hand=round(ratio, 3),
+        ratio_median=round(statistics.median(ratios), 3),
+        ratio_min=round(min(ratios), 3),
+        ratio_max=round(max(ratios), 3),
     )
 
 

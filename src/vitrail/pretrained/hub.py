@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vitrail.errors import WeightsError
 from vitrail.pretrained.local import CARD, CONFIG, PROCESSOR, SUFFIXES, choose_weights, shard_names
+from vitrail.utils.download import unreachable
 from vitrail.utils.files import atomic_write_text
 from vitrail.utils.text import one_line, printable
 
@@ -74,6 +75,8 @@ def _files(repo: str, revision: str) -> tuple[str, set[str]]:
         if any(file.endswith((*SUFFIXES, ".index.json")) for file in files):
             return revision, files
     try:
+        if reason := hub_unreachable():
+            raise ConnectionError(reason)
         info = HfApi(endpoint=endpoint()).model_info(repo, revision=revision, timeout=10)
     except HfHubHTTPError as error:
         raise WeightsError(hub_error(repo, revision, error)) from None
@@ -132,6 +135,13 @@ def _cache(repo: str) -> Path:
 def endpoint() -> str | None:
     """HF_ENDPOINT, if set."""
     return os.environ.get("HF_ENDPOINT") or None
+
+
+def hub_unreachable() -> str | None:
+    """Why the hub cannot be asked, known within seconds; None if it can."""
+    from huggingface_hub import constants
+
+    return "offline mode is set" if constants.HF_HUB_OFFLINE else unreachable(endpoint() or constants.ENDPOINT)
 
 
 def hub_error(repo: str, revision: str | None, error: BaseException) -> str:

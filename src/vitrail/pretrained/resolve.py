@@ -104,7 +104,7 @@ def load_source(source: str | Path, model: str | None = None) -> Loaded:
         return _published(record)
     kind, _, rest = source.partition(":")
     match kind:
-        case "hf":
+        case "hf" | "hf-hub":
             return _hub(rest)
         case "timm":
             name, _, tag = rest.partition(".")

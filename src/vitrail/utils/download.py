@@ -13,6 +13,7 @@ import http.client
 import os
 import re
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -35,6 +36,7 @@ Progress = Callable[[int, int | None], None]  # bytes so far, total bytes (None:
 _CHUNK = 1 << 18
 _ATTEMPTS = 4  # requests in one call, if connections break
 _TIMEOUT = 30.0  # seconds without a byte from the server
+_CONNECT_SECONDS = 2.0  # for a first connection
 _PAUSE = 0.2  # seconds before the second attempt, doubled each time
 _MAX_BYTES = 16 << 30
 _MAX_SECONDS = 6 * 3600.0  # of one download, with all attempts
@@ -48,6 +50,28 @@ def cache_dir() -> Path:
     if own := os.environ.get("VITRAIL_CACHE"):
         return user_path(own)
     return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vitrail"
+
+
+def unreachable(url: str, seconds: float = _CONNECT_SECONDS) -> str | None:
+    """Why no connection to the server of this URL, or to the proxy for it, can be made within `seconds`; else None."""
+    parts = urlsplit(url)
+    proxy = None if urllib.request.proxy_bypass(parts.hostname or "") else urllib.request.getproxies().get(parts.scheme)
+    target = urlsplit(proxy if proxy and "//" in proxy else f"//{proxy}") if proxy else parts
+    address = (target.hostname or "", target.port or {"https": 443}.get(target.scheme, 80))
+    found: list[str | None] = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection(address, timeout=seconds).close()
+            found.append(None)
+        except (OSError, ValueError) as error:
+            found.append(one_line(getattr(error, "strerror", None) or error, 80))
+
+    # On a thread, because the look-up of a name has no time limit of its own.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else f"no answer in {seconds:g} s"
 
 
 def fetch(
@@ -185,7 +209,8 @@ class _Download:
     def _complete(self, url: str) -> None:
         """Fill `part` to its full length; a broken connection is retried from where it stopped."""
         started = time.monotonic()
-        for attempt in range(_ATTEMPTS):
+        reason = unreachable(url) or ""
+        for attempt in range(0 if reason else _ATTEMPTS):
             if attempt:
                 time.sleep(_PAUSE * 2**attempt)
             try:

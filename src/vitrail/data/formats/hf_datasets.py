@@ -21,7 +21,7 @@ from vitrail.data.formats.scan import Label, Scan, cached_scan, group_by_split, 
 from vitrail.data.splits import SplitOptions, split_of
 from vitrail.errors import DataError, DeviceError, how_to_install
 from vitrail.images.decode import BadImage
-from vitrail.utils.download import Progress, cache_dir
+from vitrail.utils.download import Progress, cache_dir, unreachable
 from vitrail.utils.text import one_line
 
 _IMAGE_COLUMNS = ("image", "img", "images", "picture", "photo", "pixels", "jpg", "png")
@@ -155,8 +155,32 @@ def _load_from_hub(name: str) -> Any:
         raise DataError(f"{name!r} is not a dataset name: use org/name[/config][@revision]")
     config = parts[2] if len(parts) == 3 else None
     library = _library()
-    with _errors_of(name):
+    with _errors_of(name), _offline_if_unreachable(library):
         return library.load_dataset("/".join(parts[:2]), config, revision=revision or None)
+
+
+@contextmanager
+def _offline_if_unreachable(library: Any) -> Iterator[None]:
+    """Without a connection to the hub the library is told so: it then looks into its cache, without trying for long."""
+    from huggingface_hub import constants
+
+    reason = None if constants.HF_HUB_OFFLINE else unreachable(constants.ENDPOINT)
+    if reason is None:
+        yield
+        return
+    flags = [(constants, "HF_HUB_OFFLINE"), (library.config, "HF_HUB_OFFLINE"), (library.config, "HF_DATASETS_OFFLINE")]
+    before = [(owner, flag, getattr(owner, flag)) for owner, flag in flags if hasattr(owner, flag)]
+    try:
+        for owner, flag, _ in before:
+            setattr(owner, flag, True)
+        yield
+    except Exception:
+        raise ConnectionError(
+            f"cannot reach the hub ({reason}), and it is not in the cache; check the connection, or use local files"
+        ) from None
+    finally:
+        for owner, flag, value in before:
+            setattr(owner, flag, value)
 
 
 def _library() -> Any:
