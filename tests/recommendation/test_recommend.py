@@ -123,7 +123,7 @@ def test_agrees_with_train_on_photographs(photos: Path, tmp_path: Path, monkeypa
     assert at_hand(TINY)
     assert agree(photos) == TINY
     setup = prepare(photos, make_config({}))
-    assert any("pretrained=false" in line for line in setup.reasons)
+    assert any("--no-pretrained" in line and "MB" in line and "in the cache" in line for line in setup.reasons)
     assert prepare(photos, make_config({"pretrained": False})).config.model.model == "vit_small_patch8_64"
     assert prepare(photos, make_config({}), may_use_weights=False).config.model.model == "vit_small_patch8_64"
     probed = {row.candidate.model for row in recommend(photos).candidates if row.probe_top1 is not None}

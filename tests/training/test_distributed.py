@@ -226,8 +226,7 @@ def test_a_world_of_one_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     assert SINGLE_PROCESS.broadcast_object(3) == 3
     assert SINGLE_PROCESS.all_gather_numbers(1, 2.5) == [[1, 2.5]]
     assert SINGLE_PROCESS.run_on_main(lambda: 7) == 7
-    with SINGLE_PROCESS.main_process_first():
-        assert tensor.tolist() == [1.0, 2.0]
+    assert tensor.tolist() == [1.0, 2.0]
 
 
 def test_blocks_are_found_in_every_family() -> None:

@@ -126,7 +126,7 @@ def make_plan(
         settings["budget"] = BUDGET
     config = make_config(settings)
     stats = DatasetStats(
-        len(dataset.split("train")), dataset.sizes.median, dataset.sizes.uniform, config.model.pretrained
+        len(dataset.split("train")), dataset.sizes.median, dataset.sizes.uniform, bool(config.model.pretrained)
     )
     automatic = choose(stats, {}).values
     given = dict(config.given)
@@ -134,7 +134,7 @@ def make_plan(
         given["img_size"] = automatic["img_size"]
     if not 1 <= seeds <= _MAX_SEEDS:
         raise ConfigError(f"seeds must be 1 to {_MAX_SEEDS}, not {seeds}")
-    names = models or default_models(automatic["model"], given.get("img_size"), config.model.pretrained)
+    names = models or default_models(automatic["model"], given.get("img_size"), bool(config.model.pretrained))
     return Plan(_contenders(names), _shares(shares), seeds, given)
 
 

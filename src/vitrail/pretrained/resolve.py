@@ -15,9 +15,9 @@ from torch import nn
 from vitrail.errors import WeightsError, did_you_mean
 from vitrail.models.configs import ViTConfig
 from vitrail.pretrained.foreign_configs import Architecture, check, from_record
-from vitrail.pretrained.hub import hub_weights, is_cached
+from vitrail.pretrained.hub import hub_unreachable, hub_weights, is_cached
 from vitrail.pretrained.local import CONFIG, SUFFIXES, USUAL, find_weights, licence_of, read_architecture, read_tensors
-from vitrail.utils.download import cache_dir, fetch
+from vitrail.utils.download import cache_dir, fetch, unreachable
 from vitrail.utils.files import user_path
 from vitrail.utils.text import printable
 from vitrail.weights.formats.detect import convert_names
@@ -130,6 +130,22 @@ def at_hand(model: str) -> bool:
     if record.source.startswith("hf:"):
         return is_cached(record.source.removeprefix("hf:"))
     return _cached_url(record.source, record.sha256 or "").is_file()
+
+
+def unobtainable(model: str, may_download: bool) -> str | None:
+    """Why the default published weights of the catalog's model cannot be had now; None if they can.
+
+    They can if they are on this machine, or, with may_download, if their server can be reached within seconds.
+    """
+    record = _by_tag("default", model)
+    if record is None:
+        return "there are none"
+    if at_hand(model):
+        return None
+    if not may_download:
+        return "they are not on this machine"
+    reason = hub_unreachable() if record.source.startswith("hf:") else unreachable(record.source)
+    return reason and f"they are not on this machine, and their server cannot be reached ({reason})"
 
 
 def is_catalog_source(source: str) -> bool:

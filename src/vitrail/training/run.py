@@ -54,7 +54,7 @@ def train(
     data: Data | None = None,
     *,
     model: str | nn.Module | None = None,
-    pretrained: bool | None = None,
+    pretrained: bool | str | None = None,
     weights: str | Path | None = None,
     teacher: Source | None = None,
     probe: bool | None = None,
@@ -105,7 +105,7 @@ def train(
         reporter = Reporter(progress and distributed.is_main, verbose)
         with stop_says_what_is_kept(reporter.log):
             resumed = distributed.run_on_main(lambda: check_folders(out, resume, recipe, only, epochs))
-            with distributed.main_process_first(), reporter.busy("reading images and model"):
+            with reporter.busy("reading images and model"):
                 setup = _make_setup(data, given, recipe, resumed, distributed, callbacks)
             if verbose and setup.pretrained:
                 reporter.log(setup.pretrained.report.table())
@@ -130,18 +130,20 @@ def _make_setup(
     distributed: DistributedContext,
     callbacks: Sequence[Callback],
 ) -> Setup:
-    """The setup of a run that is resumed, or of a new one."""
-    setup = _resumed_setup(data, given, resumed) if resumed else _new_setup(data, given, recipe, distributed)
+    """The setup of a run that is resumed, or of a new one, in this process. Rank 0 makes its own first: the others find
+    what it has downloaded, and start from weights if it does, whatever they could reach."""
+
+    def make(more: Mapping[str, Any]) -> Setup:
+        return _resumed_setup(data, given, resumed) if resumed else _new_setup(data, {**given, **more}, recipe)
+
+    setup = make({}) if distributed.is_main else None
+    pretrained = distributed.broadcast_object(setup and setup.config.model.pretrained)
+    setup = setup or make({"pretrained": pretrained})
     setup.callbacks = check_callbacks(callbacks)
     return setup
 
 
-def _new_setup(
-    data: Data | None,
-    given: Mapping[str, Any],
-    recipe_name: str | Path | None,
-    distributed: DistributedContext,
-) -> Setup:
+def _new_setup(data: Data | None, given: Mapping[str, Any], recipe_name: str | Path | None) -> Setup:
     """The setup of a new run."""
     requested, external, teacher = _parse(given)
     recipe = None if recipe_name is None else find_recipe(recipe_name)
@@ -155,9 +157,7 @@ def _new_setup(
         check_probe_keys({**values, **(recipe.settings if recipe else {})})
     check_optimizer(values, recipe)
     check_trackers(values.get("track", "none"))  # before a download, not after
-    # The machines of several processes may have different caches.
-    single = distributed.world_size == 1
-    setup = prepare(data, TrainConfig().updated(values), external, recipe, may_use_weights=single)
+    setup = prepare(data, TrainConfig().updated(values), external, recipe, may_download=True)
     setup.teacher = teacher
     return setup
 

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from vitrail.data.catalog import absolute_data, open_dataset
 from vitrail.data.dataset import Data, Dataset
-from vitrail.errors import ConfigError, DataError, ModelError
+from vitrail.errors import ConfigError, DataError, ModelError, WeightsError
 from vitrail.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from vitrail.inference.engine import default_workers
 from vitrail.models.base import ImageModel
@@ -21,7 +21,7 @@ from vitrail.models.timm_compat import timm_mismatch
 from vitrail.pretrained.create import create_model
 from vitrail.pretrained.load import Pretrained, load_pretrained
 from vitrail.pretrained.model_folder import name_of
-from vitrail.pretrained.resolve import at_hand
+from vitrail.pretrained.resolve import at_hand, unobtainable
 from vitrail.training.callbacks import Callback
 from vitrail.training.config.automatic import DatasetStats, candidates, choose, weights_advised
 from vitrail.training.config.recipes import Recipe, named_recipe, recipe_names
@@ -29,7 +29,7 @@ from vitrail.training.config.schema import TrainConfig, Use, keys_for
 from vitrail.training.resources.image_cache import settle_cache
 from vitrail.utils.counter_rng import fold
 from vitrail.utils.files import user_path
-from vitrail.utils.text import one_line, printable
+from vitrail.utils.text import format_bytes, one_line, printable
 
 _FULL_CROP = 64  # largest input side, pixels, that is evaluated without a center crop
 _CROP_PCT = 0.95
@@ -37,7 +37,6 @@ _CROP_MODES = {"crop": "center", "pad": "border", "squash": "squash"}
 _LARGE_LOSS, _MANY_IMAGES = 0.4, 0.1  # shares of an image, and of the images
 # Settings with which it is not left open whether training starts from published weights.
 _DECIDES_WEIGHTS = {"model", "pretrained", "weights", "img_size", "in_chans", "teacher"}
-_FOUND_WEIGHTS = "weights are used because they are on this machine; pretrained=false trains from scratch"
 _FAMILIES = {row.family for row in VARIANTS.values()}
 
 
@@ -76,11 +75,13 @@ def prepare(
     recipe: Recipe | None = None,
     *,
     may_use_weights: bool = True,
+    may_download: bool = False,
 ) -> Setup:
     """Open the data, choose the settings that are not given, and build the model (or adapt an `external` one).
 
     requested: its given values are kept. recipe: None: the one that `requested` names, or one chosen for the images.
-    may_use_weights: whether an automatically chosen model starts from published weights if they are on this machine.
+    may_use_weights: whether an automatically chosen model starts from published weights if they are on this machine;
+    may_download: or if their server can be reached.
 
     Raises:
         VitrailError: of the kind of what is missing or does not match: data, setting, model or weights.
@@ -97,23 +98,21 @@ def prepare(
         given["model"] = type(external).__name__
     if auto_batch := given.get("batch_size") == 0:
         del given["batch_size"]
-    left_open = may_use_weights and external is None and recipe is None and not _DECIDES_WEIGHTS & given.keys()
-    stated = bool(requested.model.pretrained or requested.model.weights)
-    stats = dataset_stats(dataset, None if left_open else stated)
-    if found_weights := stats.pretrained and left_open:
-        given["pretrained"] = True
-    loaded = None
-    if stats.pretrained and external is None:
-        if not given.get("weights") and "model" not in given:
-            given["model"] = choose(stats, given, recipe).values["model"]
-        loaded = _load(requested.updated(given), dataset)
+    auto = may_use_weights and external is None and _weights_left_open(given, recipe, dataset)
+    given = {key: value for key, value in given.items() if key != "pretrained" or value is not None}
+    if auto:
+        stats, loaded, weights_line = _automatic_weights(requested, given, dataset, may_download)
+    else:
+        stats, loaded, weights_line = _stated_weights(requested, given, dataset, external, recipe)
+    if loaded is not None:
         given["model"] = loaded.name or name_of(loaded.model.config)
+    given.setdefault("pretrained", stats.pretrained and not given.get("weights"))
     choice = choose(stats, given, recipe)
     config = TrainConfig().updated({"workers": default_workers(train), **choice.values, **given})
     model, preprocess = _make_model(config, dataset, external, loaded)
     config, cache_line = settle_cache(config, dataset, preprocess)
     given["cache"] = config.io.cache
-    notes = ([str(loaded.report)] if loaded else []) + ([_FOUND_WEIGHTS] if found_weights else [])
+    notes = ([str(loaded.report)] if loaded else []) + weights_line
     if isinstance(model, ImageModel) and (mismatch := timm_mismatch(model.config, preprocess.size)):
         notes.append(mismatch)
     return Setup(
@@ -143,6 +142,56 @@ def dataset_stats(dataset: Dataset, pretrained: bool | None = None) -> DatasetSt
         with_weights = replace(stats, pretrained=True)
         return with_weights if at_hand(candidates(with_weights)[0].model) else stats
     return stats
+
+
+def _weights_left_open(given: Mapping[str, Any], recipe: Recipe | None, dataset: Dataset) -> bool:
+    """Whether to start from published weights if they can be had: for images that are not small, if nothing else
+    decides it, or with pretrained=auto."""
+    if "pretrained" in given and given["pretrained"] is None:
+        return not given.get("weights")
+    return recipe is None and not _DECIDES_WEIGHTS & given.keys() and weights_advised(dataset.sizes.median)
+
+
+def _stated_weights(
+    requested: TrainConfig,
+    given: Mapping[str, Any],
+    dataset: Dataset,
+    external: nn.Module | None,
+    recipe: Recipe | None,
+) -> tuple[DatasetStats, Pretrained | None, list[str]]:
+    """The weights that the settings ask for, if they ask for some; as `_automatic_weights`, without a line."""
+    stats = dataset_stats(dataset, bool(requested.model.pretrained or requested.model.weights))
+    if not stats.pretrained or external is not None:
+        return stats, None, []
+    if not given.get("weights") and "model" not in given:
+        given = {**given, "model": choose(stats, given, recipe).values["model"]}
+    return stats, _load(requested.updated(given), dataset), []
+
+
+def _automatic_weights(
+    requested: TrainConfig, given: Mapping[str, Any], dataset: Dataset, may_download: bool
+) -> tuple[DatasetStats, Pretrained | None, list[str]]:
+    """The published weights to start from, if they can be had; a line that says what was taken, or why it was not.
+    Downloads if it may."""
+    stats = dataset_stats(dataset, True)
+    model = given.get("model") or candidates(stats)[0].model
+    if not (reason := unobtainable(model, may_download)):
+        cached = at_hand(model)
+        try:
+            loaded = _load(requested.updated({**given, "model": model, "pretrained": True}), dataset)
+            size = format_bytes(sum(tensor.nbytes for tensor in loaded.loaded.tensors.values()))
+            where = "in the cache" if cached else "from the hub"
+            licence = loaded.loaded.licence or "not stated"
+            line = (
+                f"start   weights of {model}, licence {licence}, {size}, {where}; --no-pretrained trains from scratch"
+            )
+            return stats, loaded, [line]
+        except WeightsError as error:  # a download that failed: training need not
+            reason = one_line(error)
+    line = (
+        f"start   from scratch, without the published weights of {model}: {reason}; with them, or with --weights FILE, "
+    )
+    return dataset_stats(dataset, False), None, [f"{line}few images give a better model"] if may_download else []
 
 
 def advise_fit(dataset: Dataset, preprocess: Preprocess, config: TrainConfig) -> list[str]:

@@ -96,15 +96,6 @@ class DistributedContext:
         """The result of `function`, which rank 0 alone calls, in all processes; if it raises, all end."""
         return self.broadcast_object(function() if self.is_main else None)  # type: ignore[return-value]
 
-    @contextmanager
-    def main_process_first(self) -> Iterator[None]:
-        """Rank 0 runs the block before the other processes, so that they find what it has downloaded."""
-        if not self.is_main:
-            self.barrier()
-        yield
-        if self.is_main:
-            self.barrier()
-
 
 SINGLE_PROCESS = DistributedContext()
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitrail.cli.common.options import DataDirOption, JsonOption, ModelArgument, SizeOption, WeightsOption
+from vitrail.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,7 +90,6 @@ def export(
     from vitrail.cli.common.tables import print_json, stderr
     from vitrail.deploy.export import export as run
     from vitrail.deploy.trials import ExportRefused
-    from vitrail.errors import ConfigError
     from vitrail.training.config.schema import parse_overrides
 
     if settings and distill is None:

@@ -64,7 +64,13 @@ _Settings = Annotated[
 _Model = Annotated[
     str | None, typer.Option(metavar="NAME", help="A name from `vitrail models`; by default chosen for the images.")
 ]
-_Pretrained = Annotated[bool, typer.Option("--pretrained", help="Start from the published weights.")]
+_Pretrained = Annotated[
+    bool | None,
+    typer.Option(
+        "--pretrained/--no-pretrained",
+        help="Start from the published weights; by default for photographs, if no model is named and they can be had.",
+    ),
+]
 _Weights = Annotated[str | None, typer.Option(help="Start from these weights: a file, a folder or hf:org/repo.")]
 _Teacher = Annotated[
     str | None, typer.Option(metavar="MODEL", help="Distil from this model too; settings: see distill below.")
@@ -97,7 +103,7 @@ def train(
     data: Annotated[str | None, DATA] = None,
     settings: _Settings = None,
     model: _Model = None,
-    pretrained: _Pretrained = False,
+    pretrained: _Pretrained = None,
     weights: _Weights = None,
     teacher: _Teacher = None,
     probe: _Probe = False,
@@ -172,7 +178,11 @@ def _arguments(context: typer.Context, data: str | None, settings: list[str]) ->
     from vitrail.errors import ConfigError
     from vitrail.training.config.schema import parse_overrides
 
-    options = {name: value for name, value in context.params.items() if value is not None and value is not False}
+    options = {
+        name: value
+        for name, value in context.params.items()
+        if value is not None and (value is not False or name == "pretrained")
+    }
     if data is not None and "=" in data and options.keys() & {"resume", "recipe"} and not os.path.exists(data):
         settings, data = [data, *settings], None  # no DATA: the run or the recipe names it
     given: dict[str, Any] = {name: value for name, value in options.items() if name not in _NOT_PASSED_ON}

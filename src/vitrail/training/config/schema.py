@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from vitrail.data.augment.settings import Augment
 from vitrail.errors import ConfigError, did_you_mean
 from vitrail.training.config.aliases import by_key, key_of
-from vitrail.training.config.values import BatchSize, CacheSize, Threads, TrackerNames
+from vitrail.training.config.values import Auto, BatchSize, CacheSize, Threads, TrackerNames
 from vitrail.utils.settings import (
     MAX_SEED,
     Amount,
@@ -75,7 +75,7 @@ class ModelSettings(Settings):
     """Architecture, initial weights and input."""
 
     model: str = Field("", description="a name from `vitrail models`")
-    pretrained: bool = Field(False, description="start from the published weights")
+    pretrained: Annotated[bool | None, Auto] = Field(None, description="use published weights: true, false or auto")
     weights: PathText = Field(None, description="start from these weights: a file, a folder or hf:org/repo")
     probe: bool = Field(False, description="linear probe: freeze the model and fit a linear head to its features")
     img_size: Size = Field(None, description="input height and width, pixels; none: the model's own")

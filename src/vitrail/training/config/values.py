@@ -48,11 +48,16 @@ def _trackers(value: object) -> object:
     return ",".join(dict.fromkeys(names)) or "none"
 
 
+def _auto(value: object) -> object:
+    """auto stands for None."""
+    return None if isinstance(value, str) and value.strip().lower() == "auto" else none_or(value)
+
+
 def _threads(value: object) -> object:
     """A number, or text that `ThreadPlan` reads, as text."""
     return value if isinstance(value, bool) else str(ThreadPlan.parse("none" if value is None else str(value)))
 
 
-CacheSize, BatchSize, TrackerNames, Threads = (
-    BeforeValidator(check) for check in (_cache, _batch_size, _trackers, _threads)
+CacheSize, BatchSize, TrackerNames, Threads, Auto = (
+    BeforeValidator(check) for check in (_cache, _batch_size, _trackers, _threads, _auto)
 )
