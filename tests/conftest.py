@@ -38,6 +38,14 @@ def _float32() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_plots() -> Iterator[None]:
+    """Runs draw no PNG files, which take longer than the tiny runs; the tests of plots draw them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vitrail.reports.plots.available", lambda: False)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

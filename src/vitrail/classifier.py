@@ -20,6 +20,7 @@ from vitrail.inference.engine import Engine
 from vitrail.inference.export_folder import ExportRecord, is_export
 from vitrail.inference.exported import open_runtime
 from vitrail.prediction import BaseClassifier
+from vitrail.reports.run_summary import RunSummary
 from vitrail.utils.files import SUMS, mismatches, user_path
 from vitrail.utils.text import one_line
 
@@ -293,4 +294,4 @@ def _summary(run: Path) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         warnings.warn(f"{path} is damaged or was edited, and is not used: {one_line(error)}", stacklevel=3)
         return None
-    return summary
+    return RunSummary(summary, run)

@@ -5,6 +5,7 @@ Shapes: N inputs, K classes, F features.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,13 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from vitrail.errors import ConfigError, DataError, ModelError
 from vitrail.images.preprocess import Preprocess
 from vitrail.images.reader import Inputs, path_of
+from vitrail.images.tensors import is_tensor
 from vitrail.inference.engine import Engine
 from vitrail.inference.probabilities import ranking, softmax
 from vitrail.inference.tta import TtaRuntime
+from vitrail.reports import notebook
+from vitrail.utils.text import printable
 
 if TYPE_CHECKING:
     from vitrail.data.dataset import Data, Dataset
@@ -38,12 +43,13 @@ class Score:
     index: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prediction:
     """The most probable class of one input, its score and the `top` classes; or the `error` why it could not be read.
 
     `path` is None for an image in memory. `index` is the number of the class in `class_names`. `probabilities` are
-    those of all K classes, in the order of `class_names`, if they were asked for.
+    those of all K classes, in the order of `class_names`, if they were asked for. `image` is the input of `predict` if
+    it was in memory.
     """
 
     path: str | None
@@ -53,6 +59,24 @@ class Prediction:
     error: str | None = None
     index: int | None = None
     probabilities: npt.NDArray[np.float32] | None = field(default=None, compare=False)
+    image: Any = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        if self.error is not None:
+            return f"Prediction(path={self.path!r}, error={self.error!r})"
+        return f"Prediction(path={self.path!r}, label={self.label!r}, score={self.score or 0:.3f})"
+
+    def _repr_html_(self) -> str:
+        return notebook.gallery([self._card(5)], 1)
+
+    def _card(self, most: int) -> str:
+        """The image and its classes, at most so many, as HTML."""
+        source = self.image if self.path is None else self.path
+        name = [] if self.path is None else [os.path.basename(self.path)]
+        if self.error is not None:
+            return notebook.card(None, "error", [self.error, *name], "#e4572e")
+        others = [f"{each.label} {100 * each.score:.1f} %" for each in self.top[1:most]]
+        return notebook.card(source, f"{self.label} {100 * (self.score or 0):.1f} %", [*others, *name])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON: `path` and `error`, or `path`, `label`, `score` and `top`, and `probabilities` if it has them."""
@@ -61,6 +85,13 @@ class Prediction:
         top = [{"label": each.label, "score": each.score} for each in self.top]
         found = {"path": self.path, "label": self.label, "score": self.score, "top": top}
         return found if self.probabilities is None else {**found, "probabilities": self.probabilities.tolist()}
+
+
+class Predictions(list[Prediction]):
+    """The predictions of several images: a list, which a notebook shows with pictures."""
+
+    def _repr_html_(self) -> str:
+        return notebook.gallery([each._card(2) for each in self[: notebook.MAX_PICTURES]], len(self))
 
 
 class BaseClassifier:
@@ -83,7 +114,24 @@ class BaseClassifier:
 
     def __repr__(self) -> str:
         height, width = self.preprocess.size
-        return f"{type(self).__name__}({self.architecture}, {len(self.class_names)} classes, {height}x{width} pixels)"
+        about = f"{self.architecture}, {len(self.class_names)} classes, {height}x{width} pixels"
+        return f"{type(self).__name__}({', '.join([about, *self._accuracy()])})"
+
+    def _accuracy(self) -> list[str]:
+        """What it reached at the end of its training, if that is known."""
+        found = self.notes.get("figures")
+        return [f"{found['split']} top-1 {found['top1']:.2f} %"] if found and found.get("top1") is not None else []
+
+    def _repr_html_(self) -> str:
+        (height, width), channels = self.preprocess.size, self.preprocess.channels
+        rows = [
+            ("architecture", self.architecture),
+            ("input", f"{height}x{width} pixels, {channels} channel{'s' * (channels > 1)}"),
+            (f"{len(self.class_names)} classes", printable(", ".join(self.class_names), 100)),
+            ("precision", self.precision),
+            *(("accuracy", each) for each in self._accuracy()),
+        ]
+        return notebook.box(type(self).__name__, notebook.figures(rows))
 
     def engine(self, *, adapt_threads: bool = False) -> Engine:
         """An inference engine with the current model, preprocessing and precision.
@@ -106,7 +154,7 @@ class BaseClassifier:
         *,
         probabilities: bool = False,
         tta: str | None = None,
-    ) -> list[Prediction]:
+    ) -> Predictions:
         """The `top` most probable classes of each image, in the order of `inputs`. Safe to call from several threads.
 
         inputs: one or several paths, folders (searched recursively), glob patterns, tables or frames of paths, Pillow
@@ -119,7 +167,9 @@ class BaseClassifier:
         Raises:
             DataTypeError: an input of another type, which is a TypeError.
         """
-        return list(self.stream(inputs, top, batch_size, probabilities=probabilities, tta=tta))
+        # Images of a generator or a dataset would stay in memory, where there may not be room for all.
+        keep = isinstance(inputs, list | tuple | np.ndarray | Image.Image | bytes) or is_tensor(inputs)
+        return Predictions(self._stream(inputs, top, batch_size, probabilities, tta, keep))
 
     def stream(
         self,
@@ -131,6 +181,12 @@ class BaseClassifier:
         tta: str | None = None,
     ) -> Iterator[Prediction]:
         """`predict` as an iterator. Images are decoded while the model runs, a few batches at a time."""
+        return self._stream(inputs, top, batch_size, probabilities, tta, False)
+
+    def _stream(
+        self, inputs: Inputs, top: int, batch_size: int | None, probabilities: bool, tta: str | None, keep: bool
+    ) -> Iterator[Prediction]:
+        """keep: whether predictions refer to images in memory."""
         if not self.class_names:
             raise ModelError("this model has no classes to predict; use embed() for its features")
         if top < 1:
@@ -144,8 +200,9 @@ class BaseClassifier:
             rows = zip(scores.tolist(), indices.tolist(), values, strict=True)
             for item, error in zip(batch.items, batch.errors, strict=True):
                 path = path_of(item)
+                image = item if keep and isinstance(item, np.ndarray | Image.Image | bytes) else None
                 if error is not None:
-                    yield Prediction(path, error=error)
+                    yield Prediction(path, error=error, image=image)
                     continue
                 top_scores, numbers, row = next(rows)
                 pairs = zip(top_scores, numbers, strict=True)
@@ -158,6 +215,7 @@ class BaseClassifier:
                     best,
                     index=first.index,
                     probabilities=row.copy() if probabilities else None,
+                    image=image,
                 )
 
     def embed(self, inputs: Inputs, batch_size: int | None = None) -> npt.NDArray[np.float32]:

@@ -56,6 +56,7 @@ NOT_RUN_PYTHON = {
     'vitrail.load("exports/photos")': "as the command",
     "vitrail.serve(": "as the command",
     "vitrail.train(frame": "tests/data/formats runs it",
+    "ev.plot(": "tests/reports runs it",
     "tritonclient": "needs a running server; tests/service runs it",
     "AutoModelForImageClassification": "tests/pretrained/test_model_folder.py runs it",
     'load("runs/deit")': "scripts/draw_docs.py runs it",

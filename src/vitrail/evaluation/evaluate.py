@@ -79,7 +79,7 @@ def evaluate(
             f"{printable(wrong[0]['path'])}: the weights or the precision are at fault (float32 is --precision off)"
         )
     records = Records.concatenate(distributed.all_gather_object(recorder.records()))
-    return Evaluation(records, tuple(class_names), name, skipped)
+    return Evaluation(records, tuple(class_names), name, skipped, split.image)
 
 
 def _until_stopped(

@@ -6,17 +6,23 @@ Shapes: N images, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from vitrail.evaluation.calibration import expected_calibration_error
+from vitrail.evaluation.calibration import calibration_bins, expected_calibration_error
+from vitrail.images.convert import BadImage
 from vitrail.inference.probabilities import Logits, log_softmax, ranking
+from vitrail.reports import notebook, plots
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MAX_CARDS = 12  # pictures of errors in a notebook
 IMBALANCE_RATIO = 1.5  # images of the largest class to those of the smallest, above which a split is imbalanced
 
 
@@ -76,16 +82,74 @@ class Recorder:
         return Records.concatenate(self._parts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """Metrics on a split. top1, balanced_top1 and top5 are percentages; ece, the expected calibration error, is 0 to 1;
     loss is the mean cross-entropy in nats. NaN without images.
+
+    picture: gives an image of the split by its index, for notebooks.
     """
 
     records: Records = field(repr=False)
     class_names: tuple[str, ...] = field(repr=False)
     split: str = ""
     skipped: list[dict[str, str]] = field(default_factory=list)
+    picture: Callable[[int], Any] | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        return f"Evaluation({', '.join(f'{name} {value}' for name, value in self._figures())})"
+
+    def _figures(self) -> list[tuple[str, str]]:
+        """What is printed: names and values. top-5 says nothing of five classes or fewer."""
+        top5 = [("top-5", f"{self.top5:.2f} %")] if len(self.class_names) > 5 else []
+        balanced = [("balanced top-1", f"{self.balanced_top1:.2f} %")] if is_imbalanced(self.per_class) else []
+        skipped = [("skipped", f"{len(self.skipped):,}")] if self.skipped else []
+        return [
+            (f"{self.split} top-1".strip(), f"{self.top1:.2f} %"),
+            *balanced,
+            *top5,
+            ("loss", f"{self.loss:.4f}"),
+            ("calibration error", f"{100 * self.ece:.2f} %"),
+            ("images", f"{self.images:,}"),
+            *skipped,
+        ]
+
+    def _repr_html_(self) -> str:
+        records = self.records
+        wrong = np.flatnonzero(~records.correct)
+        order = wrong[np.argsort(-records.confidence[wrong], kind="stable")]
+        cards = [self._card(int(row)) for row in order[: _MAX_CARDS if self.picture else 0]]
+        errors = [f"<div>Most confident errors</div>{notebook.gallery(cards, len(wrong))}"] if cards else []
+        matrix = notebook.confusion_table(self.confusion, self.class_names)
+        return notebook.box("Evaluation", notebook.figures(self._figures()), matrix, *errors)
+
+    def _card(self, row: int) -> str:
+        records = self.records
+        lines = [f"{100 * records.confidence[row]:.1f} %", f"is {self.class_names[records.labels[row]]}"]
+        return notebook.card(self._image(row), self.class_names[records.predicted[row]], lines, "#e4572e")
+
+    def _image(self, row: int) -> Any:
+        """An image of the records; None if it cannot be read."""
+        try:
+            return None if self.picture is None else self.picture(int(self.records.indices[row]))
+        except (BadImage, OSError):
+            return None
+
+    def plot(self, kind: str = "confusion", ax: Axes | None = None) -> Axes:
+        """Draw a plot with matplotlib; returns its axes.
+
+        kind: "confusion" (the confusion matrix) or "calibration" (the reliability diagram). ax: of matplotlib; None: a
+        new figure.
+
+        Raises:
+            ConfigError: another kind.
+            DeviceError: matplotlib is not installed.
+        """
+        known = {
+            "confusion": plots.confusion(self.confusion, self.class_names),
+            "calibration": plots.calibration(calibration_bins(self.records.confidence, self.records.correct)),
+        }
+        return plots.draw(plots.choose(kind, known), ax)
 
     @property
     def images(self) -> int:

@@ -17,6 +17,7 @@ from vitrail.errors import ConfigError, DeviceError, DistributedError
 from vitrail.evaluation.metrics import Evaluation
 from vitrail.evaluation.statistics import has_top5
 from vitrail.models.base import ImageModel
+from vitrail.reports.run_summary import RunSummary
 from vitrail.training.callbacks import Callback, check_callbacks
 from vitrail.training.checkpoints.checkpoint import unshared
 from vitrail.training.checkpoints.kept import stop_says_what_is_kept
@@ -363,7 +364,8 @@ def _finish(
         "figures": {key: summary[key] for key in ("split", "images", "top1", *top5, "loss")},
         **({"source": loaded.source, "licence": loaded.licence} if loaded else {}),  # the model inherits the licence
     }
-    classifier = _classifier(setup, model, report=summary, notes=notes)
+    report = RunSummary(summary, folder.path)
+    classifier = _classifier(setup, model, report=report, notes=notes)
     if folder.writes:
         _save_model(classifier, folder)
         folder.write_json(folder.summary, summary, indent=2)
@@ -375,6 +377,7 @@ def _finish(
             folder.write_json(folder.details, report_details(result, split, groups, classifier))
             folder.write_checksums()
             reporter.log(f"report  {write_report(folder)}")
+            report.write_plots()
         except Exception as error:  # the run is finished and saved
             reporter.log(f"warning: the run is saved, but could not write its report: {one_line(error)}")
     return classifier

@@ -8,6 +8,7 @@ model/          the best model, as a model folder
 sessions.jsonl  a line each time the run was started or resumed: command, time, environment
 details.json    per-image results, for the report
 report.html     the report
+plots/          its plots as PNG files, if matplotlib is installed
 SHA256SUMS      checksums of the files above that the report and `vitrail.load` read
 """
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vitrail.reports.charts import STYLES, Series, line_chart, subsample
+from vitrail.reports.run_summary import metric_series, train_and_val
 
 _MAX_EPOCHS = 200  # rows of the table
 _MAX_RATES = 6  # lines in the chart of learning rates
@@ -21,8 +22,8 @@ def charts(
         best = next((i for i, row in enumerate(history, 1) if row["l2"] == summary["probe"]["l2"]), None)
     mark = (float(best), "best") if best else None
     rows = (
-        ("Loss", "loss", _train_and_val(history, "loss"), {"zero": True, "mark": mark}, "" if probe else _LOSS_NOTE),
-        ("Top-1 accuracy", "top-1, %", _train_and_val(history, "top1"), {"y_max": 100.0, "mark": mark}, ""),
+        ("Loss", "loss", train_and_val(history, "loss"), {"zero": True, "mark": mark}, "" if probe else _LOSS_NOTE),
+        ("Top-1 accuracy", "top-1, %", train_and_val(history, "top1"), {"y_max": 100.0, "mark": mark}, ""),
         ("Learning rate", "learning rate", _rates(history, groups), {"zero": True}, ""),
     )
     found: list[dict[str, Any]] = []
@@ -31,15 +32,6 @@ def charts(
         legend = [(one.name, f"line s{one.style % STYLES}") for one in series if one.points]
         found += [{"title": title, "svg": svg, "legend": legend, "note": note}] if svg else []
     return found
-
-
-def _train_and_val(history: Sequence[Mapping[str, Any]], metric: str) -> list[Series]:
-    return [_series("training", history, f"train_{metric}", 0), _series("validation", history, f"val_{metric}", 1)]
-
-
-def _series(name: str, history: Sequence[Mapping[str, Any]], key: str, style: int) -> Series:
-    known = ((i, row) for i, row in enumerate(history, 1) if row.get(key) is not None)
-    return Series(name, [(float(row.get("epoch", i)), float(row[key])) for i, row in known], style)
 
 
 def _rates(history: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> list[Series]:
@@ -51,7 +43,7 @@ def _rates(history: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, A
         names.extend([] if name in names else [name])
     order = sorted(peaks, reverse=True)
     if not order:
-        return [_series("largest", history, "lr", 0)]
+        return [metric_series("largest", history, "lr", 0)]
     single = len(peaks) == 1
     return [
         Series(

@@ -1,5 +1,7 @@
 """Training progress on stderr: a progress bar in a terminal, plain lines elsewhere.
 
+In a notebook, lines on stdout, one per epoch: stderr is red there, and rich would make a display of each line.
+
 Reading the loss synchronises with the device, so it happens at most a few times per second.
 """
 
@@ -15,7 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from vitrail.training.engine.state import TrainState
 from vitrail.training.engine.trainer import Trainer
-from vitrail.utils.console import PlainConsole
+from vitrail.utils.console import PlainConsole, in_notebook
 from vitrail.utils.streams import lossy
 from vitrail.utils.text import format_duration, plain
 
@@ -31,7 +33,9 @@ class Reporter:
 
     def __init__(self, enabled: bool = True, verbose: bool = False) -> None:
         self.verbose = verbose
-        self.console = PlainConsole(file=lossy(sys.stderr), quiet=not enabled)
+        self._notebook = in_notebook()
+        stream = sys.stdout if self._notebook else sys.stderr
+        self.console = PlainConsole(file=lossy(stream), quiet=not enabled, force_jupyter=False)
         self._bar: Progress | None = None
         self._every = _BAR_SECONDS if self.console.is_terminal else _LINE_SECONDS
         self._last = 0.0
@@ -106,9 +110,9 @@ class Reporter:
             self.log(f"{title}  {status}")
 
     def epoch(self, line: str, last: bool) -> None:
-        """Print the line of a finished epoch; without a terminal, at most one every two seconds, and the last one."""
+        """Print the line of a finished epoch; without a terminal or notebook, one every two seconds, and the last."""
         now = time.perf_counter()
-        if self._bar or last or now - self._last_epoch >= _EPOCH_SECONDS:
+        if self._bar or self._notebook or last or now - self._last_epoch >= _EPOCH_SECONDS:
             self._last = self._last_epoch = now
             self.log(line)
 
