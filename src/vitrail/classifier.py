@@ -59,6 +59,8 @@ class Classifier(BaseClassifier):
         super().__init__(class_names, architecture or name_of(model.config), notes or {}, precision)
         self.model = model
         self.preprocess = preprocess
+        if hasattr(model, "unpooled"):  # a model of vitrail, whose pretrained_cfg then tells timm
+            model.preprocess = preprocess
         self.report = report
 
     @property
@@ -135,6 +137,8 @@ class Classifier(BaseClassifier):
         from vitrail.pretrained.model_folder import Contents, write_model_folder
 
         folder = Path(folder)
+        if getattr(self.model, "pruned", False):
+            raise ModelError("a pruned model is not one of the catalog: save its state_dict() instead")
         mismatch = timm_mismatch(self.model.config, self.preprocess.size)
         if mismatch:
             warnings.warn(mismatch, stacklevel=2)

@@ -3,6 +3,7 @@
 Shapes: B batch, I channels of the image, H W height and width of the image or of a feature map, C channels, K classes.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitrail.errors import ModelError
+from vitrail.images.preprocess import Preprocess
 from vitrail.layers.block import init_linear
 from vitrail.models.configs import ConvNeXtConfig, ModelConfig, SwinConfig
+from vitrail.models.timm_compat import feature_info, global_pool, group_matcher, pretrained_cfg
 
 
 class ImageModel(nn.Module):
@@ -23,6 +26,35 @@ class ImageModel(nn.Module):
     head_names: tuple[str, ...]  # modules from features to logits
     num_stages: int  # number of feature maps that `forward_intermediates` can return
     grad_checkpointing: bool = False
+    preprocess: Preprocess | None = None  # with which its weights were trained, if known
+    unpooled: bool = False  # `forward` returns the feature map: reset_classifier(0, "")
+    pruned: bool = False  # the config then has more layers than the model
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Width of the head's input; timm's other name of `num_features`."""
+        return self.num_features
+
+    @property
+    def global_pool(self) -> str:
+        """ "token" or "avg"; "" for none."""
+        return "" if self.unpooled else global_pool(self.config)
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Of each map of `forward_intermediates`: its channels ("num_chs"), stride ("reduction") and "module"."""
+        return feature_info(self.config)
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """timm's record of the preprocessing; ImageNet's at the model's size if that of the weights is unknown."""
+        size, channels = self.config.img_size, self.config.in_chans
+        return pretrained_cfg(self.config, self.preprocess or Preprocess(size=size).with_channels(channels))
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """timm's other name of `pretrained_cfg`."""
+        return self.pretrained_cfg
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images to the last feature map, normalised and not pooled: B N C, B H W C or B C H W, as in timm."""
@@ -68,6 +100,7 @@ class ImageModel(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        output_dict: bool = False,
     ) -> Any:
         """The feature maps of chosen stages, like timm's method of the same name.
 
@@ -78,9 +111,11 @@ class ImageModel(nn.Module):
             stop_early: compute nothing after the last chosen stage.
             output_fmt: "NCHW".
             intermediates_only: return only the list.
+            output_dict: return a dict of "image_features" and "image_intermediates", without the features if
+                `intermediates_only`.
 
         Returns:
-            (features, list of B C H W), with features as from `forward_features`; or the list.
+            (features, list of B C H W), with features as from `forward_features`; or the list, or the dict.
 
         Raises:
             ModelError: an index out of range, or an unsupported output_fmt.
@@ -89,14 +124,84 @@ class ImageModel(nn.Module):
             raise ModelError(f"output_fmt={output_fmt!r}: {type(self).__name__} supports only 'NCHW'")
         features, maps = self.run_stages(x, indices, norm, stop_early)
         maps = [feature_map.contiguous() for feature_map in maps]
+        if output_dict:
+            return {"image_intermediates": maps} | ({} if intermediates_only else {"image_features": features})
         return maps if intermediates_only else (features, maps)
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a newly initialised one for `num_classes`, or by the identity for 0."""
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the chosen maps of `forward_intermediates` do not need; returns their indices.
+
+        prune_norm: the final norm too. prune_head: the head too; it is always removed with the layers that it reads.
+        """
+        chosen = choose_stages(self.num_stages, indices)
+        self.pruned = True
+        self.keep_stages(max(chosen) + 1, prune_norm, prune_head)
+        return chosen
+
+    def keep_stages(self, count: int, prune_norm: bool, prune_head: bool) -> None:
+        """Keep the first `count` stages; see `prune_intermediate_layers`."""
+        raise NotImplementedError
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Change the size of the images that the model is made for, in pixels. The patch size cannot be changed.
+
+        Raises:
+            ModelError: the model cannot have this size.
+        """
+        own = getattr(self.config, "patch_size", None)
+        if patch_size not in (None, own, (own, own)):
+            raise ModelError(f"the patch size of {type(self).__name__} cannot be changed: it stays {own}")
+        if img_size is None:
+            return
+        size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
+        try:
+            config = dataclasses.replace(self.config, img_size=size)
+            self.resize_to(config)
+        except ValueError as error:
+            raise ModelError(f"{type(self).__name__} cannot have the input size {img_size}: {error}") from None
+        self.config = config
+        if self.preprocess is not None:
+            self.preprocess = self.preprocess.replace(size=config.img_size)
+
+    def resize_to(self, config: Any) -> None:
+        """Change what depends on the size of the image; nothing in a CNN. Raises ValueError."""
+
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
+        """The head; of a model with two heads, both."""
+        heads = tuple(self.get_submodule(name) for name in self.head_names)
+        return heads[0] if len(heads) == 1 else heads
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a newly initialised one for `num_classes`, or by the identity for 0.
+
+        global_pool: how features are pooled: "avg", of a ViT also "token", or with 0 classes "" for not at all; None:
+        as before.
+
+        Raises:
+            ModelError: the model cannot pool so.
+        """
+        if global_pool is not None:
+            self.set_pool(global_pool, num_classes)
         self.num_classes = num_classes
         for name in self.head_names:
             head = head_layer(self.num_features, num_classes).to(next(self.parameters()))
             self.set_submodule(name, head.apply(init_linear))
+
+    def set_pool(self, pool: str, num_classes: int) -> None:
+        """See `reset_classifier`."""
+        if pool not in ("", global_pool(self.config)):
+            raise ModelError(f"{type(self).__name__} cannot pool by {pool!r}: give {global_pool(self.config)!r} or ''")
+        if pool == "" and num_classes:
+            raise ModelError(f"a head of {num_classes} classes needs pooled features: global_pool='' needs 0 classes")
+        self.unpooled = pool == ""
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns of parameter names by which timm groups parameters by depth; coarse: by stage, not by block."""
+        return group_matcher(self.config, coarse)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, in addition to biases and norms, which never have any."""
@@ -155,6 +260,12 @@ class PoolHead(nn.Module):
         logits: Tensor = x if pre_logits else self.fc(x)
         return logits
 
+    def without_pooling(self, x: Tensor) -> Tensor:
+        """Norm and dropout of the whole feature map."""
+        channels = ({1, 2, 3} - set(self.axes)).pop()
+        dropped: Tensor = self.drop(self.norm(x.movedim(channels, -1)).movedim(-1, channels))
+        return dropped
+
 
 class StagedModel(ImageModel):
     """A hierarchical model: a stem, a sequence of `Stage`s, perhaps a norm, and a `PoolHead`."""
@@ -163,9 +274,23 @@ class StagedModel(ImageModel):
     head_names = ("head.fc",)
     head: PoolHead
 
+    stage_list: str  # name of the module that has the stages
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        logits: Tensor = self.head(x, pre_logits)
+        logits: Tensor = self.head.without_pooling(x) if self.unpooled else self.head(x, pre_logits)
         return logits
+
+    def keep_stages(self, count: int, prune_norm: bool, prune_head: bool) -> None:
+        shorter = count < self.num_stages
+        if hasattr(self, "norm") and (shorter or prune_norm):
+            self.set_submodule("norm", nn.Identity())  # of the last stage alone
+        if shorter:
+            self.set_submodule(self.stage_list, self.get_submodule(self.stage_list)[:count])  # type: ignore[index]
+            self.num_stages = count
+            self.num_features = self.feature_info[count - 1]["num_chs"]
+        if shorter or prune_head:
+            self.head.norm = nn.Identity()
+            self.reset_classifier(0, "")
 
     def layer_id(self, path: list[str]) -> int:
         depths = self.config.depths

@@ -48,6 +48,7 @@ class ConvNeXt(StagedModel):
     """
 
     config: ConvNeXtConfig
+    stage_list = "stages"
 
     def __init__(self, config: ConvNeXtConfig) -> None:
         super().__init__()

@@ -82,6 +82,7 @@ class ResNet(ImageModel):
     """Images B I H W of any size to logits B K."""
 
     config: ResNetConfig
+    head_names = ("fc",)
 
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__()
@@ -139,11 +140,26 @@ class ResNet(ImageModel):
             yield x, x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.head_drop(x.mean(dim=(2, 3)))
+        x = self.head_drop(x if self.unpooled else x.mean(dim=(2, 3)))
         logits: Tensor = x if pre_logits else self.fc(x)
         return logits
 
-    def reset_classifier(self, num_classes: int) -> None:
+    def keep_stages(self, count: int, prune_norm: bool, prune_head: bool) -> None:
+        shorter = count < self.num_stages
+        if shorter:
+            for stage in self.stages[count - 1 :]:
+                delattr(self, stage)
+            self.stages = self.stages[: count - 1]
+            self.num_stages = count
+            self.num_features = self.feature_info[count - 1]["num_chs"]
+        if count == 1:
+            self.maxpool = nn.Identity()
+        if shorter or prune_head:
+            self.reset_classifier(0, "")
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        if global_pool is not None:
+            self.set_pool(global_pool, num_classes)
         self.num_classes = num_classes
         self.fc = head_layer(self.num_features, num_classes).to(self.conv1.weight)
 

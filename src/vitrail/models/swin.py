@@ -11,11 +11,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitrail.errors import ModelError
 from vitrail.layers.block import DropPath, Mlp, drop_path_rates, init_linear
 from vitrail.layers.embed import PatchEmbed
-from vitrail.layers.window import Pair, WindowAttention, Windows, plan_windows
+from vitrail.layers.window import Pair, WindowAttention, Windows, plan_windows, relative_position_index
 from vitrail.models.base import PoolHead, Stage, StagedModel, head_layer
 from vitrail.models.configs import SwinConfig
+from vitrail.weights.resample import resample_bias_table
 
 
 class SwinPatchEmbed(PatchEmbed):
@@ -98,10 +100,13 @@ class SwinTransformer(StagedModel):
     """
 
     config: SwinConfig
+    stage_list = "layers"
+    output_fmt = "NHWC"  # of `forward_features`, for timm
 
     def __init__(self, config: SwinConfig) -> None:
         super().__init__()
         self.config = config
+        self.embed_dim = config.embed_dim
         self.num_classes = config.num_classes
         self.num_stages = len(config.depths)
         self.num_features = config.embed_dim * 2 ** (len(config.depths) - 1)
@@ -109,9 +114,7 @@ class SwinTransformer(StagedModel):
         rates = iter(drop_path_rates(config.drop_path_rate, sum(config.depths)))
         self.layers = nn.Sequential()
         for index, depth in enumerate(config.depths):
-            stride = config.patch_size * 2**index
-            size = (-(-config.img_size[0] // stride), -(-config.img_size[1] // stride))
-            window = (min(size[0], config.window_size), min(size[1], config.window_size))
+            window = _window(config, index)
             dim, heads = config.embed_dim * 2**index, config.num_heads[index]
             merging = PatchMerging(dim // 2, config.norm_eps) if index else nn.Identity()
             blocks = (SwinBlock(dim, heads, window, i % 2 == 1, next(rates), config) for i in range(depth))
@@ -127,8 +130,28 @@ class SwinTransformer(StagedModel):
             features = self.norm(x) if index == self.num_stages else x  # B H W C
             yield (features if norm else x).permute(0, 3, 1, 2), features
 
+    def resize_to(self, config: SwinConfig) -> None:
+        """Make the windows of all stages those of a model made for the new size, with resampled bias tables."""
+        if self.pruned:
+            raise ModelError("set the input size before pruning: a pruned model keeps its size")
+        for index, stage in enumerate(self.layers):
+            window = _window(config, index)
+            for attention in (module for module in stage.modules() if isinstance(module, WindowAttention)):
+                table = attention.relative_position_bias_table
+                resampled = resample_bias_table(table.detach().cpu(), attention.window, window).to(table)
+                attention.window = window
+                attention.relative_position_bias_table = nn.Parameter(resampled, requires_grad=table.requires_grad)
+                attention.relative_position_index = relative_position_index(window).to(table.device)
+
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+
+
+def _window(config: SwinConfig, stage: int) -> Pair:
+    """The size of a stage's windows: the config's, or that of the feature map if it is smaller."""
+    stride = config.patch_size * 2**stage
+    size = (-(-config.img_size[0] // stride), -(-config.img_size[1] // stride))
+    return min(size[0], config.window_size), min(size[1], config.window_size)
 
 
 def _pad_to_multiple(x: Tensor, step: int) -> Tensor:

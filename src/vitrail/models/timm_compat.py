@@ -156,6 +156,44 @@ def pretrained_cfg(config: ModelConfig, preprocess: Preprocess) -> dict[str, Any
     }
 
 
+def feature_info(config: ModelConfig) -> list[dict[str, Any]]:
+    """Channels, stride and module of each map of `forward_intermediates`."""
+    match config:
+        case ViTConfig():
+            width, stride = config.embed_dim, config.patch_size
+            found = [(f"blocks.{index}", width, stride) for index in range(config.depth)]
+        case SwinConfig():
+            stages = range(len(config.depths))
+            found = [(f"layers.{i}", config.embed_dim * 2**i, config.patch_size * 2**i) for i in stages]
+        case ResNetConfig():
+            expansion, first = (4 if config.block == "bottleneck" else 1), (1 if config.small_stem else 2)
+            widths = enumerate(config.channels)
+            maps = [(f"layer{i + 1}", expansion * width, first**2 * 2**i) for i, width in widths]
+            found = [("act", config.channels[0], first), *maps]
+        case ConvNeXtConfig():
+            found = [(f"stages.{i}", width, 4 * 2**i) for i, width in enumerate(config.dims)]
+        case _:
+            raise TypeError(f"unknown config type {type(config).__name__}")
+    return [{"module": module, "num_chs": width, "reduction": stride} for module, width, stride in found]
+
+
+def group_matcher(config: ModelConfig, coarse: bool) -> dict[str, Any]:
+    """timm's patterns by which parameters are grouped by depth: of the stem, and of stages (coarse) or blocks."""
+    last = (99999,)  # timm's number of the group with the last block
+    match config:
+        case ViTConfig():
+            stem = r"^cls_token|dist_token|reg_token|pos_embed|patch_embed"
+            return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", last)]}
+        case SwinConfig():
+            fine = [(r"^layers\.(\d+).downsample", (0,)), (r"^layers\.(\d+)\.\w+\.(\d+)", None), (r"^norm", last)]
+            return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)" if coarse else fine}
+        case ResNetConfig():
+            return {"stem": r"^conv1|bn1|maxpool", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+        case _:
+            fine = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+            return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else fine}
+
+
 def global_pool(config: ModelConfig) -> str:
     """How features are pooled, "token" or "avg"."""
     return config.global_pool if isinstance(config, ViTConfig) else "avg"

@@ -7,6 +7,7 @@ Shapes: B batch, I channels of the image, H W its height and width, h w height a
 N = prefix tokens + h w, Q query tokens (Q <= N), C width, A heads, K classes.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -96,7 +97,7 @@ class VisionTransformer(ImageModel):
         super().__init__()
         self.config = config
         self.num_classes = config.num_classes
-        self.num_features = dim = config.embed_dim
+        self.num_features = self.embed_dim = dim = config.embed_dim
         check_divides(*config.img_size, config.patch_size)
         self.grid = (config.img_size[0] // config.patch_size, config.img_size[1] // config.patch_size)
         self.num_prefix_tokens = config.num_prefix_tokens
@@ -134,7 +135,7 @@ class VisionTransformer(ImageModel):
     @property
     def read_tokens(self) -> int | None:
         """Number of leading tokens that the head reads; None for all (average pooling)."""
-        return None if self.config.global_pool == "avg" else 1
+        return None if self.unpooled or self.config.global_pool == "avg" else 1
 
     def _init_weights(self) -> None:
         """As in the papers' code: truncated normal with std 0.02 for linear layers and positions, tokens near 0."""
@@ -187,8 +188,9 @@ class VisionTransformer(ImageModel):
             yield x, groups
 
     def pool(self, x: Tensor) -> Tensor:
-        """Tokens B N C to B C: the class token, or the mean of the patches."""
-        x = x[:, 0] if self.config.global_pool == "token" else x[:, self.num_prefix_tokens :].mean(dim=1)
+        """Tokens B N C to B C: the class token, or the mean of the patches; unpooled, all tokens B N C."""
+        if not self.unpooled:
+            x = x[:, 0] if self.config.global_pool == "token" else x[:, self.num_prefix_tokens :].mean(dim=1)
         pooled: Tensor = self.fc_norm(x)
         return pooled
 
@@ -211,6 +213,7 @@ class VisionTransformer(ImageModel):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        output_dict: bool = False,
     ) -> Any:
         """The tokens after chosen blocks, like timm's method of the same name; see `ImageModel.forward_intermediates`.
 
@@ -218,6 +221,7 @@ class VisionTransformer(ImageModel):
             return_prefix_tokens: return pairs of map and prefix tokens B n C, if the model has any.
             norm: apply the final norm to the tokens of every block.
             output_fmt: "NCHW" for maps of the patches B C h w, "NLC" for B (h w) C.
+            output_dict: as of the base class; prefix tokens are "image_intermediates_prefix".
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ModelError(f"output_fmt={output_fmt!r}: give 'NCHW' or 'NLC'")
@@ -226,9 +230,64 @@ class VisionTransformer(ImageModel):
         if output_fmt == "NCHW":
             grid = (x.shape[2] // self.config.patch_size, x.shape[3] // self.config.patch_size)
             maps = [patches.transpose(1, 2).unflatten(2, grid).contiguous() for patches in maps]
-        if return_prefix_tokens and self.num_prefix_tokens:
-            maps = [(patches, t[:, : self.num_prefix_tokens]) for patches, t in zip(maps, tokens, strict=True)]
+        prefixes = [t[:, : self.num_prefix_tokens] for t in tokens]
+        with_prefixes = return_prefix_tokens and self.num_prefix_tokens > 0
+        if output_dict:
+            found: dict[str, Any] = {"image_intermediates": maps}
+            found |= {"image_intermediates_prefix": prefixes} if with_prefixes else {}
+            return found if intermediates_only else found | {"image_features": self.norm(features)}
+        if with_prefixes:
+            maps = list(zip(maps, prefixes, strict=True))
         return maps if intermediates_only else (self.norm(features), maps)
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> Any:
+        """The patch tokens after the last `n` blocks, or those listed: DINO's interface to `forward_intermediates`."""
+        return self.forward_intermediates(
+            x,
+            n,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            output_fmt="NCHW" if reshape else "NLC",
+            intermediates_only=True,
+        )
+
+    def keep_stages(self, count: int, prune_norm: bool, prune_head: bool) -> None:
+        if self.config.merge:
+            raise ModelError("a model that merges tokens cannot be pruned: make it with merge=0")
+        self.blocks = nn.Sequential(*list(self.blocks)[:count])
+        self.num_stages = count
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.fc_norm = nn.Identity()
+            self.reset_classifier(0, None if self.config.dist_token else "")
+
+    def resize_to(self, config: ViTConfig) -> None:
+        """Resample the position embedding to the grid of the new size."""
+        check_divides(*config.img_size, config.patch_size)
+        grid = (config.img_size[0] // config.patch_size, config.img_size[1] // config.patch_size)
+        table = resample_positions(self.pos_embed.detach(), self.grid, grid, self._embedded_prefix)
+        self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
+        self.grid = grid
+
+    def set_pool(self, pool: str, num_classes: int) -> None:
+        if pool in ("token", "avg"):
+            if self.config.dist_token and pool == "avg":
+                raise ModelError("the heads of a distilled model read its class and distillation tokens: not 'avg'")
+            try:
+                self.config = dataclasses.replace(self.config, global_pool=pool)  # type: ignore[arg-type]
+            except ValueError as error:
+                raise ModelError(f"{type(self).__name__} cannot pool by {pool!r}: {error}") from None
+        elif pool == "" and self.config.dist_token:
+            raise ModelError("the heads of a distilled model read its class and distillation tokens: not ''")
+        super().set_pool(pool, num_classes)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.head_drop(self.pool(x))

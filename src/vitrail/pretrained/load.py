@@ -81,6 +81,7 @@ def load_pretrained(
     preprocess = known.preprocess or (variant(name).preprocess if name else None)
     if preprocess is not None:
         preprocess = preprocess.with_channels(config.in_chans).replace(size=config.img_size)
+        model.preprocess = preprocess
     names = known.class_names if num_classes is None else None
     return Pretrained(model, loaded, report, name, preprocess, names)
 

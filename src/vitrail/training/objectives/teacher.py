@@ -147,7 +147,8 @@ def _of_export(name: str, runtime: ExportRuntime) -> Teacher:
 
 def _of_module(module: nn.Module) -> Teacher:
     """Any module; without timm's `pretrained_cfg`, the student's preprocessing is used."""
-    record, names = getattr(module, "pretrained_cfg", None), getattr(module, "class_names", None)
+    known = getattr(module, "preprocess", True) is not None  # of a model of vitrail it may be unknown
+    record, names = getattr(module, "pretrained_cfg", None) if known else None, getattr(module, "class_names", None)
     preprocess = Preprocess.from_timm(record) if isinstance(record, Mapping) else None
     notes = () if preprocess else (_NO_PREPROCESS,)
     return _teacher(type(module).__name__, module, preprocess, tuple(names) if names else None, notes)
