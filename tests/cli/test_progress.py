@@ -22,6 +22,15 @@ def test_lines_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatc
     assert second.endswith("4,000")
 
 
+def test_one_image_slowly(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LINE_SECONDS", 0.0)
+    clock = iter((0.0, 8.0))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    with progress("images read", 2) as advance:
+        advance(1)
+    assert capsys.readouterr().err == "1 image read, 0.12 per second, of 2\n"
+
+
 def test_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
     terminal.isatty = lambda: True  # type: ignore[method-assign]

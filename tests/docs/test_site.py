@@ -1,6 +1,7 @@
 """The site builds without a warning and without a network, and has every page."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,3 +32,13 @@ def test_every_page_is_in_the_contents() -> None:
     contents = (ROOT / "docs" / "index.md").read_text().splitlines()
     pages = {path.relative_to(ROOT / "docs").with_suffix("").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     assert pages - {"index"} == {line for line in contents if line in pages}
+
+
+def test_the_readme_begins_with_what_one_gets() -> None:
+    """Within 25 lines: a picture of a report, the two commands, and whose the small models are."""
+    head = (ROOT / "README.md").read_text().splitlines()[:25]
+    pictures = [found[1] for line in head if (found := re.match(r"!\[.*report.*\]\((.+)\)", line))]
+    assert pictures
+    assert all((ROOT / picture).is_file() for picture in pictures)
+    assert "own and not timm's" in " ".join(head)
+    assert {"make demo", "make test"} <= {line.partition("  ")[0].rstrip() for line in head}
