@@ -35,7 +35,9 @@ class Reporter:
         self.verbose = verbose
         self._notebook = in_notebook()
         stream = sys.stdout if self._notebook else sys.stderr
-        self.console = PlainConsole(file=lossy(stream), quiet=not enabled, force_jupyter=False)
+        # The streams of a notebook say that they are terminals, but cannot move the cursor.
+        terminal = False if self._notebook else None
+        self.console = PlainConsole(file=lossy(stream), quiet=not enabled, force_jupyter=False, force_terminal=terminal)
         self._bar: Progress | None = None
         self._every = _BAR_SECONDS if self.console.is_terminal else _LINE_SECONDS
         self._last = 0.0
