@@ -1,6 +1,7 @@
 """The plan that `vitrail train` prints fits one screen of 24 lines and 80 columns."""
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -84,3 +85,12 @@ def test_a_long_line_continues_below_its_text() -> None:
     assert first.startswith("split   word")
     assert len(others) >= 2
     assert all(line.startswith(" " * 8 + "word") for line in others)
+
+
+def test_what_is_held_out_is_said_once(photos: Path) -> None:
+    (split,) = (line for line in plan_of(photos) if line.startswith("split"))
+    assert re.fullmatch(r"split   test: \d+, val: \d+ of 46 images held out, stratified, split seed 0", split)
+    counts = next(line for line in plan_of(photos) if line.startswith("data")).split(": ")[1]
+    train, val, test = (int(word) for word in re.findall(r"\d+", counts))
+    assert train + val + test == 46
+    assert f"test: {test}, val: {val} of" in split

@@ -1,6 +1,7 @@
 """The plan printed before training, and the line printed after each epoch."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from vitrail.utils.device import describe_precision
 from vitrail.utils.text import counted, format_duration, printable
 
 _ADVISE_BALANCE = 5.0  # ratio of largest to smallest class from which balancing is advised
+# Held out for test and val alike, which is said once.
+_HELD_OUT = re.compile(r"test: (\S+) of (\S+) images held out, ([^;]+); val: (\S+) of \2 images held out, \3")
 _NAMES_WIDTH = 66  # characters of the class names that are printed
 
 
@@ -30,6 +33,8 @@ def plan_lines(
     height, width = setup.preprocess.size
     parameters = sum(p.numel() for p in trainer.model.parameters())
     weights = config.model.weights or ("published weights" if config.model.pretrained else "trained from scratch")
+    chosen = any(reason.startswith("model ") for reason in setup.reasons)  # which names the model
+    model = "size    " if chosen else f"model   {config.model.model}, "
     threads = f", {counted(torch.get_num_threads(), 'thread')}" if trainer.device.type == "cpu" else ""
     epochs, budget = config.schedule.epochs, config.schedule.budget
     length = [] if epochs is None else [f"{counted(epochs, 'epoch')} of {counted(steps_per_epoch, 'step')}"]
@@ -40,7 +45,7 @@ def plan_lines(
         *reason_lines(setup.reasons),
         *data_lines(dataset),
         *balance_lines(dataset, config.regularize.balance),
-        f"model   {config.model.model}, {parameters:,} parameters, input {height}x{width}, {weights}",
+        f"{model}{parameters:,} parameters, input {height}x{width}, {weights}",
         f"train   {' or '.join(length)}, batch size {config.schedule.batch_size}, seed {config.seed}, "
         f"recipe {config.recipe}",
         *_selection(dataset, config),
@@ -94,12 +99,13 @@ def _processes(trainer: Trainer) -> str:
 
 def data_lines(dataset: Dataset) -> list[str]:
     """Images by split, where the splits come from, the first class names, and the number of unreadable files."""
+    split = _HELD_OUT.sub(r"test: \1, val: \4 of \2 images held out, \3", dataset.how_split)
     sizes = dataset.counts()
     counts = ", ".join(f"{count:,} {name}" for name, count in sizes.items())
     weights = dataset.splits["train"].weights if "train" in dataset.splits else None
     return [
         f"data    {dataset.name}: {counts} {'image' if list(sizes.values()) == [1] else 'images'}",
-        f"split   {dataset.how_split}",
+        f"split   {split}",
         f"classes {dataset.num_classes}: {printable(', '.join(dataset.class_names), _NAMES_WIDTH)}",
         *(
             []
