@@ -1,4 +1,5 @@
-"""What it takes to ask a model folder about one image: a whole process each, ours and a small script with timm.
+"""What it takes to ask a model folder, and exports of it, about one image: a whole process each, ours and a small
+script with timm.
 
 Counted are the seconds from the start of the process to its end (Python, imports, weights, decoding, the model) and the
 most memory that it held. Both read the same vit_small_patch16_224 of random weights and the same photograph, and print
@@ -15,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.measure import Comparison, interleave, publish
@@ -102,25 +104,40 @@ def check_agreement(folder: Path, image: Path, theirs: Process) -> None:
         raise RuntimeError(f"the two do not agree: {mine} and {other}")
 
 
+def exports(model: Path, folder: Path) -> list[Path]:
+    """Exports of the model in float32 to the runtimes that are installed."""
+    found = []
+    for target, package in (("onnx", "onnxruntime"), ("openvino", "openvino")):
+        if find_spec(package):
+            options = ["--target", target, "--precision", "fp32", "--min-speedup", "0", "--out", folder / target]
+            command = [sys.executable, "-m", "vitrail", "export", model, *options]
+            subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+            found.append(folder / target)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=11)
     rounds = parser.parse_args().rounds
+    results, memory = [], []
     with tempfile.TemporaryDirectory() as temporary:
         folder, image = Path(temporary, "model"), Path(temporary, "photo.jpg")
         subprocess.run([sys.executable, "-c", MAKE, folder, image], check=True, cwd=ROOT)
-        ours = Process([*OURS, str(folder), str(image), "--top", "5"])
         theirs = Process([sys.executable, "-c", THEIRS, str(folder), str(image)])
-        work = "cold predict of one photograph, vit_small_patch16_224"
-        seconds = interleave(f"{work}: seconds", ("vitrail", ours), ("timm", theirs), rounds=rounds)
-        check_agreement(folder, image, theirs)
-    memory = peaks(ours, theirs, rounds, f"{work}: bytes")
+        for source in (folder, *exports(folder, Path(temporary))):
+            ours = Process([*OURS, str(source), str(image), "--top", "5"])
+            work = f"cold predict of one photograph, vit_small_patch16_224, {source.name}"
+            results.append(interleave(f"{work}: seconds", ("vitrail", ours), ("timm", theirs), rounds=rounds))
+            check_agreement(source, image, theirs)
+            memory.append(peaks(ours, theirs, rounds, f"{work}: bytes"))
     environment = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS",)}
-    publish("predict_cold", [seconds], memory=vars(memory), environment=environment)
-    print(
-        f"{memory.name}: vitrail {memory.ours_median / 2**20:.0f} MiB, timm {memory.theirs_median / 2**20:.0f} MiB, "
-        f"{memory.ratio_median:.2f}x as small ({memory.ratio_min:.2f} to {memory.ratio_max:.2f})"
-    )
+    publish("predict_cold", results, memory=[vars(each) for each in memory], environment=environment)
+    for each in memory:
+        print(
+            f"{each.name}: vitrail {each.ours_median / 2**20:.0f} MiB, timm {each.theirs_median / 2**20:.0f} MiB, "
+            f"{each.ratio_median:.2f}x as small ({each.ratio_min:.2f} to {each.ratio_max:.2f})"
+        )
 
 
 if __name__ == "__main__":
