@@ -89,7 +89,7 @@ def test_a_missing_package_is_named(target: str, module: str, tmp_path: Path, mo
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(DeviceError, match=rf"model\.\w+ .*vitrail\[{target}\]"):
+    with pytest.raises(DeviceError, match=rf"model\.\w+ .*-e .\.\[{target}\]"):
         open_runtime(folder)
 
 

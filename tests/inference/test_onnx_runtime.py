@@ -98,7 +98,7 @@ def test_files_that_are_not_models_of_images(tmp_path: Path, monkeypatch: pytest
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(DeviceError, match=r"vitrail\[onnx\]"):
+    with pytest.raises(DeviceError, match=r"-e .\.\[onnx\]"):
         OnnxModel(file)
 
 

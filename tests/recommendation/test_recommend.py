@@ -197,7 +197,7 @@ def test_json_has_the_documented_keys() -> None:
     found = json.loads(json.dumps(recommend("digits").to_dict()))
     assert found.keys() == {"choice", "reasons", "candidates"}
     assert found["choice"] == {
-        "model": "vit_nano_patch2_8", "img_size": [8, 8], "weights": None, "recipe": "tiny"
+        "model": "vit_nano_patch2_8", "img_size": [8, 8], "weights": None, "recipe": "tiny-vit"
     }  # fmt: skip
     keys = {"model", "params", "latency_ms", "peak_mb", "published_top1", "probe_top1", "fits"}
     assert all(row.keys() == keys for row in found["candidates"])

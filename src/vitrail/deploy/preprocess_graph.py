@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 
 from vitrail.deploy.onnx_ops import GraphBuilder, Value
 from vitrail.images.preprocess import Preprocess
@@ -61,6 +62,7 @@ _FILTERS: dict[str, tuple[Filter, int]] = {
 }
 
 
+_PILLOW = int(PIL.__version__.partition(".")[0])
 _HALF = 2.0**11  # half of the 22 bits behind the point of Pillow's weights
 
 
@@ -124,29 +126,42 @@ def _axis(graph: GraphBuilder, length: Value, resized: Value, crop: int) -> _Axi
 def _filtered(graph: GraphBuilder, image: Value, axes: list[_Axis], interpolation: str) -> Value:
     """Resample along one axis, round to bytes, resample along the other, round: h w C.
 
-    Pillow takes the width first, unless the height shrinks by more than twice as many pixels (Pillow 13; before, always
-    the width). The order decides what is rounded and clipped in between. Both are in the graph, without control flow;
-    the one that is not taken gets one pixel.
+    The order decides what is rounded and clipped in between. Pillow 13 takes the width first, unless the height shrinks
+    by more than twice as many pixels; older versions always take the width first. The graph does as the Pillow that is
+    installed.
     """
-    shrinks = [axis.length - axis.resized for axis in axes]
-    height_first = (graph.value(0) < shrinks[0]) & (shrinks[1] * 2 < shrinks[0])
     weights = []
     for number, axis in enumerate(axes):
         matrix, start, stop = _weights(graph, axis, interpolation)
         image = graph.op("Slice", image, start, stop, np.array([number]))
         weights.append(matrix)
+    if _PILLOW < 13:
+        resized = _resample_both(graph, image, weights, (1, 0))
+    else:
+        shrinks = [axis.length - axis.resized for axis in axes]
+        resized = _in_either_order(graph, image, weights, (graph.value(0) < shrinks[0]) & (shrinks[1] * 2 < shrinks[0]))
+    return graph.op("Transpose", resized, perm=[1, 2, 0]).cast(np.uint8)
+
+
+def _in_either_order(graph: GraphBuilder, image: Value, weights: list[Value], height_first: Value) -> Value:
+    """The image h w C resampled, planes C h w. Both orders are in the graph, without control flow; the one that is not
+    taken gets one pixel."""
     results = []
     for order in ((1, 0), (0, 1)):
         taken = height_first if order == (0, 1) else graph.op("Not", height_first)
         size = taken.where(np.array([2**31 - 1]), np.array([1]))  # (1,)
         part = graph.op("Slice", image, np.array([0, 0]), graph.op("Concat", size, size, axis=0), np.array([0, 1]))
-        planes = graph.op("Transpose", part.cast(np.float32), perm=[2, 0, 1])  # C H W
-        for number in order:
-            matrix = graph.op("Slice", weights[number], np.array([0]), size, np.array([1]))
-            planes = _resample(graph, planes, matrix, number)
-        results.append(planes)
-    chosen = height_first.where(results[1], results[0])
-    return graph.op("Transpose", chosen, perm=[1, 2, 0]).cast(np.uint8)
+        parts = [graph.op("Slice", matrix, np.array([0]), size, np.array([1])) for matrix in weights]
+        results.append(_resample_both(graph, part, parts, order))
+    return height_first.where(results[1], results[0])
+
+
+def _resample_both(graph: GraphBuilder, image: Value, weights: list[Value], order: tuple[int, int]) -> Value:
+    """The image h w C resampled along both axes in this order, planes C h w."""
+    planes = graph.op("Transpose", image.cast(np.float32), perm=[2, 0, 1])
+    for number in order:
+        planes = _resample(graph, planes, weights[number], number)
+    return planes
 
 
 def _resample(graph: GraphBuilder, planes: Value, weights: Value, axis: int) -> Value:

@@ -52,7 +52,7 @@ def expand(inputs: Inputs, channels: int | None = None) -> Iterator[Input | NoIm
         if is_tensor(source):
             yield from tensor_pixels(source, channels)
             continue
-        if isinstance(source, bytes | Image.Image | np.ndarray):
+        if isinstance(source, NoImages | bytes | Image.Image | np.ndarray):  # NoImages: it was expanded before
             yield source
             continue
         if not isinstance(source, str | os.PathLike):
