@@ -180,6 +180,23 @@ def read(item: int) -> np.ndarray:
     return np.full((2, 2, 3), item, np.uint8)
 
 
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_images_are_read_where_no_more_threads_can_be_started(allowed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def limited(thread: threading.Thread) -> None:
+        if len(started) == allowed:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    results = list(Engine(Sums()).run(range(19), read, workers=3))
+    assert [item for result in results for item in result.items] == list(range(19))
+    assert len(started) == allowed
+
+
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_batches_are_the_next_readable_images_in_order(workers: int) -> None:
     runtime = Sums()

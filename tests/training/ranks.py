@@ -35,7 +35,7 @@ class Broken:
 
     def __init__(self, split: Any, rows: list[int]) -> None:
         self.split, self.rows = split, rows
-        self.labels = split.labels
+        self.labels, self.weights = split.labels, None
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from vitrail.data.cache.readers import ReadImage
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 _MAX_MEMORY = 256 << 20  # bytes of an array's crops that are kept in memory, at most
 _CHUNKS = 4  # tasks per thread and batch
@@ -173,6 +174,18 @@ def _next_batch(stream: Iterator[Decoded[T]], size: int) -> tuple[list[T], list[
     return items, errors, found
 
 
+def _submit(pool: ThreadPoolExecutor, function: Callable[[T], R], argument: T) -> Future[R]:
+    """The function on a thread of the pool, or in this thread if the memory does not suffice for another one."""
+    try:
+        return pool.submit(function, argument)
+    except RuntimeError as error:
+        if "can't start new thread" not in str(error):
+            raise
+        done: Future[R] = Future()
+        done.set_result(function(argument))
+        return done
+
+
 def _read_ahead(
     items: Iterable[T], read: Callable[[T], Pixels], batch_size: int, workers: int
 ) -> Generator[Decoded[T]]:
@@ -199,7 +212,7 @@ def _read_ahead(
         pending: deque[Future[list[Decoded[T]]]] = deque()
         while True:
             while len(pending) * chunk < 2 * batch_size and (part := list(islice(rest, chunk))):
-                pending.append(pool.submit(decode, part))
+                pending.append(_submit(pool, decode, part))
             if not pending:
                 return
             yield from pending.popleft().result()

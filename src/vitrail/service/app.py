@@ -1,5 +1,6 @@
 """A service as an ASGI application: its routes, the page, and what errors become."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.resources import files
@@ -17,6 +18,7 @@ from vitrail.images.decode import BadImage
 from vitrail.reports.browser import SCRIPT, STYLE, shared_file
 from vitrail.service.batching import Overloaded
 from vitrail.service.bodies import Bodies, Refused
+from vitrail.service.free_memory import return_free_memory
 from vitrail.service.guard import Guard
 from vitrail.service.metrics import Metrics
 from vitrail.service.predictor import Predictor
@@ -47,7 +49,9 @@ def create_app(classifier: Any, settings: ServeSettings, name: str = "model") ->
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         parts.predictor.batcher.start()
+        returning = asyncio.create_task(return_free_memory(parts.predictor.batcher))
         yield
+        returning.cancel()
         await parts.predictor.stop()
 
     app = _App(

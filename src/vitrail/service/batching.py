@@ -58,7 +58,8 @@ class Batcher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._queue: deque[tuple[Pixels, asyncio.Future[npt.NDArray[np.float32]]]] = deque()
         self._changed = asyncio.Event()
-        self._admitted = 0  # images that are decoded, wait or are computed
+        self.admitted = 0  # images that are decoded, wait or are computed
+        self.total = 0  # images that were ever admitted
         self._decoding = 0  # those that are not in the queue yet
         self._seconds = 0.0  # average time of an image
         self._task: asyncio.Task[None] | None = None
@@ -81,8 +82,8 @@ class Batcher:
         Raises:
             Overloaded: the queue is full.
         """
-        if self._admitted + images > self._max_queue and self._admitted:
-            raise Overloaded(max(1, math.ceil(self._admitted * self._seconds)))
+        if self.admitted + images > self._max_queue and self.admitted:
+            raise Overloaded(max(1, math.ceil(self.admitted * self._seconds)))
         self._count(images)
         try:
             yield
@@ -90,8 +91,9 @@ class Batcher:
             self._count(-images)
 
     def _count(self, images: int) -> None:
-        self._admitted += images
-        self._observe_queue(self._admitted)
+        self.admitted += images
+        self.total += max(0, images)
+        self._observe_queue(self.admitted)
 
     @contextmanager
     def decoding(self) -> Iterator[None]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import os
 import socket
 import sys
 import tempfile
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from vitrail.service.workers import run_workers
 from vitrail.utils.text import counted
 
 _HEADER_BYTES = 32 << 10
-_M_ARENA_MAX = -8  # of glibc's malloc.h
 _SETTLE = 0.2  # seconds in which connections that were made before a stop are accepted and send their request
 
 
@@ -99,19 +97,11 @@ def run_worker(
     announce: bool = False,
 ) -> None:
     """Load the model and answer requests; the target of each process."""
-    _limit_arenas()
     classifier = load(model, device, precision=precision) if isinstance(model, str) else model
     server = make_server(create_app(classifier, settings, name), settings)
     if announce:
         print(f"{classifier!r}\nserved on {_url(sockets[0])}; Ctrl-C stops it", file=sys.stderr, flush=True)
     server.run(sockets=sockets)
-
-
-def _limit_arenas() -> None:
-    """Two arenas of glibc's malloc for all threads. By default there is one for each, which keeps the memory that its
-    largest image took."""
-    with suppress(OSError, AttributeError, TypeError):  # another C library, or Windows
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
 
 
 def make_server(guard: Guard, settings: ServeSettings) -> Server:

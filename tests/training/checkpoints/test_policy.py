@@ -141,10 +141,11 @@ def test_checkpoints_of_a_tiny_model_cost_little(tmp_path: Path, monkeypatch: py
         step(self, batch)
         clock.now += 2**-10  # exact in floating point
 
-    def save_slowly(folder: Path, steps: int, *tensors: Any) -> None:
-        save(folder, steps, *tensors)
+    def save_slowly(folder: Path, steps: int, *tensors: Any, **options: Any) -> Path:
+        written = save(folder, steps, *tensors, **options)
         clock.now += 20 * 2**-10
         saved.append(steps)
+        return written
 
     monkeypatch.setattr(session, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(Trainer, "step", train_step)
