@@ -110,10 +110,8 @@ def test_a_download_that_fails_does_not_end_the_run(photos: Path, hub: Hub, monk
     "given",
     [
         {"pretrained": False},
-        {"model": SCRATCH},
-        {"model": TINY},
         {"img_size": 64},
-        {"in_chans": 1},
+        {"model": TINY, "img_size": 64},
         {"recipe": "small"},
     ],
 )
@@ -127,13 +125,20 @@ def test_small_images_are_trained_from_scratch(hub: Hub) -> None:
     assert (setup.config.model.pretrained, lines, hub.requests) == (False, [], [])
 
 
-def test_auto_with_a_model(photos: Path, hub: Hub) -> None:
-    setup, (line,) = made(photos, model=TINY, pretrained="auto")
+@pytest.mark.parametrize("given", [{}, {"pretrained": "auto"}])
+def test_a_model_by_name(given: dict[str, Any], photos: Path, hub: Hub) -> None:
+    setup, (line,) = made(photos, model=TINY, **given)
     assert (setup.config.model.model, setup.config.model.pretrained) == (TINY, True)
     assert "from the hub" in line
-    setup, (line,) = made(photos, model=SCRATCH, pretrained="auto")
+    setup, (line,) = made(photos, model=SCRATCH, **given)
     assert (setup.config.model.model, setup.config.model.pretrained) == (SCRATCH, False)
     assert "there are none" in line
+
+
+def test_another_input(photos: Path, hub: Hub) -> None:
+    setup, _ = made(photos, img_size=96, in_chans=1)
+    model = setup.config.model
+    assert (model.model, model.pretrained, setup.preprocess.size, setup.preprocess.channels) == (TINY, True, (96, 96), 1)
 
 
 @pytest.mark.parametrize(

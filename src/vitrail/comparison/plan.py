@@ -129,7 +129,8 @@ def make_plan(
         len(dataset.split("train")), dataset.sizes.median, dataset.sizes.uniform, bool(config.model.pretrained)
     )
     automatic = choose(stats, {}).values
-    given = dict(config.given)
+    # Stated, so that no training starts from weights that another does not have.
+    given = {**config.given, "pretrained": bool(config.model.pretrained)}
     if not given.get("img_size") and automatic["img_size"] and not config.model.pretrained:
         given["img_size"] = automatic["img_size"]
     if not 1 <= seeds <= _MAX_SEEDS:

@@ -36,7 +36,7 @@ _CROP_PCT = 0.95
 _CROP_MODES = {"crop": "center", "pad": "border", "squash": "squash"}
 _LARGE_LOSS, _MANY_IMAGES = 0.4, 0.1  # shares of an image, and of the images
 # Settings with which it is not left open whether training starts from published weights.
-_DECIDES_WEIGHTS = {"model", "pretrained", "weights", "img_size", "in_chans", "teacher"}
+_DECIDES_WEIGHTS = {"pretrained", "weights", "teacher"}
 _FAMILIES = {row.family for row in VARIANTS.values()}
 
 
@@ -145,11 +145,12 @@ def dataset_stats(dataset: Dataset, pretrained: bool | None = None) -> DatasetSt
 
 
 def _weights_left_open(given: Mapping[str, Any], recipe: Recipe | None, dataset: Dataset) -> bool:
-    """Whether to start from published weights if they can be had: for images that are not small, if nothing else
-    decides it, or with pretrained=auto."""
+    """Whether to start from published weights if they can be had: for images and inputs that are not small, if nothing
+    else decides it, or with pretrained=auto."""
     if "pretrained" in given and given["pretrained"] is None:
         return not given.get("weights")
-    return recipe is None and not _DECIDES_WEIGHTS & given.keys() and weights_advised(dataset.sizes.median)
+    large = all(weights_advised(size) for size in (dataset.sizes.median, given.get("img_size")) if size)
+    return recipe is None and not _DECIDES_WEIGHTS & given.keys() and large
 
 
 def _stated_weights(
@@ -189,9 +190,10 @@ def _automatic_weights(
         except WeightsError as error:  # a download that failed: training need not
             reason = one_line(error)
     line = (
-        f"start   from scratch, without the published weights of {model}: {reason}; with them, or with --weights FILE, "
+        f"start   from scratch, without the published weights of {model}: {reason}; with weights of this or another "
+        "model, or with --weights FILE, few images give a better result"
     )
-    return dataset_stats(dataset, False), None, [f"{line}few images give a better model"] if may_download else []
+    return dataset_stats(dataset, False), None, [line] if may_download else []
 
 
 def advise_fit(dataset: Dataset, preprocess: Preprocess, config: TrainConfig) -> list[str]:

@@ -68,7 +68,7 @@ _Pretrained = Annotated[
     bool | None,
     typer.Option(
         "--pretrained/--no-pretrained",
-        help="Start from the published weights; by default for photographs, if no model is named and they can be had.",
+        help="Start from the published weights; by default for photographs, if they can be had.",
     ),
 ]
 _Weights = Annotated[str | None, typer.Option(help="Start from these weights: a file, a folder or hf:org/repo.")]
