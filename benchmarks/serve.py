@@ -3,9 +3,10 @@ offline batches, and the same beside LitServe with the same ONNX model.
 
     python -m benchmarks.serve exports/photos photos/*.jpg
 
-Each service runs in a process of its own; rounds of all of them alternate, and those that are
-not measured are suspended. LitServe (pip install litserve) is left out
-where it is not installed.
+LitServe runs twice: with Pillow and onnxruntime, as one writes it from LitServe's documentation and the export's README
+("litserve"), and with vitrail's own engine, which compares the servers alone ("litserve, vitrail's engine"). Each
+service runs in a process of its own; rounds of all of them alternate, and those that are not measured are suspended.
+LitServe (pip install litserve) is left out where it is not installed.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import numpy as np
 from benchmarks.measure import write
 from vitrail.classifier import load
 
-PORTS = {"vitrail": 8301, "litserve": 8302}
+PORTS = {"vitrail": 8301, "litserve": 8302, "litserve, vitrail's engine": 8303}
 CONCURRENCY = 16
 BOUNDARY = "2a1c6d9e0b"
 FORM = (  # a form with one file, which both services take
@@ -35,36 +36,62 @@ FORM = (  # a form with one file, which both services take
     "Content-Type: image/jpeg\r\n\r\n".encode(),
     f"\r\n--{BOUNDARY}--\r\n".encode(),
 )
-LITSERVE = """
-import io, sys
+# What both have in common; the argument is the export. Answers: the five most probable classes.
+_LITSERVE = """
+import io, json, sys
+from pathlib import Path
 import litserve
 import numpy as np
 from fastapi import Request
-from PIL import Image
-from vitrail.classifier import load
 
 class Api(litserve.LitAPI):
-    def setup(self, device):
-        self.engine = load(sys.argv[1]).engine()
-        self.names = load(sys.argv[1]).class_names
-    def decode_request(self, request: Request):
-        return request["file"].file.read()
     def batch(self, inputs):
         return inputs
-    def predict(self, inputs):
-        many = isinstance(inputs, list)
-        (found,) = self.engine.stream(inputs if many else [inputs], len(inputs) if many else 1)
-        return found.outputs if many else found.outputs[0]
     def unbatch(self, output):
         return list(output)
     def encode_response(self, output):
         best = np.argsort(-output)[:5]
-        return {"top": [self.names[index] for index in best]}
-
+        return {{"top": [[self.names[index], float(output[index])] for index in best]}}
+{methods}
 if __name__ == "__main__":
     api = Api(max_batch_size=int(sys.argv[3]), batch_timeout=0.004)
     litserve.LitServer(api, accelerator="cpu").run(port=int(sys.argv[2]), generate_client_file=False, log_level="error")
 """
+LITSERVE = {
+    "litserve": """
+    def setup(self, device):
+        import onnxruntime
+        export = json.loads(Path(sys.argv[1], "export.json").read_text())
+        self.names, preprocess = export["class_names"], export["preprocess"]
+        assert preprocess["interpolation"] == "bicubic" and preprocess["crop_mode"] == "center"
+        self.side, self.scale = preprocess["size"][0], preprocess["size"][0] / preprocess["crop_pct"]
+        self.session = onnxruntime.InferenceSession(Path(sys.argv[1], "model.onnx"))
+    def decode_request(self, request: Request):
+        from PIL import Image, ImageOps
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(request["file"].file.read()))).convert("RGB")
+        factor = self.scale / min(image.size)
+        image = image.resize([round(factor * side) for side in image.size], Image.Resampling.BICUBIC)
+        left, top = ((side - self.side) // 2 for side in image.size)
+        return np.asarray(image.crop((left, top, left + self.side, top + self.side)))
+    def predict(self, inputs):
+        many = isinstance(inputs, list)
+        batch = np.stack(inputs) if many else inputs[None]
+        probabilities = self.session.run(["probabilities"], {"images": batch})[0]
+        return probabilities if many else probabilities[0]
+""",
+    "litserve, vitrail's engine": """
+    def setup(self, device):
+        from vitrail.classifier import load
+        self.engine = load(sys.argv[1]).engine()
+        self.names = load(sys.argv[1]).class_names
+    def decode_request(self, request: Request):
+        return request["file"].file.read()
+    def predict(self, inputs):
+        many = isinstance(inputs, list)
+        (found,) = self.engine.stream(inputs if many else [inputs], len(inputs) if many else 1)
+        return found.outputs if many else found.outputs[0]
+""",
+}
 
 
 def ask(port: int, data: bytes, connection: http.client.HTTPConnection | None = None) -> float:
@@ -98,9 +125,10 @@ def commands(export: str, max_batch: int, folder: str) -> dict[str, list[str]]:
     """Of each service."""
     found = {"vitrail": ["-m", "vitrail", "serve", export, "--port", str(PORTS["vitrail"]), "--no-access-log"]}
     if find_spec("litserve"):
-        script = Path(folder, "served.py")  # a file: LitServe's workers import it
-        script.write_text(LITSERVE)
-        found["litserve"] = [str(script), export, str(PORTS["litserve"]), str(max_batch)]
+        for name, methods in LITSERVE.items():
+            script = Path(folder, f"served{PORTS[name]}.py")  # a file: LitServe's workers import it
+            script.write_text(_LITSERVE.format(methods=methods))
+            found[name] = [str(script), export, str(PORTS[name]), str(max_batch)]
     return found
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from vitrail.errors import DeviceError, ExportError, how_to_install
 from vitrail.inference.runtime import Images, Outputs
+from vitrail.utils.mapped_file import release_pages
 from vitrail.utils.text import one_line
 
 _LOCK = threading.Lock()
@@ -71,6 +72,7 @@ class OpenVINOSession:
             self._model: Any = core.compile_model(str(path), "CPU", settings)
         except RuntimeError as error:
             raise ExportError(f"{path} is not a model for this version of OpenVINO: {one_line(error)}") from None
+        release_pages(path.with_suffix(".bin"))  # OpenVINO has copied most weights into an order of its own
         self.input_shape = _sizes(self._model.inputs[0])
         self.output_shapes = {port.any_name: _sizes(port) for port in self._model.outputs}
         self._idle = deque[Any]()  # infer requests; each is used by one thread at a time
