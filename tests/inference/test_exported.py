@@ -101,7 +101,8 @@ def test_openvino_computes_in_the_precision_of_the_export(tmp_path: Path) -> Non
 
     def hint(precision: str) -> str:
         session: Any = open_runtime(make_export(tmp_path / precision, "openvino", precision=precision)).session
-        return str(session._model.get_property("INFERENCE_PRECISION_HINT"))
+        (found,) = {str(session._program(batch)._model.get_property("INFERENCE_PRECISION_HINT")) for batch in (None, 1)}
+        return found
 
     assert hint("fp32") == hint("int8") == str(openvino.Type.f32)
     if "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
@@ -109,6 +110,17 @@ def test_openvino_computes_in_the_precision_of_the_export(tmp_path: Path) -> Non
     else:
         with pytest.warns(UserWarning, match="float32"):
             assert hint("bf16") == str(openvino.Type.f32)
+
+
+@pytest.mark.parametrize(("precision", "compiled"), [("fp32", [None]), ("int8", [1, None])])
+def test_openvino_has_a_model_of_its_own_for_single_images(precision: str, compiled: list[Any], tmp_path: Path) -> None:
+    runtime = open_runtime(make_export(tmp_path / "a", "openvino", precision=precision))
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
+    single = np.concatenate([runtime.logits(image[None]) for image in images])
+    np.testing.assert_allclose(runtime.logits(images), single, atol=1e-5)
+    np.testing.assert_allclose(runtime.features(images[:1]), expected_features(images[:1, :, :, 0]), atol=1e-5)
+    session: Any = runtime.session
+    assert list(session._programs) == compiled
 
 
 def test_a_signal_after_openvino_is_handled(tmp_path: Path) -> None:

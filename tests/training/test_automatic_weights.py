@@ -138,7 +138,12 @@ def test_a_model_by_name(given: dict[str, Any], photos: Path, hub: Hub) -> None:
 def test_another_input(photos: Path, hub: Hub) -> None:
     setup, _ = made(photos, img_size=96, in_chans=1)
     model = setup.config.model
-    assert (model.model, model.pretrained, setup.preprocess.size, setup.preprocess.channels) == (TINY, True, (96, 96), 1)
+    assert (model.model, model.pretrained, setup.preprocess.size, setup.preprocess.channels) == (
+        TINY,
+        True,
+        (96, 96),
+        1,
+    )
 
 
 @pytest.mark.parametrize(
