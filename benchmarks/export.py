@@ -86,7 +86,7 @@ def speed(name: str, rounds: int) -> list[dict[str, Any]]:
     twin.load_state_dict(classifier.model.state_dict(), strict=False)
     with tempfile.TemporaryDirectory() as folder:
         images = [np.random.default_rng(i).integers(0, 256, (224, 224, 3), np.uint8) for i in range(64)]
-        calls = {**_peers(twin, Path(folder), images, classifier), **_ours(classifier, Path(folder), images)}
+        calls = {**timm_runtimes(twin, Path(folder), images, classifier), **_ours(classifier, Path(folder), images)}
         rows = []
         for batch in (1, 16):
             pixels = np.stack(images[:batch])
@@ -123,7 +123,7 @@ def _ours(classifier: Classifier, folder: Path, images: list[Any]) -> dict[str, 
     }
 
 
-def _peers(
+def timm_runtimes(
     twin: torch.nn.Module, folder: Path, images: list[Any], classifier: Classifier
 ) -> dict[str, Callable[[Any], Any]]:
     """As their users write it: defaults but for the number of threads, and for the latency hint of OpenVINO."""

@@ -1,0 +1,131 @@
+"""Merged tokens and int8 at 224 px: accuracy and milliseconds of a ViT-S, beside the same network in timm.
+
+    python -m benchmarks.merging FOLDER [--runs runs/merging]
+
+FOLDER: class folders of photographs (measured: the 2,000 textiles of conformal-clip-data 0.1.4). The classifier is
+trained on them, most of the time at 112 px. Exports: OpenVINO in int8, without and with merged tokens (at most 0.5 % of
+the calibration images change class). timm: eager, and its ONNX export quantised by NNCF and computed by OpenVINO, with
+the same weights and calibration images. Accuracy is on the test images; times are of one image, in turn.
+"""
+
+import argparse
+import tempfile
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.export import timm_runtimes
+from benchmarks.measure import write
+from benchmarks.peers import timm_twin
+from vitrail.classifier import Classifier, load
+from vitrail.data.catalog import open_dataset
+from vitrail.data.dataset import Dataset
+from vitrail.deploy.candidates import Builder, Candidate
+from vitrail.deploy.merging import choose_merging
+from vitrail.deploy.quantize.calibration import Calibration, choose_calibration
+from vitrail.evaluation.timing import interleaved
+from vitrail.inference.engine import SplitReader
+from vitrail.inference.exported import open_runtime
+from vitrail.models.merging import merged_model
+from vitrail.training.run import train
+
+NAME = "vit_small_patch16_224"
+MAX_LOSS = 0.5
+_PEERS = ("timm eager", "timm NNCF + OpenVINO")
+
+
+def classifier_of(data: str, runs: Path) -> Classifier:
+    """Trained from scratch at 112 px, then at 224; or read from `runs`."""
+    small, large = runs / "small", runs / "large"
+    settings: dict[str, Any] = {"model": NAME, "pretrained": False, "batch_size": 32}
+    if not (small / "summary.json").exists():
+        train(data, out=small, img_size=112, epochs=4, **settings)
+    if not (large / "summary.json").exists():
+        weights = {**settings, "pretrained": None, "weights": str(small / "model")}
+        train(data, out=large, img_size=224, epochs=1, **weights)
+    classifier = load(large, precision="off")
+    assert isinstance(classifier, Classifier)
+    return classifier
+
+
+def exports(classifier: Classifier, calibration: Calibration, folder: Path) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Runtimes of the int8 exports by name, and the tokens that each block merges."""
+    merging = choose_merging(classifier, list(calibration.images), MAX_LOSS)
+    merged = Classifier(
+        merged_model(classifier.model, merging.schedule).eval(), classifier.preprocess, classifier.class_names,
+        architecture=NAME, precision="off",
+    )  # fmt: skip
+    found = {}
+    for label, each in {"vitrail int8": classifier, "vitrail int8, merged": merged}.items():
+        work = folder / label.replace(", ", "-").replace(" ", "-")
+        work.mkdir()
+        builder = Builder(each, work, calibration, {"name": NAME, "fingerprint": ""})
+        found[label] = open_runtime(builder.build(Candidate("openvino", "int8")))
+    return found, merging.schedule
+
+
+def accuracy(call: Any, pixels: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> float:
+    """Percent, with batches of one image, as they are timed."""
+    found = [np.asarray(call(image[None])).reshape(-1).argmax() for image in pixels]
+    return 100 * float((np.array(found) == labels).mean())
+
+
+def test_images(dataset: Dataset, classifier: Classifier) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    split = dataset.split("test")
+    read = SplitReader(split, classifier.preprocess)
+    return np.stack([read(row) for row in range(len(split))]), np.asarray(split.labels)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("--runs", type=Path, default=Path("runs/merging"))
+    parser.add_argument("--rounds", type=int, default=31)
+    given = parser.parse_args()
+    classifier = classifier_of(given.data, given.runs)
+    dataset = open_dataset(given.data)
+    calibration = choose_calibration(dataset, classifier.preprocess)
+    pixels, labels = test_images(dataset, classifier)
+    twin = timm_twin(NAME, classifier.model.config).eval()
+    twin.load_state_dict(classifier.model.state_dict())
+
+    def normal(images: np.ndarray[Any, Any]) -> torch.Tensor:
+        return classifier.preprocess.normalize(torch.from_numpy(images).permute(0, 3, 1, 2)).contiguous()
+
+    with tempfile.TemporaryDirectory() as folder:
+        ours, schedule = exports(classifier, calibration, Path(folder))
+        peers = timm_runtimes(twin, Path(folder), list(calibration.images), classifier)
+        calls: dict[str, Any] = {label: lambda x, call=peers[label]: call(normal(x)) for label in _PEERS}
+        # What is timed of timm begins with normalised tensors.
+        timed = {label: partial(peers[label], normal(pixels[:1])) for label in _PEERS}
+        for label, runtime in ours.items():
+            calls[label], timed[label] = runtime.logits, partial(runtime.logits, pixels[:1])
+        calls["timm NNCF + OpenVINO"] = lambda x: next(iter(peers["timm NNCF + OpenVINO"](normal(x)).values()))
+        seconds = interleaved(timed, given.rounds)
+        rows = [
+            {
+                "what": label,
+                "top1": accuracy(call, pixels, labels),
+                "ms": 1e3 * median(seconds[label]),
+                "speedup": _ratio(seconds["timm eager"], seconds[label]),
+                "over_nncf": _ratio(seconds["timm NNCF + OpenVINO"], seconds[label]),
+            }
+            for label, call in calls.items()
+        ]
+    for row in rows:
+        times = f"{row['ms']:8.2f} ms, {row['speedup']:.2f}x eager, {row['over_nncf']:.2f}x NNCF"
+        print(f"{row['what']:22} {row['top1']:6.2f} % {times}")
+    print("merged by block:", *schedule)
+    write("merging", images=len(labels), calibration=len(calibration.paths), schedule=list(schedule), results=rows)
+
+
+def _ratio(slow: list[float], fast: list[float]) -> float:
+    return median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+if __name__ == "__main__":
+    main()
