@@ -22,6 +22,7 @@ from vitrail.errors import ModelError
 from vitrail.images.preprocess import Preprocess
 from vitrail.models.build import build_model
 from vitrail.models.configs import ModelConfig, ResNetConfig, SwinConfig, ViTConfig
+from vitrail.pretrained.create import create_model
 
 CONFIGS = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 
@@ -113,6 +114,49 @@ def test_timms_feature_getter(config: ModelConfig, indices: Any, norm: bool) -> 
         assert_close(one, other)
     names = [{name for name, _ in net.named_parameters()} for net in nets]
     assert names[0] - {"model.fc_norm.weight", "model.fc_norm.bias"} == names[1]
+
+
+NAMES = ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224", "resnet18",
+         "convnext_tiny")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("out_indices", [None, (1, 3)])
+@torch.no_grad()
+def test_features_only(name: str, out_indices: Any) -> None:
+    options = {"out_indices": out_indices} if out_indices else {}
+    theirs = timm.create_model(name, features_only=True, **options).eval()
+    ours = create_model(name, features_only=True, out_indices=out_indices).eval()
+    state = {key.removeprefix("model."): value for key, value in theirs.state_dict().items()}
+    # timm flattens the stages of CNNs to modules of the wrapper: layers.0 is layers_0 there.
+    same = {key: state.get(key, state.get(key.replace(".", "_", 1))) for key in ours.model.state_dict()}
+    ours.model.load_state_dict(same)
+    for attribute in ("channels", "reduction"):
+        assert getattr(ours.feature_info, attribute)() == getattr(theirs.feature_info, attribute)()
+    assert tuple(ours.feature_info.out_indices) == tuple(theirs.feature_info.out_indices)
+    assert ours.default_cfg["input_size"] == [3, 224, 224]
+    batch = images(ours.model.config)
+    found, expected = ours(batch), theirs(batch)
+    assert len(found) == len(expected) == len(ours.feature_info.module_name())
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other.permute(0, 3, 1, 2) if "swin" in name else other)  # timm's of a Swin are B H W C
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "distilled" not in name])
+@torch.no_grad()
+def test_created_without_pooling(name: str) -> None:
+    model = create_model(name, num_classes=0, global_pool="").eval()
+    batch = images(model.config)
+    features = model(batch)
+    assert_close(features, model.forward_head(model.forward_features(batch)))
+    theirs = timm.create_model(name, num_classes=0, global_pool="").eval()
+    assert features.shape == theirs(batch).shape
+    if (pool := model.pretrained_cfg["pool_size"]) is not None:
+        assert tuple(pool) == tuple(theirs.pretrained_cfg["pool_size"])
+    with pytest.raises(ModelError, match="0 classes"):
+        create_model(name, global_pool="")
+    with pytest.raises(ModelError, match="features_only"):
+        create_model(name, out_indices=2)
 
 
 @CONFIGS

@@ -150,10 +150,16 @@ def pretrained_cfg(config: ModelConfig, preprocess: Preprocess) -> dict[str, Any
         **preprocess.to_timm(),
         "num_classes": config.num_classes,
         "fixed_input_size": family.fixed_size and preprocess.size == config.img_size,
-        "pool_size": None,
+        "pool_size": None if isinstance(config, ViTConfig) else last_map(config, preprocess.size),
         "first_conv": family.first_conv,
         "classifier": heads,
     }
+
+
+def last_map(config: ModelConfig, size: tuple[int, int]) -> list[int]:
+    """Height and width of the last feature map of images of this size."""
+    stride = feature_info(config)[-1]["reduction"]
+    return [-(-side // stride) for side in size]
 
 
 def feature_info(config: ModelConfig) -> list[dict[str, Any]]:
