@@ -13,11 +13,15 @@
 Importing vitrail does not import torch; each name below is imported when it is first used.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from vitrail._version import __version__
 from vitrail.errors import VitrailError
+
+# onnxruntime (1.32) sends Microsoft reports of its use unless this is set before it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from vitrail.classifier import Classifier, ExportedClassifier, load

@@ -94,7 +94,7 @@ def parse(words: list[str]) -> None:
     elif program == "python":
         parse_python(arguments)
     else:
-        assert program in {"source", "cd", "git", "hf", "curl"}, f"what is {program}?"
+        assert program in {"source", "cd", "git", "hf", "curl", "docker"}, f"what is {program}?"
 
 
 def parse_python(arguments: list[str]) -> None:

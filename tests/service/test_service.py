@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from service.running import NAMES, Running, encoded, running, small_classifier
+from vitrail.cli import main
 from vitrail.errors import ConfigError, DeviceError, ModelError
 from vitrail.service.server import bind, model_name, serve
 from vitrail.service.settings import ServeSettings
@@ -205,6 +206,14 @@ def test_a_stop_answers_what_was_accepted() -> None:
 def test_settings_out_of_range(options: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         ServeSettings(**options)  # type: ignore[arg-type]
+
+
+def test_an_empty_token_in_the_environment(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("VITRAIL_TOKEN", "")
+    with pytest.raises(SystemExit) as caught:
+        main(["serve", "exports/photos"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: the token must be printable ASCII and not empty\n"
 
 
 def test_several_workers_need_a_folder() -> None:

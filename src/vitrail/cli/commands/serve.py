@@ -1,5 +1,6 @@
 """`vitrail serve`."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -55,7 +56,8 @@ def serve(
         host=host,
         port=port,
         workers=workers,
-        token=token,
+        # An empty variable, which typer takes for none, is a secret that was not filled in: it is refused.
+        token=os.environ.get("VITRAIL_TOKEN") if token is None else token,
         origins=tuple(origin or ()),
         max_body=max_body_mb * 1_000_000,
         max_pixels=max_pixels,
