@@ -1,6 +1,6 @@
 """AdamW and Muon on a ViT from scratch: the same model, images, recipe, number of epochs and seeds.
 
-Digits at two learning rates, Fashion-MNIST in a short run at one. The figures are of the test images.
+Digits and Fashion-MNIST in short runs, at two learning rates each. The figures are of the test images.
 
     python -m benchmarks.optimizers            every run, one after the other, and the table
     python -m benchmarks.optimizers --next     the next run that is missing
@@ -26,7 +26,7 @@ DATA: dict[str, dict[str, Any]] = {
         "warmup_epochs": 0.25,
     },
 }
-RATES = {"digits": (5e-3, 2e-2), "fashion-mnist": (4e-3,)}
+RATES = {"digits": (5e-3, 2e-2), "fashion-mnist": (2e-3, 4e-3)}
 OPTIMIZERS = ("adamw", "muon")
 SEEDS = range(3)
 FIGURES = ("top1", "val_top1", "seconds")

@@ -437,3 +437,11 @@ def test_ctrl_c_saves_the_run_and_exits_with_130(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert f"--resume {tmp_path / 'run'}" in rest
     assert "Traceback" not in rest
+
+
+def test_a_model_that_needs_torch_where_it_is_not_installed(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    code = "import sys; sys.modules['torch'] = None; from vitrail.cli import main; main(['predict', *sys.argv[1:]])"
+    done = subprocess.run([sys.executable, "-c", code, str(folder), "a.png"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "PyTorch" in done.stderr

@@ -139,6 +139,8 @@ def _explain(error: Exception) -> str | None:
         if not error.format_message():  # no command: typer has printed the help
             return ""
         return f"{error.format_message().rstrip('.')} (see `{command} --help`)"
+    if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+        return "this needs PyTorch, which is not installed; predict, evaluate, embed and serve of an export do not"
     if isinstance(error, OSError) and error.strerror:
         where = f"{printable(str(error.filename))}: " if error.filename else ""
         return f"{where}{error.strerror.lower()}"
