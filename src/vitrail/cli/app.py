@@ -26,8 +26,9 @@ from vitrail.cli.commands.report import report
 from vitrail.cli.commands.serve import serve
 from vitrail.cli.commands.train import explain_option, train
 from vitrail.errors import VitrailError
+from vitrail.utils.memory import is_out_of_memory
 from vitrail.utils.streams import lossy
-from vitrail.utils.text import plain, printable
+from vitrail.utils.text import one_line, plain, printable
 
 app = typer.Typer(
     name="vitrail",
@@ -141,6 +142,11 @@ def _explain(error: Exception) -> str | None:
         return f"{error.format_message().rstrip('.')} (see `{command} --help`)"
     if isinstance(error, ModuleNotFoundError) and error.name == "torch":
         return "this needs PyTorch, which is not installed; predict, evaluate, embed and serve of an export do not"
+    if is_out_of_memory(error):
+        return (
+            f"the memory does not suffice ({one_line(error, 160)}): use a smaller model, smaller images or batches, "
+            "or a machine with more memory"
+        )
     if isinstance(error, OSError) and error.strerror:
         where = f"{printable(str(error.filename))}: " if error.filename else ""
         return f"{where}{error.strerror.lower()}"

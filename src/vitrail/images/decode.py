@@ -23,6 +23,7 @@ from vitrail.images.limits import (
     holding,
     reserved,
 )
+from vitrail.utils.memory import is_out_of_memory
 from vitrail.utils.text import one_line
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def one_image() -> Iterator[None]:
         with holding():
             yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # of torch
+        if not is_out_of_memory(error):
             raise
         raise BadImage("does not fit in memory") from None
 

@@ -18,7 +18,7 @@ from vitrail.images.decode import BadImage
 from vitrail.reports.browser import SCRIPT, STYLE, shared_file
 from vitrail.service.batching import Overloaded
 from vitrail.service.bodies import Bodies, Refused
-from vitrail.service.free_memory import return_free_memory
+from vitrail.service.free_memory import return_memory_while_idle
 from vitrail.service.guard import Guard
 from vitrail.service.metrics import Metrics
 from vitrail.service.predictor import Predictor
@@ -49,7 +49,7 @@ def create_app(classifier: Any, settings: ServeSettings, name: str = "model") ->
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         parts.predictor.batcher.start()
-        returning = asyncio.create_task(return_free_memory(parts.predictor.batcher))
+        returning = asyncio.create_task(return_memory_while_idle(parts.predictor.batcher))
         yield
         returning.cancel()
         await parts.predictor.stop()

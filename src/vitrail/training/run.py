@@ -331,7 +331,7 @@ def _run_to_end(work: Callable[[], T], reporter: Reporter, advice: Callable[[], 
         if "more than 1 value per channel" not in str(error):
             raise
         raise ConfigError("batch norm needs more than one value per channel: use a larger batch_size") from None
-    except RuntimeError as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
     # Outside of `except`, where the error no longer references the tensors of the step.

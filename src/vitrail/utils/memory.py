@@ -1,27 +1,58 @@
-"""How much memory is available and how much the process uses. Sizes are in bytes."""
+"""How much memory is available and how much the process uses. Sizes are in bytes. Importing this imports no torch."""
 
+from __future__ import annotations
+
+import ctypes
+import errno
 import os
+import re
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # The memory limit of a container, in cgroup v2 and v1.
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _MEMINFO = Path("/proc/meminfo")
 _STATM = Path("/proc/self/statm")
 _STATUS = Path("/proc/self/status")
+# What is said where memory does not suffice: by torch, its devices and C++; by Python for a thread's stack; by the
+# system for a library; by oneDNN, whose messages about operations that it lacks go on with "descriptor for".
+_NO_MEMORY = re.compile(
+    r"out of memory|not enough memory|can(not|'t) allocate memory|std::bad_alloc|can't start new thread"
+    r"|failed to map segment|^could not (create a memory object|(create|execute) a primitive)$",
+    re.IGNORECASE,
+)
 
 
 def available_memory(device: torch.device) -> int | None:
     """Memory that this process can use in total: what it uses already plus what is free. None if unknown."""
     if device.type == "cuda":
+        import torch
+
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) + torch.cuda.memory_reserved(device)
     if not _MEMINFO.exists() or not _STATM.exists():
         return None
     total = _read_kb(_MEMINFO)["MemAvailable"] + resident_memory()
-    return min([total, *(limit for path in _CGROUP_LIMITS if (limit := _read_limit(path)) is not None)])
+    limits = (_address_space(), *map(_read_limit, _CGROUP_LIMITS))
+    return min([total, *(limit for limit in limits if limit is not None)])
+
+
+def _address_space() -> int | None:
+    """What this process can use within the limit of its address space (RLIMIT_AS, `ulimit -v`); None without a limit.
+
+    Addresses that are reserved but not used, such as of libraries and of threads' stacks, count towards the limit.
+    """
+    import resource  # not on Windows, where there is no /proc either
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return None
+    return resident_memory() + max(0, limit - _pages(0))
 
 
 def _read_kb(path: Path) -> dict[str, int]:
@@ -40,14 +71,26 @@ def _read_limit(path: Path) -> int | None:
 
 def resident_memory() -> int:
     """The resident set size of this process, on Linux; 0 elsewhere."""
-    if not _STATM.exists():
-        return 0
-    return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return _pages(1) if _STATM.exists() else 0
+
+
+def _pages(column: int) -> int:
+    """A column of /proc/self/statm: 0 is the size of the address space, 1 the resident set."""
+    return int(_STATM.read_text().split()[column]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def return_free_memory() -> None:
+    """Give memory that was freed back to the system. glibc's malloc has an arena for each thread and keeps in it what
+    its largest use took; other C libraries have no `malloc_trim`, and nothing is done."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory(device: torch.device) -> int | None:
     """Peak memory: on CUDA, of tensors since `reset_peak_memory`; elsewhere, of the process since its start."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device)
     # On Linux getrusage includes the memory of the process before its exec.
     if _STATUS.exists() and (peak := _read_kb(_STATUS).get("VmHWM")) is not None:
@@ -63,11 +106,19 @@ def peak_memory(device: torch.device) -> int | None:
 def reset_peak_memory(device: torch.device) -> None:
     """Reset the peak on CUDA and release cached blocks."""
     if device.type == "cuda":
+        import torch
+
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error means that the device or the machine has no memory left."""
-    # On the CPU torch raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, means that the device or the machine has no memory left."""
+    while error is not None:
+        # On the CPU torch raises a plain RuntimeError.
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+            return True
+        if isinstance(error, RuntimeError | OSError | ImportError) and _NO_MEMORY.search(str(error)):
+            return True
+        error = error.__cause__
+    return False

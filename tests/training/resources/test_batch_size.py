@@ -16,7 +16,14 @@ from vitrail.training.config.schema import make_config, parse_overrides, read_co
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.resources import batch_size as fit
 from vitrail.training.resources import trial
-from vitrail.training.resources.batch_size import Rates, candidate_sizes, fastest, fit_batch_size, largest
+from vitrail.training.resources.batch_size import (
+    Rates,
+    candidate_sizes,
+    fastest,
+    fit_batch_size,
+    largest,
+    memory_advice,
+)
 from vitrail.training.run import train
 from vitrail.training.setup import prepare
 
@@ -165,6 +172,43 @@ def test_a_batch_that_does_not_fit_is_told_in_parts_that_do(tmp_path: Path, monk
     monkeypatch.setattr(fit, "available_memory", lambda device: 1)
     with pytest.raises(DeviceError, match="single image"):
         train(tiny.dataset(), out=tmp_path / "other", progress=False, **keys)
+
+
+def test_auto_is_a_size_that_was_seen_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an estimate says that everything fits, and steps of more than three images find no memory."""
+    session = tiny.session(batch_size=12)
+    original, most = Trainer.step, [3]
+
+    def step(self: Trainer, batch: Any, *others: Any) -> None:
+        if len(batch) > most[0]:
+            torch.empty(2**60)
+        original(self, batch, *others)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(fit, "_SEARCH_SECONDS", 0.0)  # also when the time is up
+    size, reason = fit_batch_size(session.trainer, session.setup.preprocess, len(session.loader.split))
+    assert size == 3
+    assert "12" not in reason
+    most[0] = 0
+    with pytest.raises(DeviceError, match="single image") as error:
+        fit_batch_size(session.trainer, session.setup.preprocess, len(session.loader.split))
+    assert "\n" not in str(error.value)
+
+
+def test_the_advice_is_a_number_that_was_seen_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where memory does not suffice for the estimate."""
+    session = tiny.session(batch_size=12)
+    original = Trainer.step
+
+    def step(self: Trainer, batch: Any, *others: Any) -> None:
+        if len(batch) / self.config.machine.accumulate > 3:
+            torch.empty(2**60)
+        original(self, batch, *others)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    assert "accumulate=4" in memory_advice(session.trainer, session.setup.preprocess)
+    monkeypatch.setattr(fit, "estimate_peak_memory", lambda *_: torch.empty(2**60))
+    assert "single image" in memory_advice(session.trainer, session.setup.preprocess)
 
 
 def test_the_word_auto() -> None:

@@ -13,6 +13,7 @@ import torch
 
 from training import tiny
 from training.runs import KEYS
+from vitrail.cli import main
 from vitrail.training import session as session_module
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.resources import forecast as cost
@@ -195,12 +196,49 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert available_memory(torch.device("cpu")) == 12345
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells it there")
+def test_a_limit_of_the_address_space_counts() -> None:
+    """The available memory can be allocated, and not much more."""
+    code = """
+import resource
+from types import SimpleNamespace
+from vitrail.utils.memory import available_memory, resident_memory
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 300_000_000,) * 2)
+free = available_memory(SimpleNamespace(type="cpu")) - resident_memory()
+bytearray(free - 20_000_000)
+try:
+    bytearray(free + 20_000_000)
+except MemoryError:
+    print(free)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 250e6 < int(done.stdout) < 310e6
+
+
+def test_a_command_without_memory_ends_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vitrail.training.run.train", lambda *_, **__: torch.empty(2**60))
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "digits"])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "memory" in lines[0]
+    assert "smaller" in lines[0]
+
+
 def test_out_of_memory_is_recognised() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**60)
     assert is_out_of_memory(error.value)
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    broken = ImportError("the install seems to be broken")
+    assert not is_out_of_memory(broken)
+    broken.__cause__ = ImportError("libfoo.so: failed to map segment from shared object")
+    assert is_out_of_memory(broken)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells it there")

@@ -1,5 +1,6 @@
 """Steps that are tried out leave no trace, and the memory foreseen is the memory taken."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +179,38 @@ def test_checkpointed_blocks_are_foreseen_to_need_less() -> None:
         session.trainer.model = model.train()
         kept.append(trial._saved_bytes(session.trainer, session.setup.preprocess, 8))
     assert kept[1] < 0.3 * kept[0]
+
+
+def test_an_estimate_frees_the_tensors_that_it_counts() -> None:
+    """A graph whose saved tensors are kept with that graph is a cycle that Python's collector does not see."""
+    session = tiny.session()
+
+    def alive() -> int:
+        gc.collect()
+        return sum(type(each) is torch.Tensor for each in gc.get_objects())
+
+    estimate_peak_memory(session.trainer, session.setup.preprocess, 8)  # what is made once
+    before = alive()
+    estimate_peak_memory(session.trainer, session.setup.preprocess, 8)
+    assert alive() == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("could not create a primitive"), RuntimeError("std::bad_alloc"), OSError(12, "")],
+    ids=["python", "oneDNN", "C++", "system"],
+)
+def test_no_memory_for_anything_in_a_step_means_that_it_does_not_fit(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = tiny.session()
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(session.trainer, "task", fail)
+    with preserve_state(session.trainer):
+        assert not fits_in_memory(session.trainer, blank_batch(2, session.setup.preprocess))
+    error = RuntimeError("could not create a primitive descriptor for the matmul primitive. Run workload with ...")
+    with pytest.raises(RuntimeError, match="descriptor"), preserve_state(session.trainer):
+        fits_in_memory(session.trainer, blank_batch(2, session.setup.preprocess))

@@ -6,8 +6,9 @@ Shapes: B batch, C channels, H W height and width.
 import copy
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from vitrail.images.preprocess import Preprocess
 from vitrail.training.engine.non_finite import NonFiniteGuard
 from vitrail.training.engine.trainer import Trainer
 from vitrail.utils.device import precision
-from vitrail.utils.memory import is_out_of_memory, resident_memory
+from vitrail.utils.memory import is_out_of_memory, resident_memory, return_free_memory
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -55,6 +58,8 @@ def free_step_memory(trainer: Trainer) -> None:
     gc.collect()
     if trainer.device.type == "cuda":
         torch.cuda.empty_cache()
+    else:
+        return_free_memory()
 
 
 def blank_batch(size: int, preprocess: Preprocess) -> Batch:
@@ -72,16 +77,20 @@ def timed_step(trainer: Trainer, batch: Batch) -> float:
     return time.perf_counter() - start
 
 
-def fits_in_memory(trainer: Trainer, batch: Batch) -> bool:
-    """Make a step on this batch, and return whether there was enough memory."""
+def within_memory(trainer: Trainer, work: Callable[[], T]) -> T | None:
+    """The result of work with the trainer, such as a step; None if there was not enough memory."""
     try:
-        timed_step(trainer, batch)
-        return True
-    except RuntimeError as error:
+        return work()
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
     free_step_memory(trainer)  # outside of `except`, where the error no longer references the step's tensors
-    return False
+    return None
+
+
+def fits_in_memory(trainer: Trainer, batch: Batch) -> bool:
+    """Make a step on this batch, and return whether there was enough memory."""
+    return within_memory(trainer, lambda: timed_step(trainer, batch)) is not None
 
 
 def estimate_peak_memory(trainer: Trainer, preprocess: Preprocess, batch_size: int) -> int:
@@ -93,6 +102,7 @@ def estimate_peak_memory(trainer: Trainer, preprocess: Preprocess, batch_size: i
     two, four = (_saved_bytes(trainer, preprocess, size) for size in (2, 4))
     part = -(-batch_size // trainer.config.machine.accumulate)
     saved = two + (four - two) / 2 * max(part - 2, 0)
+    return_free_memory()
     trainable = sum(p.numel() * p.element_size() for group in trainer.groups for p in group["params"])
     return int(resident_memory() + 3 * trainable + saved)
 
@@ -107,7 +117,7 @@ def _saved_bytes(trainer: Trainer, preprocess: Preprocess, size: int) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # a tensor with its graph would be kept by this graph, and never be freed
 
     view = trainer.view(blank_batch(size, preprocess), 0)
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
