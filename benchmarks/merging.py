@@ -31,7 +31,7 @@ from vitrail.deploy.quantize.calibration import Calibration, choose_calibration
 from vitrail.evaluation.timing import interleaved
 from vitrail.inference.engine import SplitReader
 from vitrail.inference.exported import open_runtime
-from vitrail.models.merging import merged_model
+from vitrail.models.build import merged_model
 from vitrail.training.run import train
 
 NAME = "vit_small_patch16_224"

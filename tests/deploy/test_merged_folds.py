@@ -8,9 +8,8 @@ import torch
 from tolerance import assert_near
 from vitrail.deploy.fold.fold import FOLDS, fold_model
 from vitrail.images.preprocess import Preprocess
-from vitrail.models.build import build_model
+from vitrail.models.build import build_model, merged_model
 from vitrail.models.configs import ViTConfig
-from vitrail.models.merging import merged_model
 
 KINDS: dict[str, dict[str, Any]] = {
     "token": {},

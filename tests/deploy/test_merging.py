@@ -9,9 +9,8 @@ from vitrail.deploy.merging import choose_merging
 from vitrail.errors import ConfigError, DataError, ModelError
 from vitrail.images.convert import Pixels
 from vitrail.images.preprocess import Preprocess
-from vitrail.models.build import build_model
+from vitrail.models.build import build_model, merged_model
 from vitrail.models.configs import ViTConfig
-from vitrail.models.merging import merged_model
 
 CONFIG = ViTConfig(img_size=(32, 32), patch_size=4, embed_dim=24, depth=3, num_heads=3, num_classes=5)
 

@@ -15,9 +15,8 @@ from tolerance import assert_near, assert_same_gradients
 from vitrail.errors import ModelError
 from vitrail.images.preprocess import Preprocess
 from vitrail.models.attention_weights import attention_weights
-from vitrail.models.build import build_model, configure
+from vitrail.models.build import build_model, configure, merged_model
 from vitrail.models.configs import ViTConfig
-from vitrail.models.merging import merged_model
 from vitrail.models.vit import VisionTransformer
 
 SMALL: dict[str, Any] = {

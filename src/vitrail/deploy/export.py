@@ -29,7 +29,7 @@ from vitrail.errors import ConfigError, RunError
 from vitrail.inference.export_folder import ExportRecord, is_export
 from vitrail.inference.runtime import Runtime
 from vitrail.inference.torch_runtime import TorchRuntime
-from vitrail.models.merging import merged_model
+from vitrail.models.build import merged_model
 from vitrail.prediction import SPLIT_OPTIONS
 from vitrail.training.checkpoints.provenance import environment
 from vitrail.utils.files import atomic_folder, disk_errors

@@ -24,7 +24,7 @@ from vitrail.errors import ConfigError, DataError, ModelError
 from vitrail.images.convert import Pixels
 from vitrail.inference.torch_runtime import autocast
 from vitrail.layers.merging import Groups, find_pairs, first_groups, merge, spread
-from vitrail.models.merging import merged_model
+from vitrail.models.build import merged_model
 from vitrail.models.vit import VisionTransformer
 
 State = tuple[Tensor, Groups]  # tokens B N C, and what they stand for

@@ -16,7 +16,7 @@ import numpy as np
 
 from vitrail.errors import DeviceError, ExportError, how_to_install
 from vitrail.inference.runtime import Images, Outputs
-from vitrail.utils.mapped_file import release_pages
+from vitrail.utils.memory import release_pages
 from vitrail.utils.text import one_line
 
 _LOCK = threading.Lock()

@@ -1,9 +1,11 @@
-"""Build a model from its config."""
+"""Build a model from its config, or from another model."""
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from vitrail.errors import ModelError, did_you_mean
@@ -91,3 +93,22 @@ def configure(config: ModelConfig, **changes: Any) -> ModelConfig:
         return replace(config, **changes)
     except (TypeError, ValueError) as error:
         raise ModelError(f"invalid {type(config).__name__}: {error}") from error
+
+
+def merged_model(model: nn.Module, merge: float | Sequence[int]) -> VisionTransformer:
+    """`model` with merged tokens, in its mode, with the same parameters (shared, not copied).
+
+    merge: patch tokens that each block merges, by block; or a number, as in `ViTConfig.even_merge`; 0 for none.
+
+    Raises:
+        ModelError: not a ViT or DeiT of this package, or more tokens than can be merged.
+    """
+    if not isinstance(model, VisionTransformer):
+        raise ModelError(f"{type(model).__name__} cannot merge tokens: use a ViT or DeiT of vitrail")
+    schedule = merge if isinstance(merge, int | float) else tuple(merge)
+    config = configure(model.config, merge=schedule, num_classes=model.num_classes)
+    with torch.device("meta"):
+        merged = build_model(config)
+    merged.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    assert isinstance(merged, VisionTransformer)
+    return merged.train(model.training)

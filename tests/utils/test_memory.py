@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vitrail.utils.mapped_file import release_pages
-from vitrail.utils.memory import resident_memory
+from vitrail.utils.memory import release_pages, resident_memory
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
