@@ -77,9 +77,30 @@ _MODULES = {
 }
 
 
+# What is looked for here, and where it is.
+_ELSEWHERE = {
+    **dict.fromkeys(("predict", "evaluate", "embed"), "it is a method: vitrail.load('runs/photos').{}(...)"),
+    **dict.fromkeys(("fit", "finetune", "fine_tune"), "use vitrail.train('photos/')"),
+    **dict.fromkeys(("load_model", "from_pretrained"), "use vitrail.load('runs/photos') or vitrail.create_model(NAME)"),
+    **dict.fromkeys(("validate", "val", "test"), "use vitrail.load('runs/photos').evaluate('photos/')"),
+    **dict.fromkeys(
+        ("Learner", "Trainer", "YOLO", "Model"), "use vitrail.train('photos/') and vitrail.load('runs/photos')"
+    ),
+    **dict.fromkeys(
+        ("ViT", "VisionTransformer", "DeiT", "Swin", "SwinTransformer", "ResNet", "ConvNeXt"),
+        "use vitrail.create_model('vit_tiny_patch16_224', num_classes=10), with a name from vitrail.list_models()",
+    ),
+}
+
+
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
-        raise AttributeError(f"module 'vitrail' has no attribute {name!r}")
+        text = f"module 'vitrail' has no attribute {name!r}"
+        if name in _ELSEWHERE:
+            text += f": {_ELSEWHERE[name].format(name)}"
+            if name[0].isupper():  # `from vitrail import ViT` replaces the message of an AttributeError
+                raise ImportError(text, name="vitrail")
+        raise AttributeError(text)
     value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value  # the next access does not call __getattr__
     return value

@@ -64,9 +64,15 @@ class DistributedError(VitrailError):
     """A setting that several processes cannot share, or a process that was lost."""
 
 
+_PREFIX = 4  # letters of a name that are enough to tell which it begins
+
+
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
-    """Return " (did you mean 'a' or 'b'?)" with the closest of `known`, or "" if none is as similar as `cutoff`."""
-    close = get_close_matches(word[:100].lower(), list(known), n=3, cutoff=cutoff)
+    """Return " (did you mean 'a' or 'b'?)" with those of `known` that begin with the word, else the closest; "" if none
+    is as similar as `cutoff`."""
+    word, known = word[:100].lower(), list(known)
+    begun = [name for name in known if len(word) >= _PREFIX and name.lower().startswith(word)]
+    close = begun[:3] or get_close_matches(word, known, n=3, cutoff=cutoff)
     return f" (did you mean {' or '.join(repr(name) for name in close)}?)" if close else ""
 
 

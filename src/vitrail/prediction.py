@@ -94,6 +94,24 @@ class Predictions(list[Prediction]):
         return notebook.gallery([each._card(2) for each in self[: notebook.MAX_PICTURES]], len(self))
 
 
+# What users of other libraries look for in a classifier, and what it is here.
+_ELSEWHERE = {
+    **dict.fromkeys(
+        ("classes", "names", "labels", "vocab", "classes_", "id2label"), "its class names are .class_names"
+    ),
+    **dict.fromkeys(("fit", "train", "fine_tune", "learn"), "use vitrail.train(DATA)"),
+    **dict.fromkeys(
+        ("val", "validate", "test", "accuracy", "score"), "use .evaluate(DATA), and .top1 of what it returns"
+    ),
+    **dict.fromkeys(("predict_proba", "get_preds"), "use .predict(..., probabilities=True)"),
+    **dict.fromkeys(("forward", "eval", "state_dict", "parameters"), "the torch module is .model"),
+    **dict.fromkeys(("transform", "transforms", "preprocessor"), "use .preprocess"),
+    "explain": "use vitrail.explain(classifier, IMAGE)",
+    "export": "use vitrail.export(classifier, FOLDER)",
+    "serve": "use vitrail.serve(classifier)",
+}
+
+
 class BaseClassifier:
     """`preprocess` is a Preprocess, `class_names` the K names by index, `architecture` the variant's name.
 
@@ -111,6 +129,12 @@ class BaseClassifier:
         self.architecture = architecture
         self.notes = notes
         self.precision = precision
+
+    if not TYPE_CHECKING:  # a checker of types would take it for any attribute
+
+        def __getattr__(self, name: str) -> Any:
+            hint = f": {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}", name=name, obj=self)
 
     def __repr__(self) -> str:
         height, width = self.preprocess.size

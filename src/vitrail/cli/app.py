@@ -25,6 +25,7 @@ from vitrail.cli.commands.recommend import recommend
 from vitrail.cli.commands.report import report
 from vitrail.cli.commands.serve import serve
 from vitrail.cli.commands.train import explain_option, train
+from vitrail.cli.common.hints import other_command, other_option
 from vitrail.errors import VitrailError
 from vitrail.utils.memory import is_out_of_memory
 from vitrail.utils.streams import lossy
@@ -134,12 +135,15 @@ def _explain(error: Exception) -> str | None:
         return str(error)
     if hasattr(error, "format_message"):  # typer: a wrong option or argument
         context = getattr(error, "ctx", None)
-        if (option := getattr(error, "option_name", None)) and context and context.command.name == "train":
-            return explain_option(option, [name for each in context.command.params for name in each.opts])
+        if context and hasattr(error, "possibilities") and (option := getattr(error, "option_name", None)):
+            if hint := other_option(option, context.command):
+                return hint
+            if context.command.name == "train":
+                return explain_option(option, [name for each in context.command.params for name in each.opts])
         command = context.command_path if context else "vitrail"
         if not error.format_message():  # no command: typer has printed the help
             return ""
-        return f"{error.format_message().rstrip('.')} (see `{command} --help`)"
+        return f"{other_command(error.format_message().rstrip('.'))} (see `{command} --help`)"
     if isinstance(error, ModuleNotFoundError) and error.name == "torch":
         return "this needs PyTorch, which is not installed; predict, evaluate, embed and serve of an export do not"
     if is_out_of_memory(error):

@@ -238,7 +238,8 @@ def _local(path: Path) -> Loaded:
     if path.is_dir():
         return _read(find_weights(path), str(path))
     if not path.exists():
-        raise WeightsError(f"{path} does not exist: check the path")
+        hint = "write it without model=" if str(path).startswith("model=") else "check the path"
+        raise WeightsError(f"{path} does not exist: {hint}")
     if path.name in USUAL:
         return _read(path, str(path))
     return _convert(path, str(path))

@@ -173,6 +173,15 @@ def explain_option(name: str, options: Iterable[str]) -> str:
     return f"{name} is {option}" if option in options else f"{word} is a setting: write {key}=VALUE, without dashes"
 
 
+def _is_setting(data: str) -> bool:
+    """Whether the first argument is a key=value, and so not DATA."""
+    from vitrail.training.config.aliases import ALIASES
+    from vitrail.training.config.schema import KEYS
+
+    name = data.partition("=")[0]
+    return "=" in data and (name in KEYS or name in ALIASES) and not os.path.exists(data)
+
+
 def _arguments(context: typer.Context, data: str | None, settings: list[str]) -> tuple[str | None, dict[str, Any]]:
     """DATA and the keyword arguments of the library's `train`. Options that were not given are None or False."""
     from vitrail.errors import ConfigError
@@ -183,8 +192,11 @@ def _arguments(context: typer.Context, data: str | None, settings: list[str]) ->
         for name, value in context.params.items()
         if value is not None and (value is not False or name == "pretrained")
     }
-    if data is not None and "=" in data and options.keys() & {"resume", "recipe"} and not os.path.exists(data):
-        settings, data = [data, *settings], None  # no DATA: the run or the recipe names it
+    for name, value in options.items():  # `--lr-find --img-size 64`: the first takes the second as its value
+        if isinstance(value, str) and value.startswith("--"):
+            raise ConfigError(f"--{name.replace('_', '-')} lacks its value: there is {value} instead")
+    if data is not None and _is_setting(data):
+        settings, data = [data, *settings], None  # DATA is among the settings, or the run or the recipe names it
     given: dict[str, Any] = {name: value for name, value in options.items() if name not in _NOT_PASSED_ON}
     overrides = parse_overrides(settings)
     if data is None:
