@@ -55,11 +55,13 @@ clean:
 	touch $@
 
 .venv/core: .venv/python pyproject.toml constraints.txt
-	$(PIP) -e .
+	@echo "installing PyTorch and others into .venv: about 1 GB, which takes some minutes"
+	@$(PIP) -e .
 	touch $@
 
 .venv/dev: .venv/python pyproject.toml constraints.txt
-	$(PIP) -e ".[dev]"
+	@echo "installing PyTorch and the tools for development into .venv, which takes some minutes"
+	@$(PIP) -e ".[dev]"
 	touch $@ .venv/core
 
 $(OLDEST)/dev: pyproject.toml constraints-oldest.txt

@@ -79,6 +79,7 @@ def test_arms_are_run_folders_with_the_accuracy_that_was_measured(whole: Any) ->
         assert summary["seed"] == record["seed"]
         assert record["correct"].count("1") / len(record["correct"]) == pytest.approx(record["top1"] / 100)
     assert sum("/8" in line for line in lines) == 8
+    assert lines[-1].startswith("timing")
 
 
 def test_the_page_is_self_contained_and_says_the_verdict(whole: Any) -> None:

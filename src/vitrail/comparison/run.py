@@ -86,7 +86,7 @@ def compare(
             log(line)
         records = _run_arms(plan, dataset, folder, verbose, log)
         result = {**_about(plan, dataset, command), "folder": str(folder)}
-        result |= summarize(plan, records, _timings(plan, folder))
+        result |= summarize(plan, records, _timings(plan, folder, log))
         result["paragraph"] = paragraph(result)
         write_json(folder / "compare.json", result)
         write_page(result, folder / "compare.html")
@@ -170,10 +170,11 @@ def _run_arms(plan: Plan, dataset: Dataset, out: Path, verbose: bool, log: Log) 
     return records
 
 
-def _timings(plan: Plan, out: Path) -> dict[str, dict[str, Any]]:
+def _timings(plan: Plan, out: Path, log: Log) -> dict[str, dict[str, Any]]:
     """Of the models of seed 0 and all images; measured once."""
     path = _measured(out, "timings")
     if not path.exists():
+        log("timing   the models, on one image and at several input sizes")
         device = pick_device(plan.settings.get("device", "auto"))
         models: dict[str, Classifier] = {
             each.label: load_torch(run_folder(out, Arm(each, 100, 0)).path, device) for each in plan.contenders

@@ -4,6 +4,7 @@ Shapes: B batch, H W height and width, C channels, K classes, F features.
 """
 
 import json
+import logging
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -21,6 +22,8 @@ from vitrail.deploy.preprocess_graph import add_preprocess
 from vitrail.images.preprocess import Preprocess
 from vitrail.utils.files import disk_errors
 
+# It says of each operator of torchvision that this is not installed; no export here has any.
+logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
 OPSET = 20  # the first with Gelu
 IR_VERSION = 9  # the lowest for it: old runtimes refuse files of a newer one
 MODEL, IMAGE, WEIGHTS = "model.onnx", "image.onnx", "weights.bin"

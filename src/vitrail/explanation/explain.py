@@ -127,7 +127,8 @@ def explain_stream(
             raise ConfigError(f"the method {chosen.name} has no option {option}")
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
-    size = batch_size or min(_MAX_BATCH, default_batch_size(clf.preprocess, clf.device.type))
+    # The score of one image is batches of its own: image by image is as fast, and each result is there at once.
+    size = batch_size or (1 if score else min(_MAX_BATCH, default_batch_size(clf.preprocess, clf.device.type)))
     choose_baseline(baseline)
     if isinstance(head, str) and head != "all":
         raise ConfigError(f"head must be a number or 'all', not {head!r}")

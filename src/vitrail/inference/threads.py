@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from vitrail.utils.text import format_speed
+
 _TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 _MIN_GAIN = 1.1  # fewer threads must be faster by this factor
 _CLEAR_GAIN, _CLEAR_LOSS = 1.5, 0.85  # of speed by fewer threads, after which no further round is needed
@@ -54,11 +56,7 @@ class Trial:
     def line(self, images: int) -> str:
         """The images per second with each number; images: of the trial work."""
         found = sorted(self.seconds.items())
-        return ", ".join(f"{_digits(images / seconds)} images/s with {threads}" for threads, seconds in found)
-
-
-def _digits(rate: float) -> str:
-    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        return ", ".join(f"{format_speed(images / seconds)} images/s with {threads}" for threads, seconds in found)
 
 
 def fewer(threads: int) -> int:

@@ -65,6 +65,11 @@ def format_rate(value: float) -> str:
     return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
+def format_speed(value: float) -> str:
+    """Something per second: "1,234", "12"; below 10 in two digits: "3.4", "0.071"."""
+    return f"{value:,.0f}" if value >= 9.95 else f"{value:.2g}"
+
+
 def format_shape(shape: Iterable[int]) -> str:
     """ "3x4x5"; "scalar" for a tensor without dimensions."""
     return "x".join(str(size) for size in shape) or "scalar"

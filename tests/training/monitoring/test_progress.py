@@ -22,8 +22,13 @@ def test_one_line_says_it_all() -> None:
     assert describe(0.5, state, "  loss 0.1") == " 50%  loss 0.1  10 images/s  10 s left  data wait 20%"
 
 
+def test_less_than_an_image_a_second() -> None:
+    assert "  0.25 images/s  16 s left" in describe(0.2, TrainState(images=1, seconds=4, step_seconds=4))
+
+
 def test_nothing_done_yet() -> None:
-    assert "0 s left" in describe(0.0, TrainState())
+    assert "left" not in describe(0.0, TrainState())
+    assert "left" not in describe(0.05, TrainState())  # a step is done, but its time is not known yet
 
 
 def test_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

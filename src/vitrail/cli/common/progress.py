@@ -30,7 +30,7 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], No
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
     from vitrail.utils.streams import lossy
-    from vitrail.utils.text import counted
+    from vitrail.utils.text import counted, format_speed
 
     terminal = sys.stderr.isatty()
     columns = (SpinnerColumn("line"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
@@ -44,9 +44,8 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], No
             done += count
             now = time.perf_counter()
             speed = done / max(now - start, 1e-9)
-            each = f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
             noun, space, rest = what.partition(" ")
-            rate = f"{counted(done, noun.removesuffix('s'), noun)}{space}{rest}, {each} per second"
+            rate = f"{counted(done, noun.removesuffix('s'), noun)}{space}{rest}, {format_speed(speed)} per second"
             bar.update(task, completed=done, rate=rate)
             if not terminal and now - last >= _LINE_SECONDS:
                 last = now

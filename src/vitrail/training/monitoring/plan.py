@@ -16,7 +16,7 @@ from vitrail.training.engine.optimizer import describe_groups, summarize_groups
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.setup import Setup
 from vitrail.utils.device import describe_precision
-from vitrail.utils.text import counted, format_duration, printable
+from vitrail.utils.text import counted, format_duration, format_speed, printable
 
 _ADVISE_BALANCE = 5.0  # ratio of largest to smallest class from which balancing is advised
 # Held out for test and val alike, which is said once.
@@ -124,4 +124,4 @@ def epoch_line(record: Mapping[str, Any], config: TrainConfig, best_epoch: int) 
     if "val_top1" in record:
         star = "  best" if best_epoch == record["epoch"] else ""
         validated = f"  val loss {record['val_loss']:.4f}  top-1 {record['val_top1']:.2f} %{star}"
-    return f"epoch {record['epoch']}{of}  {record['images_per_second']:,.0f} images/s  loss {loss}{validated}"
+    return f"epoch {record['epoch']}{of}  {format_speed(record['images_per_second'])} images/s  loss {loss}{validated}"

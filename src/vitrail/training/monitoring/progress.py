@@ -19,7 +19,7 @@ from vitrail.training.engine.state import TrainState
 from vitrail.training.engine.trainer import Trainer
 from vitrail.utils.console import PlainConsole, in_notebook
 from vitrail.utils.streams import lossy
-from vitrail.utils.text import format_duration, plain
+from vitrail.utils.text import format_duration, format_speed, plain
 
 _BAR_SECONDS = 0.25  # between two updates of the bar
 _LINE_SECONDS = 10.0  # between two lines without a terminal
@@ -121,6 +121,6 @@ class Reporter:
 
 def describe(done: float, state: TrainState, extra: str = "") -> str:
     """Progress, throughput, remaining time and share of the time spent waiting for data, in one line."""
-    left = format_duration(state.seconds * (1 - done) / done if done else 0.0)
-    rate = f"{state.images_per_second:,.0f} images/s"
-    return f"{done:4.0%}{extra}  {rate}  {left} left  data wait {state.waiting_for_data:.0%}"
+    left = f"  {format_duration(state.seconds * (1 - done) / done)} left" if done and state.seconds else ""
+    rate = f"{format_speed(state.images_per_second)} images/s"
+    return f"{done:4.0%}{extra}  {rate}{left}  data wait {state.waiting_for_data:.0%}"

@@ -19,7 +19,7 @@ from vitrail.training.config.schema import FIELDS, read_config
 from vitrail.training.monitoring.curves import charts, history_table
 from vitrail.utils.files import atomic_write_text
 from vitrail.utils.settings import format_value
-from vitrail.utils.text import counted, format_duration, printable
+from vitrail.utils.text import counted, format_duration, format_speed, printable
 
 _MATRIX_CLASSES = 20  # up to so many classes, the confusion matrix is shown; above, the most confused pairs
 _MAX_PAIRS = 20
@@ -132,7 +132,7 @@ def metric_cards(summary: Mapping[str, Any]) -> list[dict[str, str]]:
         ("Calibration error", f"{100 * summary['ece']:.2f}", "%", "ECE; lower is better"),
         ("Images", f"{summary['images']:,}", "", f"{summary['split']} split"),
         ("Training time", format_duration(summary["seconds"]), "", "validation included"),
-        ("Throughput", f"{summary['images_per_second']:,.0f}", "images/s", waiting),
+        ("Throughput", format_speed(summary["images_per_second"]), "images/s", waiting),
     ]
     if "balanced_top1" in summary:
         cards.insert(1, ("Balanced top-1", f"{summary['balanced_top1']:.2f}", "%", "mean over classes"))

@@ -11,7 +11,7 @@ from vitrail.training.checkpoints.provenance import environment
 from vitrail.training.engine.state import TrainState
 from vitrail.training.session import Session
 from vitrail.training.setup import Setup
-from vitrail.utils.text import counted, format_duration
+from vitrail.utils.text import counted, format_duration, format_speed
 
 _SMALL = 100  # images below which the confidence interval is printed
 
@@ -86,7 +86,7 @@ def _training_lines(summary: Mapping[str, Any], score: str) -> list[str]:
     if summary["best_epoch"]:
         score += " (also used to select the epoch)" if summary["split"] == "val" else ""
         score += f", best epoch {summary['best_epoch']}"
-    speed = f"{summary['images_per_second']:,.0f} images/s"
+    speed = f"{format_speed(summary['images_per_second'])} images/s"
     lines = [f"{score}; trained in {format_duration(summary['seconds'])} at {speed}"]
     if summary["stopped"]:
         lines.append(f"stopped after epoch {summary['epochs']}: {summary['stopped']}")
@@ -105,6 +105,7 @@ def _probe_lines(summary: Mapping[str, Any], score: str) -> list[str]:
         f"{score} by a linear head on frozen features (l2 {probe['l2']:g}, {selected})",
         f"{summary['split']} top-1 {summary['knn_top1']:.2f} % by "
         f"{counted(probe['knn_neighbours'], 'nearest neighbour')}",
-        f"{counted(probe['images'], 'image')} through the model at {summary['images_per_second']:,.0f} images/s; "
+        f"{counted(probe['images'], 'image')} through the model at "
+        f"{format_speed(summary['images_per_second'])} images/s; "
         f"total time {format_duration(summary['seconds'])}",
     ]

@@ -11,7 +11,7 @@ from vitrail.data.loader import Batch, TrainLoader
 from vitrail.training.engine.trainer import Trainer
 from vitrail.training.resources.trial import estimate_peak_memory, preserve_state, timed_step
 from vitrail.utils.memory import available_memory, peak_memory, reset_peak_memory
-from vitrail.utils.text import counted, format_bytes, format_duration
+from vitrail.utils.text import counted, format_bytes, format_duration, format_speed
 
 _MAX_STEPS = 4  # the first of several is a warm-up
 _MAX_SHARE = 0.02  # of the training that trial steps may take
@@ -37,7 +37,7 @@ class Cost:
             of = "" if self.available_memory is None else f" of {format_bytes(self.available_memory)}"
             memory = f", {format_bytes(self.peak_memory)}{of} memory"
         about = f"about {format_duration(self.seconds)} for {counted(float(f'{self.epochs:.3g}'), 'epoch')}"
-        return f"cost    {about} ({self.images_per_second:,.0f} images/s){memory}"
+        return f"cost    {about} ({format_speed(self.images_per_second)} images/s){memory}"
 
 
 def estimate_cost(
