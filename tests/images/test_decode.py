@@ -290,3 +290,22 @@ def test_extensions():
     ends = image_extensions()
     assert {".jpg", ".jpeg", ".png", ".gif", ".webp", ".tif", ".tiff", ".bmp"} <= ends
     assert not ends & {".txt", ".pdf", ".eps", ".mpg", ".db", ".json", ""}
+
+
+@pytest.mark.parametrize(("brand", "heic"), [(b"heic", True), (b"mif1", True), (b"isom", False)])
+def test_heic_is_named(brand, heic, tmp_path):
+    assert {".heic", ".heif"} <= image_extensions()  # so that they are listed as skipped
+    path = tmp_path / "a.jpg"  # as phones and people rename them
+    path.write_bytes(b"\0\0\0\x18ftyp" + brand + bytes(100))
+    for read in (decode, read_header):
+        with pytest.raises(BadImage) as bad:
+            read(path)
+        assert ("is HEIC" in bad.value.reason) == heic
+
+
+def test_truncated_is_said_once():
+    content = encoded(picture(1, 0), "JPEG")
+    with pytest.raises(BadImage) as bad:
+        decode(content[: len(content) // 2])
+    assert bad.value.reason.startswith("is truncated (")
+    assert bad.value.reason.count("truncated") == 1

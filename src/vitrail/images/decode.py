@@ -44,6 +44,7 @@ __all__ = [
 
 AtLeast = tuple[int, int] | Callable[[int, int], tuple[int, int]]
 
+_HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"})  # at byte 8, after "ftyp"
 # Readers that start another program (EPS runs Ghostscript), that never decode, or that work on one system only.
 _EXCLUDED_FORMATS = frozenset({"EPS", "WMF", "MPEG", "HDF5", "BUFR", "GRIB", "PDF"})
 
@@ -67,11 +68,13 @@ def _formats() -> tuple[str, ...]:
 
 @lru_cache(maxsize=1)
 def image_extensions() -> frozenset[str]:
-    """The file name extensions of images, in lower case, with the dot."""
+    """The file name extensions of images, in lower case, with the dot: also those of HEIC, which is reported as
+    unreadable instead of being left out without a word."""
     from PIL import Image
 
     formats = set(_formats())
-    return frozenset(suffix.lower() for suffix, name in Image.registered_extensions().items() if name in formats)
+    known = {suffix.lower() for suffix, name in Image.registered_extensions().items() if name in formats}
+    return frozenset(known | {".heic", ".heif"})
 
 
 @contextmanager
@@ -110,7 +113,10 @@ def _reason(error: Exception) -> str:
     if type(error).__name__ == "UnidentifiedImageError":
         return "is not an image that Pillow can read"
     if "truncated" in text.lower() or isinstance(error, EOFError):
-        return f"is truncated ({text})"
+        # Pillow's own sentence says so again: "image file is truncated (36 bytes not processed)".
+        details = text.lower().removeprefix("image file is truncated")
+        details = f" ({details.strip(' ()')})" if details.strip(" ()") else ""
+        return f"is truncated{details}"
     return f"cannot be decoded ({text})"
 
 
@@ -128,11 +134,18 @@ def _opened(source: str | os.PathLike[str] | bytes) -> Iterator[tuple[IO[bytes],
 
 
 def _open(file: IO[bytes], size: int) -> Image.Image:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if size == 0:
         raise BadImage("is empty (0 bytes)")
-    image = Image.open(file, formats=_formats())
+    try:
+        image = Image.open(file, formats=_formats())
+    except UnidentifiedImageError:
+        file.seek(0)
+        start = file.read(12)
+        if start[4:8] == b"ftyp" and start[8:] in _HEIC_BRANDS:
+            raise BadImage("is HEIC (convert it to JPEG)") from None
+        raise
     check_size(*image.size)
     return image
 

@@ -19,7 +19,7 @@ from vitrail.errors import DataError, did_you_mean
 from vitrail.images.decode import BadImage, decode, image_extensions
 from vitrail.utils.download import Progress
 from vitrail.utils.files import user_path
-from vitrail.utils.text import join_names, printable, readable
+from vitrail.utils.text import counted, join_names, printable, readable
 
 File = tuple[str, str]  # path, class
 
@@ -197,5 +197,5 @@ def _check_each_class(root: Path, listing: _Listing, scan: Scan) -> None:
             why = next(
                 (f": {os.path.basename(s['path'])} {s['reason']}" for s in scan.skipped if s["path"] in tried), ""
             )
-            raise DataError(f"the class {name!r} in {root} has no readable image ({len(tried)} files{why})")
+            raise DataError(f"the class {name!r} in {root} has no readable image ({counted(len(tried), 'file')}{why})")
     scan.samples = [sample for of_class in usable.values() for sample in of_class]

@@ -98,7 +98,7 @@ def _processes(trainer: Trainer) -> str:
 
 
 def data_lines(dataset: Dataset) -> list[str]:
-    """Images by split, where the splits come from, the first class names, and the number of unreadable files."""
+    """Images by split, where the splits come from, the first class names, and the files left out."""
     split = _HELD_OUT.sub(r"test: \1, val: \4 of \2 images held out, \3", dataset.how_split)
     sizes = dataset.counts()
     counts = ", ".join(f"{count:,} {name}" for name, count in sizes.items())
@@ -112,8 +112,18 @@ def data_lines(dataset: Dataset) -> list[str]:
             if weights is None
             else [f"weights {weights.min():g} to {weights.max():g} of the images, in the training loss"]
         ),
-        *([f"skipped {counted(len(dataset.skipped), 'unreadable file')}: summary.json"] if dataset.skipped else []),
+        *_skipped_line(dataset),
     ]
+
+
+def _skipped_line(dataset: Dataset) -> list[str]:
+    """How many files are left out, with the first and why; summary.json of the run lists all of them."""
+    if not dataset.skipped:
+        return []
+    first = dataset.skipped[0]
+    others = "; all are listed in the run's summary.json" if len(dataset.skipped) > 1 else ""
+    text = f"{printable(first['path'], 120)} {first['reason']}"
+    return [f"skipped {counted(len(dataset.skipped), 'file')}: {text}{others}"]
 
 
 def epoch_line(record: Mapping[str, Any], config: TrainConfig, best_epoch: int) -> str:
