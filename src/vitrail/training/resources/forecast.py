@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from itertools import islice
 from statistics import median_low
 
+import numpy as np
+
 from vitrail.data.loader import Batch, TrainLoader
+from vitrail.images.preprocess import Preprocess
+from vitrail.inference.torch_runtime import TorchRuntime
 from vitrail.training.engine.trainer import Trainer
-from vitrail.training.resources.trial import estimate_peak_memory, preserve_state, timed_step
+from vitrail.training.resources.trial import estimate_peak_memory, preserve_state, timed_step, within_memory
 from vitrail.utils.memory import available_memory, peak_memory, reset_peak_memory
 from vitrail.utils.text import counted, format_bytes, format_duration, format_speed
 
@@ -83,6 +87,8 @@ def _measure(
     reset_peak_memory(trainer.device)
     batches, load = _load(loader, steps)
     compute = _step_seconds(trainer, batches)
+    evaluated = max(images.get("val", 0), images[eval_split])
+    within_memory(trainer, lambda: _evaluate_batch(trainer, loader.preprocess, evaluated))
     # On the CPU, data loading and training share the cores; with an accelerator they overlap.
     step = load + compute if trainer.device.type == "cpu" else max(load, compute)
     eval_image = (load + compute * _FORWARD_SHARE) / loader.batch_size
@@ -96,9 +102,10 @@ def _measure(
 
 
 def _load(loader: TrainLoader, count: int) -> tuple[list[Batch], float]:
-    """The first batches, and the seconds to load one."""
+    """The last batches of an epoch, after which none is read ahead, and the seconds to load one."""
     waited = loader.wait_seconds
-    stream, times, batches = loader.epoch(0), [time.perf_counter()], []
+    stream = loader.epoch(0, max(0, loader.steps_per_epoch - count))
+    times, batches = [time.perf_counter()], []
     for batch in islice(stream, count):
         batches.append(batch)
         times.append(time.perf_counter())
@@ -107,6 +114,14 @@ def _load(loader: TrainLoader, count: int) -> tuple[list[Batch], float]:
     # Workers load several batches at once, so only the mean over all is valid; without workers the first is slower.
     skip = 0 if loader.workers or len(batches) < 2 else 1
     return batches, (times[-1] - times[skip]) / (len(batches) - skip)
+
+
+def _evaluate_batch(trainer: Trainer, preprocess: Preprocess, images: int) -> None:
+    """Compute a batch as an evaluation of so many images does: its activations may take more memory than a step."""
+    runtime = TorchRuntime(trainer.eval_model, preprocess, trainer.config.machine.amp)
+    size = min(runtime.default_batch_size, images)
+    if size:
+        runtime.logits(np.zeros((size, *preprocess.size, preprocess.channels), np.uint8))
 
 
 def _step_seconds(trainer: Trainer, batches: list[Batch]) -> float:
