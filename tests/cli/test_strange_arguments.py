@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -28,6 +29,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     make_folder(base / "photos", classes=2, per_class=12, broken=False)
     assert run("train", base / "photos", "--out", base / "run", *TINY) == 0
     return base / "photos", base / "run" / "model"
+
+
+def test_more_tokens_than_attention_can_take(trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """250,000 of patches of two pixels: refused before a step is tried."""
+    data, _ = trained
+    assert run("train", data, "--model", "vit_nano_patch2_8", "img_size=1000", "device=cpu", "--no-pretrained") == 2
+    assert re.search(r"^error: .*250,000 tokens.*smaller img_size$", capsys.readouterr().err.splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "~nouser", "~nouser/photos", "wds:" + "x" * 5000, "wds:~nouser/a"])

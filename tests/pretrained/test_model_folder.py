@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from vitrail.classifier import load
 from vitrail.errors import ModelError, RunError, WeightsError
 from vitrail.images.preprocess import Preprocess
 from vitrail.models.build import build_model
@@ -246,6 +248,17 @@ def test_weights_of_another_kind_or_not_finite_are_refused_by_every_reader(
         read_model_folder(tmp_path / "m")
     with pytest.raises(WeightsError, match=r"head\.weight"):
         load_pretrained(tmp_path / "m")
+
+
+def test_loading_takes_time_in_proportion_to_the_classes(tmp_path: Path) -> None:
+    """100,000 names: comparing each with all others would take minutes."""
+    names = tuple(f"class {number}" for number in range(100_000))
+    contents = make(replace(VIT, num_classes=len(names)))
+    write_model_folder(tmp_path / "m", replace(contents, class_names=names))
+    start = time.process_time()
+    assert read_model_folder(tmp_path / "m").class_names == names
+    assert load(tmp_path / "m").class_names == names
+    assert time.process_time() - start < 10
 
 
 def test_an_edited_config_is_told(tmp_path: Path) -> None:
