@@ -42,9 +42,7 @@ def forecast(setup: Setup) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]), cpu_threads(None):
         cost, lines = _measure(setup, device)
     epochs = config.schedule.epochs
-    epoch = None
-    if cost is not None:
-        epoch = len(setup.dataset.split("train")) / cost.images_per_second + cost.validation_seconds
+    epoch = None if cost is None else cost.epoch_seconds + cost.validation_seconds
     return {
         "model": config.model.model,
         "img_size": list(setup.preprocess.size),

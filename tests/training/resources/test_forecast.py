@@ -79,7 +79,7 @@ def test_the_estimate_by_hand(clock: Clock) -> None:
     told = measured(epochs=40, eval_every=2)
     an_image = (0.5 + 2 / 3) / 10
     assert told.seconds == pytest.approx(40 * 5 * 2.5 + 20 * 12 * an_image + 15 * an_image)
-    assert (told.epochs, told.images_per_second) == (40, 4.0)
+    assert (told.epochs, told.epoch_seconds, told.images_per_second) == (40, 12.5, 4.0)
 
 
 def test_beside_an_accelerator_reading_and_learning_overlap(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +137,7 @@ def test_too_little_memory_is_told_before_it_is_taken(clock: Clock, monkeypatch:
 
 
 def test_the_line() -> None:
-    told = Cost(754.0, 20.0, 10.0, 1349.8, 2**30 // 2, 8 * 2**30)
+    told = Cost(754.0, 55.4, 20.0, 10.0, 1349.8, 2**30 // 2, 8 * 2**30)
     assert told.line() == "cost    about 12 m 34 s for 10 epochs (1,350 images/s), 537 MB of 8.59 GB memory"
     assert replace(told, peak_memory=None).line().endswith("(1,350 images/s)")
 

@@ -25,10 +25,11 @@ _WARN_SHARE = 0.9  # of the available memory, above which a warning is given
 
 @dataclass(frozen=True)
 class Cost:
-    """An estimate. seconds: of the training with its evaluations; validation_seconds: of one validation. peak_memory
-    and available_memory: bytes, None if unknown."""
+    """An estimate. seconds: of the training with its evaluations; epoch_seconds: of the steps of an epoch;
+    validation_seconds: of one validation. peak_memory and available_memory: bytes, None if unknown."""
 
     seconds: float
+    epoch_seconds: float
     validation_seconds: float
     epochs: float
     images_per_second: float
@@ -98,7 +99,7 @@ def _measure(
     if schedule.budget is not None:
         epochs = min(epochs, schedule.budget / (epoch + validation / eval_every))
     seconds = epochs * epoch + math.ceil(epochs / eval_every) * validation + eval_image * images[eval_split]
-    return Cost(seconds, validation, epochs, loader.batch_size / step, peak_memory(trainer.device), limit)
+    return Cost(seconds, epoch, validation, epochs, loader.batch_size / step, peak_memory(trainer.device), limit)
 
 
 def _load(loader: TrainLoader, count: int) -> tuple[list[Batch], float]:
