@@ -6,7 +6,8 @@ Shapes: B batch, H W height and width, C channels, K classes, F features.
 import json
 import logging
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
@@ -22,8 +23,6 @@ from vitrail.deploy.preprocess_graph import add_preprocess
 from vitrail.images.preprocess import Preprocess
 from vitrail.utils.files import disk_errors
 
-# It says of each operator of torchvision that this is not installed; no export here has any.
-logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
 OPSET = 20  # the first with Gelu
 IR_VERSION = 9  # the lowest for it: old runtimes refuse files of a newer one
 MODEL, IMAGE, WEIGHTS = "model.onnx", "image.onnx", "weights.bin"
@@ -76,9 +75,20 @@ class Outputs(nn.Module):
         return (logits, logits.softmax(dim=1), features) if self.classes else (features,)
 
 
+@contextmanager
+def _only_errors(logger: logging.Logger) -> Iterator[None]:
+    """Without warnings, such as that operators of torchvision are not installed: no export here has any."""
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _export(module: nn.Module, preprocess: Preprocess, classes: bool) -> onnx.ModelProto:
     example = torch.zeros(2, *preprocess.size, preprocess.channels, dtype=torch.uint8)
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), _only_errors(logging.getLogger("torch.onnx")), torch.no_grad():
         warnings.simplefilter("ignore")  # torch's exporter uses functions of torch that are deprecated
         program = torch.onnx.export(
             Outputs(module, classes).eval(),
