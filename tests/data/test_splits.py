@@ -41,6 +41,22 @@ def test_seeds_streams_and_names():
         stratified(labels, 1.0, 0, "val")
 
 
+def test_no_pass_over_all_rows_for_each_class(monkeypatch: pytest.MonkeyPatch):
+    """With 100,000 classes such passes took 7 s, and one sort takes 0.2 s."""
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(2000), 3))
+    search, rows = np.flatnonzero, []
+
+    def counted(values):
+        rows.append(len(values))
+        return search(values)
+
+    monkeypatch.setattr(np, "flatnonzero", counted)
+    kept, held = stratified(labels, 0.2, 0, "val")
+    assert sum(rows) < 20 * len(labels)
+    assert (np.bincount(labels[held], minlength=2000) <= 1).all()
+    assert len(kept) + len(held) == len(labels)
+
+
 def test_every_row_is_held_out_equally_often():
     labels = np.zeros(1000, dtype=np.int64)
     times = np.zeros(1000)

@@ -4,10 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import time
+import tracemalloc
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from vitrail.errors import WeightsError
+from vitrail.weights.read import read_file
 from weights import hostile
 
 
@@ -46,3 +51,28 @@ def test_the_traps_can_spring(tmp_path: Path) -> None:
         pickle.loads(pickle.dumps(hostile._gadgets(mark)[name]))
         sprung += mark.exists()
     assert sprung == 3
+
+
+@pytest.mark.parametrize("name", ["swells", "hangs", "rows without end", "names without end"])
+def test_limits_come_before_allocation(tmp_path: Path, name: str) -> None:
+    """Files that the unpickler of torch.load reads: 0.7 GB of memory from 546 bytes, 2^29 hashes for a key, a billion
+    rows of twelve numbers, and seconds for names."""
+    twins = b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(29))
+    content = {
+        "swells": hostile.instructions(hostile.call("builtins.bytearray", hostile.number(700_000_000))),
+        "hangs": hostile.instructions(b"}(" + b")" + twins + b"Nu"),
+        "rows without end": hostile.instructions(
+            b"}(" + hostile.text("head.weight") + hostile.tensor([10**9, 4], [0, 1]) + b"u"
+        ),
+        "names without end": hostile._many(300_000, 8),
+    }[name]
+    (tmp_path / "w.pth").write_bytes(hostile.zipped(content))
+    tracemalloc.start()
+    try:
+        start = time.process_time()
+        with nullcontext() if name == "swells" else pytest.raises(WeightsError):
+            read_file(tmp_path / "w.pth")  # bytes are no tensors, and are left out
+        assert time.process_time() - start < 1
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()

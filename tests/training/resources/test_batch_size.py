@@ -185,6 +185,7 @@ def test_auto_is_a_size_that_was_seen_to_fit(monkeypatch: pytest.MonkeyPatch) ->
         original(self, batch, *others)
 
     monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(fit, "_MIN_SECONDS", 0.0)
     monkeypatch.setattr(fit, "_SEARCH_SECONDS", 0.0)  # also when the time is up
     size, reason = fit_batch_size(session.trainer, session.setup.preprocess, len(session.loader.split))
     assert size == 3
