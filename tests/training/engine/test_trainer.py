@@ -1,7 +1,6 @@
 """The step, against a loop written out in plain torch."""
 
 import math
-import threading
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ import torch.nn.functional as F
 
 from tolerance import assert_near
 from training import tiny
-from vitrail.images import limits
 from vitrail.models.build import build_model
 from vitrail.training.engine.interrupt import Interrupt
 from vitrail.training.engine.optimizer import set_rates
@@ -95,42 +93,6 @@ def test_a_step_draws_from_its_own_number_alone() -> None:
     set_rates(one.trainer.optimizer, 1.0)
     one.trainer.step(next(one.loader.epoch(0)))
     assert not tiny.same(results[0], one.trainer.state_dict()["model"])
-
-
-def test_memory_that_an_image_took_is_waited_for() -> None:
-    """The second part of a batch finds no memory while an image is decoded: the step is made anew when it is free."""
-    given = {"ema": 0.5, "drop_path": 0.5, "drop": 0.2, "mixup": 0.5, "accumulate": 4, "batch_size": 12}
-    quiet, busy = tiny.session(**given), tiny.session(**given)
-    expected = tiny.learn(quiet, 2)
-    task, calls = busy.trainer.task, 0
-    decoded = threading.Event()
-
-    def decode() -> None:
-        with limits.reserved(limits.DECODING_BYTES):
-            started.set()
-            decoded.wait(10)
-
-    started = threading.Event()
-    thread = threading.Thread(target=decode)
-
-    def hungry(model: Any, view: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 6:
-            thread.start()
-            started.wait(10)
-            threading.Timer(0.2, decoded.set).start()
-            task(model, view).backward()  # changes statistics of batch norm and gradients
-            torch.empty(2**60)
-        assert calls <= 6 or decoded.is_set()
-        loss: torch.Tensor = task(model, view)
-        return loss
-
-    busy.trainer.task = hungry  # type: ignore[assignment]
-    assert tiny.learn(busy, 2) == expected
-    thread.join()
-    for part, tensors in quiet.trainer.state_dict().items():
-        assert tiny.same(tensors, busy.trainer.state_dict()[part]), part
 
 
 def test_rates_follow_the_schedule() -> None:

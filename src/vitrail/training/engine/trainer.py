@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.data.loader import Batch
-from vitrail.images.limits import DECODING_BYTES, reserved
 from vitrail.training.config.schema import TrainConfig
 from vitrail.training.engine.batch_augmenter import View
 from vitrail.training.engine.ema import Ema
@@ -37,7 +36,6 @@ from vitrail.training.objectives.classification import Task
 from vitrail.utils.counter_rng import fold
 from vitrail.utils.device import precision, seed_torch, uses_bf16
 from vitrail.utils.distributed import SINGLE_PROCESS, DistributedContext
-from vitrail.utils.memory import is_out_of_memory
 
 
 class Trainer:
@@ -118,10 +116,14 @@ class Trainer:
     def step(self, batch: Batch) -> None:
         """Train on one batch; of several processes, each passes its part, all of one size."""
         state, distributed = self.state, self.distributed
+        seed = fold(self.config.seed, "step", state.steps)
+        seed_torch(fold(seed, distributed.rank) if distributed.rank else seed, self.device)
         state.factor = self.schedule.factor(state.steps, state.spent) * state.lr_scale
         set_rates(self.optimizer, state.factor)
+        # Not after the step: gradients freed last, at the end of the heap, would keep the memory before them allocated.
+        self.optimizer.zero_grad(set_to_none=True)
         before = self._norms.snapshot()
-        loss = self._gradients(batch, before)
+        loss = self._accumulate_gradients(self.view(batch, state.epoch))
         norm = clip_gradients(self._parameters, self.config.optimizer.clip_grad)
         finite = torch.isfinite(norm) & torch.isfinite(loss)
         self._optimizer_step(finite, before)
@@ -133,29 +135,6 @@ class Trainer:
         state.images += images
         state.epoch_images += images
         self.guard.flush_if_due()
-
-    def _gradients(self, batch: Batch, norms: list[Tensor]) -> Tensor:
-        """The gradients of a step; returns the sum of the images' losses. norms: the buffers of batch norm before it.
-
-        Images that are being read take memory of the same machine: on the CPU, what did not fit beside them is done
-        once more while none is decoded.
-        """
-        alone = self.device.type == "cpu" and self.distributed.world_size == 1
-        try:
-            return self._draw_gradients(batch)
-        except Exception as error:
-            if not (alone and is_out_of_memory(error)):
-                raise
-        self._norms.restore(norms)
-        with reserved(DECODING_BYTES):
-            return self._draw_gradients(batch)
-
-    def _draw_gradients(self, batch: Batch) -> Tensor:
-        seed, rank = fold(self.config.seed, "step", self.state.steps), self.distributed.rank
-        seed_torch(fold(seed, rank) if rank else seed, self.device)
-        # Not after the step: gradients freed last, at the end of the heap, would keep the memory before them allocated.
-        self.optimizer.zero_grad(set_to_none=True)
-        return self._accumulate_gradients(self.view(batch, self.state.epoch))
 
     def rehearse(self, batch: Batch) -> None:
         """The forward and backward pass of a step, to be timed. The next step gives the same as without it."""
