@@ -150,16 +150,20 @@ def test_on_a_device_of_its_own_the_largest_that_fits(monkeypatch: pytest.Monkey
     assert "10.7 GB" in reason
 
 
-def test_a_batch_that_does_not_fit_is_told_in_parts_that_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step of more than three images at once finds no memory."""
+def no_memory_above(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of more images at once finds no memory."""
     original = Trainer.step
 
     def step(self: Trainer, batch: Any, *others: Any) -> None:
-        if len(batch) / self.config.machine.accumulate > 3:
+        if len(batch) / self.config.machine.accumulate > images:
             torch.empty(2**60)
         original(self, batch, *others)
 
     monkeypatch.setattr(Trainer, "step", step)
+
+
+def test_a_batch_that_does_not_fit_is_told_in_parts_that_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_memory_above(3, monkeypatch)
     monkeypatch.setattr(
         fit, "estimate_peak_memory", lambda trainer, preprocess, size: size // trainer.config.machine.accumulate * 2**20
     )
@@ -199,14 +203,7 @@ def test_auto_is_a_size_that_was_seen_to_fit(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_advice_is_a_number_that_was_seen_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where memory does not suffice for the estimate."""
     session = tiny.session(batch_size=12)
-    original = Trainer.step
-
-    def step(self: Trainer, batch: Any, *others: Any) -> None:
-        if len(batch) / self.config.machine.accumulate > 3:
-            torch.empty(2**60)
-        original(self, batch, *others)
-
-    monkeypatch.setattr(Trainer, "step", step)
+    no_memory_above(3, monkeypatch)
     assert "accumulate=4" in memory_advice(session.trainer, session.setup.preprocess)
     monkeypatch.setattr(fit, "estimate_peak_memory", lambda *_: torch.empty(2**60))
     assert "single image" in memory_advice(session.trainer, session.setup.preprocess)
