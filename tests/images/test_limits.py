@@ -177,6 +177,43 @@ def test_threads_share_a_bound_on_the_bytes_in_decoding(monkeypatch: pytest.Monk
     assert memory._free == 10_000_000
 
 
+@pytest.mark.parametrize(("free", "together"), [(100, False), (1 << 40, True), (None, True)])
+def test_where_memory_is_scarce_a_model_computes_while_no_image_is_decoded(
+    free: int | None, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "free_host_memory", lambda: free)
+    monkeypatch.setattr(limits, "_memory", limits._Memory(limits.DECODING_BYTES))
+    decoding, overlaps, stop = [0], [0], threading.Event()
+    lock = threading.Lock()
+
+    def decode_images() -> None:
+        while not stop.is_set():
+            with limits.holding(), limits.reserved(1000):
+                with lock:
+                    decoding[0] += 1
+                time.sleep(0.001)
+                with lock:
+                    decoding[0] -= 1
+
+    @limits.computing()
+    def compute() -> None:
+        overlaps[0] += decoding[0]
+        time.sleep(0.002)
+        overlaps[0] += decoding[0]
+
+    threads = [threading.Thread(target=decode_images) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(20):  # each gets its turn although images are always being decoded
+        compute()
+    stop.set()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert (overlaps[0] > 0) == together
+    assert limits._memory._free == limits.DECODING_BYTES
+
+
 def test_memory_that_does_not_suffice_is_the_fault_of_one_image() -> None:
     """In a process with little memory: the large image is refused, and the next one is decoded."""
     code = f"""

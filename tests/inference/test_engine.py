@@ -17,6 +17,7 @@ from vitrail.classifier import Classifier
 from vitrail.data.dataset import ArraySplit, Dataset, FileSplit, Split
 from vitrail.errors import ConfigError, DataError
 from vitrail.evaluation.evaluate import evaluate
+from vitrail.images import limits
 from vitrail.images.decode import BadImage
 from vitrail.images.preprocess import Preprocess
 from vitrail.inference.engine import Engine, SplitReader
@@ -215,6 +216,18 @@ def test_items_are_read_ahead_by_two_batches_and_threads_end() -> None:
     assert len(taken) <= 3 * 4 + 2
     stream.close()
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("decode")]
+
+
+def test_with_little_memory_a_batch_is_computed_while_no_image_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "free_host_memory", lambda: 1)
+
+    class Checked(Sums):
+        def logits(self, images: np.ndarray) -> np.ndarray:
+            assert limits._memory._free == 0
+            return super().logits(images)
+
+    assert len(list(Engine(Checked()).run(range(19), read, workers=3))) == 4
+    assert limits._memory._free == limits.DECODING_BYTES
 
 
 def test_nothing_to_run() -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import io
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import IO, TYPE_CHECKING, Any
 
 from vitrail.images.convert import BadImage
+from vitrail.utils.memory import free_host_memory
 from vitrail.utils.text import format_bytes
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 PIXEL_LIMIT = 178_956_970  # Pillow's limit for decompression bombs
 SIDE_LIMIT = 1 << 22  # pixels; resampling takes 48 bytes for each along a side
 DECODING_BYTES = 512 << 20  # that decoding one image may take, and decoding all of them at once
+SCARCE_BYTES = 4 * DECODING_BYTES  # of free memory: with less, models compute while no image is decoded
 SECONDS = 10.0  # of the processor, that reading one image may take
 _SCAN_PIXELS = 1_500_000_000  # scans of a progressive JPEG times its pixels
 _PYTHON_PIXELS = 2_000_000  # of a format whose decoder is written in Python, about a microsecond per pixel
@@ -129,11 +132,17 @@ class _Memory:
     def __init__(self, size: int) -> None:
         self._free = size
         self._changed = threading.Condition()
+        self._waiting: deque[object] = deque()
 
     def take(self, size: int) -> None:
+        """In the order of the calls, so that one that needs much gets it."""
+        turn = object()
         with self._changed:
-            self._changed.wait_for(lambda: size <= self._free)
+            self._waiting.append(turn)
+            self._changed.wait_for(lambda: self._waiting[0] is turn and size <= self._free)
+            self._waiting.popleft()
             self._free -= size
+            self._changed.notify_all()
 
     def give(self, size: int) -> None:
         with self._changed:
@@ -175,6 +184,18 @@ def holding() -> Iterator[None]:
         _local.depth -= 1
         if not _local.depth:
             _release()
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """A block in which a model computes. If little memory is free, no image is decoded during it.
+
+    To try again with less when memory did not suffice is no way: after a failure, oneDNN does not create some of its
+    primitives any more, and a parallel region of PyTorch may never end (seen with PyTorch 2.13 on CPUs).
+    """
+    free = free_host_memory()
+    with reserved(DECODING_BYTES) if free is not None and free < SCARCE_BYTES else nullcontext():
+        yield
 
 
 def _release() -> None:

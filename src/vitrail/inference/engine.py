@@ -25,6 +25,7 @@ from vitrail.data.dataset import ArraySplit, Split
 from vitrail.errors import ConfigError, DataError
 from vitrail.images.convert import Pixels
 from vitrail.images.decode import BadImage, one_image
+from vitrail.images.limits import computing
 from vitrail.images.preprocess import Preprocess
 from vitrail.images.reader import Input, Inputs, NoImages, crop, expand
 from vitrail.inference.runtime import Outputs, Runtime
@@ -89,7 +90,7 @@ class Engine:
         size = self.runtime.default_batch_size if batch_size is None else batch_size
         if size < 1:
             raise ConfigError(f"batch_size must be at least 1, not {size}")
-        compute = self.runtime.features if features else self.runtime.logits
+        compute = computing()(self.runtime.features if features else self.runtime.logits)
         width = self.runtime.num_features if features else self.runtime.num_classes
         with closing(_read_ahead(items, read, size, default_workers() if workers is None else workers)) as stream:
             while True:

@@ -37,6 +37,17 @@ def available_memory(device: torch.device) -> int | None:
 
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) + torch.cuda.memory_reserved(device)
+    return _host_memory()
+
+
+def free_host_memory() -> int | None:
+    """Memory of the machine that this process can use beside what it uses already. None if unknown."""
+    total = _host_memory()
+    return None if total is None else total - resident_memory()
+
+
+def _host_memory() -> int | None:
+    """Memory that this process can use in total, within the limits of its container and its address space."""
     if not _MEMINFO.exists() or not _STATM.exists():
         return None
     total = _read_kb(_MEMINFO)["MemAvailable"] + resident_memory()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from tolerance import assert_near
 from training import tiny
+from vitrail.images import limits
 from vitrail.models.build import build_model
 from vitrail.training.engine.interrupt import Interrupt
 from vitrail.training.engine.optimizer import set_rates
@@ -93,6 +94,22 @@ def test_a_step_draws_from_its_own_number_alone() -> None:
     set_rates(one.trainer.optimizer, 1.0)
     one.trainer.step(next(one.loader.epoch(0)))
     assert not tiny.same(results[0], one.trainer.state_dict()["model"])
+
+
+def test_with_little_memory_a_step_is_made_while_no_image_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "free_host_memory", lambda: 1)
+    one, free = tiny.session(), list[int]()
+    task = one.trainer.task
+
+    def checked(model: Any, view: Any) -> torch.Tensor:
+        free.append(limits._memory._free)
+        loss: torch.Tensor = task(model, view)
+        return loss
+
+    monkeypatch.setattr(one.trainer, "task", checked)
+    tiny.learn(one, 2)
+    assert set(free) == {0}
+    assert limits._memory._free == limits.DECODING_BYTES
 
 
 def test_rates_follow_the_schedule() -> None:

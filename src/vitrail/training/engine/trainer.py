@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.data.loader import Batch
+from vitrail.images.limits import computing
 from vitrail.training.config.schema import TrainConfig
 from vitrail.training.engine.batch_augmenter import View
 from vitrail.training.engine.ema import Ema
@@ -113,6 +114,7 @@ class Trainer:
             for group in self.groups
         }
 
+    @computing()
     def step(self, batch: Batch) -> None:
         """Train on one batch; of several processes, each passes its part, all of one size."""
         state, distributed = self.state, self.distributed
@@ -136,6 +138,7 @@ class Trainer:
         state.epoch_images += images
         self.guard.flush_if_due()
 
+    @computing()
     def rehearse(self, batch: Batch) -> None:
         """The forward and backward pass of a step, to be timed. The next step gives the same as without it."""
         buffers = list(self.model.buffers())
