@@ -50,6 +50,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def first(self, count: int) -> Batch:
+        """The first images."""
+        return Batch(self.images[:count], self.labels[:count], self.keys[:count])
+
     def to(self, device: torch.device | str) -> Batch:
         """Images and labels on a device; from pinned memory the copy is asynchronous."""
         return Batch(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), self.keys)

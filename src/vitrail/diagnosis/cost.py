@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,7 +56,6 @@ def forecast(setup: Setup) -> dict[str, Any]:
 
 
 def _measure(setup: Setup, device: torch.device) -> tuple[Cost | None, list[str]]:
-    _reset_peak()
     loader = make_train_loader(setup, device, SINGLE_PROCESS, None)
     setup.model.to(device)
     trainer = make_trainer(setup, loader.steps_per_epoch, device, SINGLE_PROCESS)
@@ -67,13 +63,6 @@ def _measure(setup: Setup, device: torch.device) -> tuple[Cost | None, list[str]
     threads.choose_for(trainer, setup.preprocess)
     threads.apply(0)
     return estimate_cost(trainer, loader, setup.dataset.counts(), setup.dataset.eval_split(), _TRIAL_STEPS)
-
-
-def _reset_peak() -> None:
-    """Start the peak of this process anew, where the system can, so that one forecast does not contain another."""
-    gc.collect()
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def forecasts(dataset: Dataset, setup: Setup | None, named: str | None) -> dict[str, Any]:

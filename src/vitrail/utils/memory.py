@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import os
 import re
 import sys
@@ -20,6 +21,7 @@ _MEMINFO = Path("/proc/meminfo")
 _STATM = Path("/proc/self/statm")
 _STATUS = Path("/proc/self/status")
 _MAPS = Path("/proc/self/maps")
+_CLEAR_REFS = Path("/proc/self/clear_refs")  # "5" sets the peak of the resident set to its present size
 _DONT_NEED = 4  # MADV_DONTNEED of Linux
 # What is said where memory does not suffice: by torch, its devices and C++; by Python for a thread's stack; by the
 # system for a library; by oneDNN, whose messages about operations that it lacks go on with "descriptor for".
@@ -100,7 +102,8 @@ def return_free_memory() -> None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Peak memory: on CUDA, of tensors since `reset_peak_memory`; elsewhere, of the process since its start."""
+    """Peak memory: on CUDA, of tensors since `reset_peak_memory`; elsewhere, of the process, on Linux since
+    `reset_peak_memory` and on other systems since its start."""
     if device.type == "cuda":
         import torch
 
@@ -117,12 +120,16 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Reset the peak on CUDA and release cached blocks."""
+    """Start the peak anew at the memory in use now, where the system can. On CUDA, cached blocks are released."""
     if device.type == "cuda":
         import torch
 
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+        return
+    gc.collect()
+    with suppress(OSError):
+        _CLEAR_REFS.write_text("5")
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -20,6 +20,7 @@ from vitrail.utils.text import counted, format_bytes, format_duration, format_sp
 _MAX_STEPS = 4  # the first of several is a warm-up
 _MAX_SHARE = 0.02  # of the training that trial steps may take
 _FORWARD_SHARE = 1 / 3  # of a step's time is the forward pass
+_TRIAL_BYTES = 768 << 20  # of the process in a trial step on the CPU, if a part of the batch takes no more
 _WARN_SHARE = 0.9  # of the available memory, above which a warning is given
 
 
@@ -61,13 +62,14 @@ def estimate_cost(
     steps = _MAX_STEPS if steps is None else max(least_steps, min(_MAX_STEPS, int(_MAX_SHARE * steps)))
     if steps < 2:
         return None, []
-    limit = available_memory(trainer.device)
+    limit, parts = available_memory(trainer.device), 1
     with preserve_state(trainer):
         if trainer.device.type != "cuda" and limit is not None:
             expected = estimate_peak_memory(trainer, loader.preprocess, loader.batch_size)
             if expected > _WARN_SHARE * limit:
                 return None, [_warning(expected, limit)]
-        cost = _measure(trainer, loader, steps, images, eval_split, limit)
+            parts = _parts(expected, loader.batch_size)
+        cost = _measure(trainer, loader, steps, images, eval_split, limit, parts)
     peak = cost.peak_memory
     too_much = peak is not None and limit is not None and peak > _WARN_SHARE * limit
     return cost, [cost.line(), *([_warning(peak or 0, limit or 0)] if too_much else [])]
@@ -80,16 +82,34 @@ def _warning(expected: int, limit: int) -> str:
     )
 
 
+def _parts(expected: int, batch_size: int) -> int:
+    """1 for trial steps on whole batches, 2 or 4 for steps on a half or a quarter, which take less memory.
+
+    expected: bytes of the process in a step on a whole batch. Time and memory of steps that take so much are nearly
+    proportional to the number of images on the CPU; an accelerator would be slower on a part.
+    """
+    return next((parts for parts in (1, 2) if expected <= parts * _TRIAL_BYTES or batch_size < 8 * parts), 4)
+
+
 def _measure(
-    trainer: Trainer, loader: TrainLoader, steps: int, images: Mapping[str, int], eval_split: str, limit: int | None
+    trainer: Trainer,
+    loader: TrainLoader,
+    steps: int,
+    images: Mapping[str, int],
+    eval_split: str,
+    limit: int | None,
+    parts: int,
 ) -> Cost:
     """Time some steps on real images and extrapolate."""
     schedule, eval_every = trainer.schedule, trainer.config.schedule.eval_every
     reset_peak_memory(trainer.device)
     batches, load = _load(loader, steps)
-    compute = _step_seconds(trainer, batches)
+    loading = peak_memory(trainer.device)
+    compute, peak = _steps(trainer, batches, parts)
     evaluated = max(images.get("val", 0), images[eval_split])
     within_memory(trainer, lambda: _evaluate_batch(trainer, loader.preprocess, evaluated))
+    if peak is not None:
+        peak = max(peak, loading or 0, peak_memory(trainer.device) or 0)
     # On the CPU, data loading and training share the cores; with an accelerator they overlap.
     step = load + compute if trainer.device.type == "cpu" else max(load, compute)
     eval_image = (load + compute * _FORWARD_SHARE) / loader.batch_size
@@ -99,7 +119,7 @@ def _measure(
     if schedule.budget is not None:
         epochs = min(epochs, schedule.budget / (epoch + validation / eval_every))
     seconds = epochs * epoch + math.ceil(epochs / eval_every) * validation + eval_image * images[eval_split]
-    return Cost(seconds, epoch, validation, epochs, loader.batch_size / step, peak_memory(trainer.device), limit)
+    return Cost(seconds, epoch, validation, epochs, loader.batch_size / step, peak, limit)
 
 
 def _load(loader: TrainLoader, count: int) -> tuple[list[Batch], float]:
@@ -123,6 +143,22 @@ def _evaluate_batch(trainer: Trainer, preprocess: Preprocess, images: int) -> No
     size = min(runtime.default_batch_size, images)
     if size:
         runtime.logits(np.zeros((size, *preprocess.size, preprocess.channels), np.uint8))
+
+
+def _steps(trainer: Trainer, batches: list[Batch], parts: int) -> tuple[float, int | None]:
+    """Seconds and peak memory of a step, from steps on 1 / `parts` of the batches."""
+    if parts == 1:
+        return _step_seconds(trainer, batches), peak_memory(trainer.device)
+    images = len(batches[0]) // parts
+    timed_step(trainer, batches[0].first(images))  # the optimizer allocates its averages
+    reset_peak_memory(trainer.device)
+    timed_step(trainer, batches[0].first(images // 2))
+    half = peak_memory(trainer.device)
+    seconds = len(batches[0]) / images * _step_seconds(trainer, [batch.first(images) for batch in batches])
+    whole = peak_memory(trainer.device)
+    if half is None or whole is None:
+        return seconds, None
+    return seconds, int(whole + (len(batches[0]) - images) * (whole - half) / (images - images // 2))
 
 
 def _step_seconds(trainer: Trainer, batches: list[Batch]) -> float:
