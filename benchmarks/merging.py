@@ -26,12 +26,11 @@ from vitrail.classifier import Classifier, load
 from vitrail.data.catalog import open_dataset
 from vitrail.data.dataset import Dataset
 from vitrail.deploy.candidates import Builder, Candidate
-from vitrail.deploy.merging import choose_merging
+from vitrail.deploy.merging import choose_merging, merged_classifier
 from vitrail.deploy.quantize.calibration import Calibration, choose_calibration
 from vitrail.evaluation.timing import interleaved
 from vitrail.inference.engine import SplitReader
 from vitrail.inference.exported import open_runtime
-from vitrail.models.build import merged_model
 from vitrail.training.run import train
 
 NAME = "vit_small_patch16_224"
@@ -68,10 +67,7 @@ def classifier_of(data_dir: str | None, runs: Path) -> Classifier:
 def exports(classifier: Classifier, calibration: Calibration, folder: Path) -> tuple[dict[str, Any], tuple[int, ...]]:
     """Runtimes of the int8 exports by name, and the tokens that each block merges."""
     merging = choose_merging(classifier, list(calibration.images), MAX_LOSS)
-    merged = Classifier(
-        merged_model(classifier.model, merging.schedule).eval(), classifier.preprocess, classifier.class_names,
-        architecture=NAME, precision="off",
-    )  # fmt: skip
+    merged = merged_classifier(classifier, merging.schedule)
     found = {}
     for label, each in {"vitrail int8": classifier, "vitrail int8, merged": merged}.items():
         work = folder / label.replace(", ", "-").replace(" ", "-")

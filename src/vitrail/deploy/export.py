@@ -19,7 +19,7 @@ from vitrail.data.catalog import open_dataset
 from vitrail.data.dataset import ArraySplit, Data, Dataset, Sizes
 from vitrail.deploy.candidates import AUTO, PT2, WEB, Builder, Candidate, choose_candidates
 from vitrail.deploy.gate import MAX_LOSS, MIN_SPEEDUP, CheckImages, Limits
-from vitrail.deploy.merging import choose_merging
+from vitrail.deploy.merging import choose_merging, merged_classifier
 from vitrail.deploy.page import write_page, write_readme
 from vitrail.deploy.quantize.calibration import Calibration, choose_calibration
 from vitrail.deploy.student import choose_student, train_student
@@ -29,7 +29,6 @@ from vitrail.errors import ConfigError, RunError
 from vitrail.inference.export_folder import ExportRecord, is_export
 from vitrail.inference.runtime import Runtime
 from vitrail.inference.torch_runtime import TorchRuntime
-from vitrail.models.build import merged_model
 from vitrail.prediction import SPLIT_OPTIONS
 from vitrail.training.checkpoints.provenance import environment
 from vitrail.utils.files import atomic_folder, disk_errors
@@ -138,15 +137,7 @@ def _merged(classifier: Classifier, calibration: Calibration | None, loss: float
     merging = choose_merging(classifier, list(calibration.images), loss)
     if not any(merging.schedule):
         raise ConfigError(f"no tokens of {classifier.architecture} can merge at a loss of {loss:g} points: allow more")
-    model = merged_model(classifier.model, merging.schedule).eval()
-    found = Classifier(
-        model,
-        classifier.preprocess,
-        classifier.class_names,
-        architecture=classifier.architecture,
-        notes=classifier.notes,
-    )
-    return found, merging.to_dict()
+    return merged_classifier(classifier, merging.schedule), merging.to_dict()
 
 
 def _limits(target: str, max_loss: float, min_speedup: float | None) -> Limits:

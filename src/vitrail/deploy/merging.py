@@ -89,6 +89,18 @@ def choose_merging(classifier: Classifier, images: Sequence[Pixels], max_loss: f
     return best
 
 
+def merged_classifier(classifier: Classifier, schedule: Sequence[int]) -> Classifier:
+    """The classifier with blocks that merge so many tokens each; the weights are shared."""
+    return Classifier(
+        merged_model(classifier.model, schedule).eval(),
+        classifier.preprocess,
+        classifier.class_names,
+        architecture=classifier.architecture,
+        precision=classifier.precision,
+        notes=classifier.notes,
+    )
+
+
 def _depth(classifier: Classifier) -> int:
     """The number of blocks of a model that can merge tokens, and does not yet."""
     model = classifier.model
