@@ -21,8 +21,7 @@ from vitrail.training.resources import trial
 from vitrail.training.resources.forecast import Cost, estimate_cost
 from vitrail.training.run import train
 from vitrail.training.session import Session
-from vitrail.utils import memory
-from vitrail.utils.memory import available_memory, is_out_of_memory, peak_memory, resident_memory
+from vitrail.utils.memory import resident_memory
 
 
 @pytest.fixture(autouse=True)
@@ -171,51 +170,6 @@ def test_a_run_says_what_it_will_cost_and_keeps_to_it(
     assert int(told[1]) == math.ceil(summary["seconds"])
 
 
-def test_memory_of_this_process() -> None:
-    cpu = torch.device("cpu")
-    most, there = peak_memory(cpu), available_memory(cpu)
-    assert most is not None
-    assert there is not None
-    assert 50 * 2**20 < resident_memory() < 1.02 * most < there
-    block = torch.ones(64 * 2**20, dtype=torch.uint8)
-    assert resident_memory() > 64 * 2**20
-    del block
-
-
-def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limit, none = tmp_path / "limit", tmp_path / "none"
-    limit.write_text("12345\n")
-    none.write_text("max\n")
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal:  9000 kB\nMemAvailable:  4000 kB\n")
-    monkeypatch.setattr(memory, "_MEMINFO", meminfo)
-    monkeypatch.setattr(memory, "resident_memory", lambda: 1024)
-    monkeypatch.setattr(memory, "_CGROUP_LIMITS", (none, tmp_path / "missing"))
-    assert available_memory(torch.device("cpu")) == 4001 * 1024
-    monkeypatch.setattr(memory, "_CGROUP_LIMITS", (limit, none))
-    assert available_memory(torch.device("cpu")) == 12345
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells it there")
-def test_a_limit_of_the_address_space_counts() -> None:
-    """The available memory can be allocated, and not much more."""
-    code = """
-import resource
-from types import SimpleNamespace
-from vitrail.utils.memory import available_memory, resident_memory
-size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (size + 300_000_000,) * 2)
-free = available_memory(SimpleNamespace(type="cpu")) - resident_memory()
-bytearray(free - 20_000_000)
-try:
-    bytearray(free + 20_000_000)
-except MemoryError:
-    print(free)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 250e6 < int(done.stdout) < 310e6
-
-
 def test_a_command_without_memory_ends_with_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,31 +181,6 @@ def test_a_command_without_memory_ends_with_one_line(
     assert len(lines) == 1
     assert "memory" in lines[0]
     assert "smaller" in lines[0]
-
-
-def test_out_of_memory_is_recognised() -> None:
-    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    with pytest.raises(RuntimeError) as error:
-        torch.empty(2**60)
-    assert is_out_of_memory(error.value)
-    assert not is_out_of_memory(RuntimeError("shapes do not match"))
-    broken = ImportError("the install seems to be broken")
-    assert not is_out_of_memory(broken)
-    broken.__cause__ = ImportError("libfoo.so: failed to map segment from shared object")
-    assert is_out_of_memory(broken)
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells it there")
-def test_the_peak_is_not_that_of_whoever_started_the_process() -> None:
-    """Linux carries getrusage's largest size over into the program that a process becomes."""
-    code = """
-import subprocess, sys
-large = b"x" * (700 << 20)
-print(subprocess.run([sys.executable, "-c", "import torch; from vitrail.utils.memory import peak_memory; "
-                      "print(peak_memory(torch.device('cpu')))"], capture_output=True, text=True, check=True).stdout)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 600 << 20
 
 
 def test_trials_are_of_a_part_where_a_whole_batch_takes_much() -> None:
