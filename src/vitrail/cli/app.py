@@ -27,7 +27,7 @@ from vitrail.cli.commands.serve import serve
 from vitrail.cli.commands.train import explain_option, train
 from vitrail.cli.common.hints import other_command, other_option
 from vitrail.errors import VitrailError
-from vitrail.utils.memory import is_out_of_memory, share_malloc_arena
+from vitrail.utils.memory import has_address_limit, is_out_of_memory, share_malloc_arena
 from vitrail.utils.streams import lossy
 from vitrail.utils.text import one_line, plain, printable
 
@@ -83,7 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0, 2 for an error, 4 if a training diverged, 130 for Ctrl-C, 143 for SIGTERM."""
     # PyTorch then uses huge pages on Linux: allocating a large batch in pages of 4 KiB takes longer than filling it.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    share_malloc_arena()
+    if has_address_limit():
+        share_malloc_arena()  # the threads of a training would reserve 0.5 GB of addresses
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may not be valid UTF-8

@@ -23,6 +23,7 @@ from vitrail.service.connections import limited_protocol
 from vitrail.service.guard import Guard
 from vitrail.service.settings import ServeSettings
 from vitrail.service.workers import run_workers
+from vitrail.utils.memory import share_malloc_arena
 from vitrail.utils.text import counted
 
 _HEADER_BYTES = 32 << 10
@@ -97,6 +98,7 @@ def run_worker(
     announce: bool = False,
 ) -> None:
     """Load the model and answer requests; the target of each process."""
+    share_malloc_arena()  # or memory that requests took would stay with their threads
     classifier = load(model, device, precision=precision) if isinstance(model, str) else model
     server = make_server(create_app(classifier, settings, name), settings)
     if announce:

@@ -58,6 +58,11 @@ def _host_memory() -> int | None:
     return min([total, *(limit for limit in limits if limit is not None)])
 
 
+def has_address_limit() -> bool:
+    """Whether the address space of this process is limited (RLIMIT_AS, `ulimit -v`)."""
+    return _STATM.exists() and _address_space() is not None
+
+
 def _address_space() -> int | None:
     """What this process can use within the limit of its address space (RLIMIT_AS, `ulimit -v`); None without a limit.
 
@@ -96,14 +101,13 @@ def _pages(column: int) -> int:
 
 
 def share_malloc_arena() -> None:
-    """Where the address space is limited (`ulimit -v`), let all threads of glibc's malloc use one arena.
+    """Let all threads of glibc's malloc use one arena, of which freed memory can be given back to the system.
 
-    An arena reserves 64 MiB of addresses and keeps freed memory: those of a training's threads together 0.5 GB. To be
+    An arena for each thread, the default, reserves 64 MiB of addresses and keeps up to so much freed memory. To be
     called before threads are started; other C libraries have no `mallopt`, and nothing is done.
     """
-    if _STATM.exists() and _address_space() is not None:
-        with suppress(OSError, AttributeError, TypeError):
-            ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
 
 
 def return_free_memory() -> None:
