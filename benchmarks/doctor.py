@@ -164,16 +164,18 @@ def speed(images: list[Image.Image], folder: Path, count: int = 10_000) -> dict[
 
 
 def _command(folder: Path, *options: str) -> dict[str, Any]:
-    """Seconds, seconds of processor time and peak memory of the process: the largest of a sample every 10 ms, because
-    the forecast starts the system's own peak anew."""
+    """Seconds, seconds of processor time and peak memory of the process.
+
+    The peak is the system's own, read every 10 ms, because the forecast starts it anew.
+    """
     start, before, peak = time.perf_counter(), _processor_seconds(), 0
     with tempfile.TemporaryFile() as output:
         command = [sys.executable, "-m", "vitrail", "doctor", str(folder), "--json", *options]
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.DEVNULL)
-        memory = Path(f"/proc/{process.pid}/statm")
+        status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
             with suppress(OSError, IndexError):
-                peak = max(peak, int(memory.read_text().split()[1]) * resource.getpagesize())
+                peak = max(peak, int(status.read_text().partition("VmHWM:")[2].split()[0]))
             time.sleep(0.01)
         seconds = time.perf_counter() - start
         output.seek(0)
@@ -181,7 +183,7 @@ def _command(folder: Path, *options: str) -> dict[str, Any]:
     return {
         "seconds": round(seconds, 1),
         "processor_seconds": round(_processor_seconds() - before, 1),
-        "peak_mb": peak >> 20,
+        "peak_mb": peak >> 10,
         "status": process.returncode,
         "findings": {each["check"]: each["count"] for each in findings},
     }

@@ -136,7 +136,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start the peak anew at the memory in use now, where the system can. On CUDA, cached blocks are released."""
+    """Start the peak anew at the memory in use now, where the system can. What was freed is given back to it before."""
     if device.type == "cuda":
         import torch
 
@@ -144,6 +144,7 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
         return
     gc.collect()
+    return_free_memory()
     with suppress(OSError):
         _CLEAR_REFS.write_text("5")
 

@@ -183,18 +183,6 @@ def test_a_command_without_memory_ends_with_one_line(
     assert "smaller" in lines[0]
 
 
-def test_trials_are_of_a_part_where_a_whole_batch_takes_much() -> None:
-    limit = cost._TRIAL_BYTES
-    assert [cost._parts(expected, 64) for expected in (limit, limit + 1, 2 * limit, 2 * limit + 1, 99 * limit)] == [
-        1,
-        2,
-        2,
-        4,
-        4,
-    ]
-    assert [cost._parts(99 * limit, size) for size in (4, 8, 16, 32)] == [1, 2, 4, 4]
-
-
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be started anew on Linux")
 def test_a_part_of_the_batch_tells_the_memory_of_a_whole_one() -> None:
     """Each in a process of its own, as a peak that was reached before leaves memory that is not returned."""
@@ -203,14 +191,14 @@ import sys, torch
 from vitrail.data.catalog import open_dataset
 from vitrail.diagnosis.cost import forecast, plan
 from vitrail.training.resources import forecast as cost
-cost._parts = lambda *_: int(sys.argv[1])
+cost.trial_images = lambda *_: int(sys.argv[1])
 settings = {"model": "vit_tiny_patch16_224", "img_size": 96, "batch_size": 64, "epochs": 1, "pretrained": False,
             "cache": "off", "device": "cpu", "threads": 1}
 print(forecast(plan(open_dataset("digits"), settings))["peak_bytes"])
 """
     whole, part = (
-        int(subprocess.run([sys.executable, "-c", code, parts], capture_output=True, text=True, check=True).stdout)
-        for parts in ("1", "4")
+        int(subprocess.run([sys.executable, "-c", code, images], capture_output=True, text=True, check=True).stdout)
+        for images in ("64", "32")
     )
     assert whole > resident_memory()
     assert part == pytest.approx(whole, rel=0.1)

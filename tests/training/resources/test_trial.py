@@ -214,3 +214,9 @@ def test_no_memory_for_anything_in_a_step_means_that_it_does_not_fit(
     error = RuntimeError("could not create a primitive descriptor for the matmul primitive. Run workload with ...")
     with pytest.raises(RuntimeError, match="descriptor"), preserve_state(session.trainer):
         fits_in_memory(session.trainer, blank_batch(2, session.setup.preprocess))
+
+
+def test_trials_are_of_half_a_batch_where_a_whole_one_takes_much() -> None:
+    limit = trial._TRIAL_BYTES
+    assert {expected: trial.trial_images(expected, 64) for expected in (limit, limit + 1)} == {limit: 64, limit + 1: 32}
+    assert [trial.trial_images(limit + 1, images) for images in (15, 16)] == [15, 8]

@@ -13,14 +13,19 @@ from vitrail.data.loader import Batch, TrainLoader
 from vitrail.images.preprocess import Preprocess
 from vitrail.inference.torch_runtime import TorchRuntime
 from vitrail.training.engine.trainer import Trainer
-from vitrail.training.resources.trial import estimate_peak_memory, preserve_state, timed_step, within_memory
+from vitrail.training.resources.trial import (
+    estimate_peak_memory,
+    preserve_state,
+    timed_step,
+    trial_images,
+    within_memory,
+)
 from vitrail.utils.memory import available_memory, peak_memory, reset_peak_memory
 from vitrail.utils.text import counted, format_bytes, format_duration, format_speed
 
 _MAX_STEPS = 4  # the first of several is a warm-up
 _MAX_SHARE = 0.02  # of the training that trial steps may take
 _FORWARD_SHARE = 1 / 3  # of a step's time is the forward pass
-_TRIAL_BYTES = 768 << 20  # of the process in a trial step on the CPU, if a part of the batch takes no more
 _WARN_SHARE = 0.9  # of the available memory, above which a warning is given
 
 
@@ -62,14 +67,14 @@ def estimate_cost(
     steps = _MAX_STEPS if steps is None else max(least_steps, min(_MAX_STEPS, int(_MAX_SHARE * steps)))
     if steps < 2:
         return None, []
-    limit, parts = available_memory(trainer.device), 1
+    limit, size = available_memory(trainer.device), loader.batch_size
     with preserve_state(trainer):
         if trainer.device.type != "cuda" and limit is not None:
-            expected = estimate_peak_memory(trainer, loader.preprocess, loader.batch_size)
+            expected = estimate_peak_memory(trainer, loader.preprocess, size)
             if expected > _WARN_SHARE * limit:
                 return None, [_warning(expected, limit)]
-            parts = _parts(expected, loader.batch_size)
-        cost = _measure(trainer, loader, steps, images, eval_split, limit, parts)
+            size = trial_images(expected, size)
+        cost = _measure(trainer, loader, steps, images, eval_split, limit, size)
     peak = cost.peak_memory
     too_much = peak is not None and limit is not None and peak > _WARN_SHARE * limit
     return cost, [cost.line(), *([_warning(peak or 0, limit or 0)] if too_much else [])]
@@ -82,15 +87,6 @@ def _warning(expected: int, limit: int) -> str:
     )
 
 
-def _parts(expected: int, batch_size: int) -> int:
-    """1 for trial steps on whole batches, 2 or 4 for steps on a half or a quarter, which take less memory.
-
-    expected: bytes of the process in a step on a whole batch. Time and memory of steps that take so much are nearly
-    proportional to the number of images on the CPU; an accelerator would be slower on a part.
-    """
-    return next((parts for parts in (1, 2) if expected <= parts * _TRIAL_BYTES or batch_size < 8 * parts), 4)
-
-
 def _measure(
     trainer: Trainer,
     loader: TrainLoader,
@@ -98,14 +94,14 @@ def _measure(
     images: Mapping[str, int],
     eval_split: str,
     limit: int | None,
-    parts: int,
+    size: int,
 ) -> Cost:
-    """Time some steps on real images and extrapolate."""
+    """Time some steps on `size` real images each and extrapolate."""
     schedule, eval_every = trainer.schedule, trainer.config.schedule.eval_every
     reset_peak_memory(trainer.device)
     batches, load = _load(loader, steps)
     loading = peak_memory(trainer.device)
-    compute, peak = _steps(trainer, batches, parts)
+    compute, peak = _steps(trainer, batches, size)
     evaluated = max(images.get("val", 0), images[eval_split])
     within_memory(trainer, lambda: _evaluate_batch(trainer, loader.preprocess, evaluated))
     if peak is not None:
@@ -145,20 +141,22 @@ def _evaluate_batch(trainer: Trainer, preprocess: Preprocess, images: int) -> No
         runtime.logits(np.zeros((size, *preprocess.size, preprocess.channels), np.uint8))
 
 
-def _steps(trainer: Trainer, batches: list[Batch], parts: int) -> tuple[float, int | None]:
-    """Seconds and peak memory of a step, from steps on 1 / `parts` of the batches."""
-    if parts == 1:
+def _steps(trainer: Trainer, batches: list[Batch], size: int) -> tuple[float, int | None]:
+    """Seconds and peak memory of a step, from steps on the first `size` images of the batches."""
+    whole = len(batches[0])
+    if size >= whole:
         return _step_seconds(trainer, batches), peak_memory(trainer.device)
-    images = len(batches[0]) // parts
-    timed_step(trainer, batches[0].first(images))  # the optimizer allocates its averages
+    parts = [batch.first(size) for batch in batches]
+    timed_step(trainer, parts[0])  # the optimizer allocates its averages
     reset_peak_memory(trainer.device)
-    timed_step(trainer, batches[0].first(images // 2))
-    half = peak_memory(trainer.device)
-    seconds = len(batches[0]) / images * _step_seconds(trainer, [batch.first(images) for batch in batches])
-    whole = peak_memory(trainer.device)
-    if half is None or whole is None:
+    timed_step(trainer, batches[0].first(size // 2))
+    less = peak_memory(trainer.device)
+    reset_peak_memory(trainer.device)
+    seconds = whole / size * _step_seconds(trainer, parts)
+    more = peak_memory(trainer.device)
+    if less is None or more is None:
         return seconds, None
-    return seconds, int(whole + (len(batches[0]) - images) * (whole - half) / (images - images // 2))
+    return seconds, int(more + (whole - size) * (more - less) / (size - size // 2))
 
 
 def _step_seconds(trainer: Trainer, batches: list[Batch]) -> float:

@@ -10,7 +10,7 @@ from vitrail.images.preprocess import Preprocess
 from vitrail.inference.threads import ThreadWatch, Trial, fastest_threads, timed
 from vitrail.training.config.threads import ThreadPlan
 from vitrail.training.engine.trainer import Trainer
-from vitrail.training.resources.trial import blank_batch, estimate_peak_memory
+from vitrail.training.resources.trial import blank_batch, estimate_peak_memory, trial_images
 from vitrail.utils.memory import available_memory
 
 _MAX_SHARE = 0.03  # of a training, after which a trial is cut short
@@ -44,8 +44,8 @@ class ThreadControl:
             return None
         torch.set_num_threads(1)  # the estimate of the memory takes no longer than it must on busy cores
         images = _trial_images(trainer) if self.most > 1 else 0
-        if images and not _fits(trainer, preprocess, images):
-            images = 0
+        if images:
+            images = _within_memory(trainer, preprocess, images)
         limit = _MAX_SHARE * (trainer.schedule.budget or float("inf"))
         return self.choose(images, lambda: trainer.rehearse(blank_batch(images, preprocess)), limit)
 
@@ -101,6 +101,9 @@ def _trial_images(trainer: Trainer) -> int:
     return size if steps >= _LONG or trainer.config.machine.compile else min(size, max(_MIN_IMAGES, size // _PARTS))
 
 
-def _fits(trainer: Trainer, preprocess: Preprocess, images: int) -> bool:
-    limit = available_memory(trainer.device)
-    return limit is None or estimate_peak_memory(trainer, preprocess, images) < _MEMORY_SHARE * limit
+def _within_memory(trainer: Trainer, preprocess: Preprocess, images: int) -> int:
+    """So many images or half of them, see `trial_images`; 0 if a step on all of them might exhaust the memory."""
+    limit, expected = available_memory(trainer.device), estimate_peak_memory(trainer, preprocess, images)
+    if limit is not None and expected >= _MEMORY_SHARE * limit:
+        return 0
+    return trial_images(expected, images)
