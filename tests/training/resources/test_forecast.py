@@ -183,6 +183,7 @@ def test_a_command_without_memory_ends_with_one_line(
     assert "smaller" in lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be started anew on Linux")
 def test_a_part_of_the_batch_tells_the_memory_of_a_whole_one() -> None:
     """Each in a process of its own, as a peak that was reached before leaves memory that is not returned."""
