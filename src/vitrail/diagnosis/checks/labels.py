@@ -19,7 +19,8 @@ def suspect_label(evidence: Evidence) -> list[Finding]:
     if not errors.judged:
         advice = (
             f"Labels were not judged: {basis} predicts {errors.agreement:.0%} of them, and at least half is needed, "
-            "with at most a fifth suspect. Try another --model."
+            f"with at most a fifth suspect. Try {'another' if evidence.model else 'a'} --model, such as one trained on "
+            "these images, or vit_small_patch14_reg4_dinov2."
         )
         if np.isnan(errors.quality).all():
             advice = "Labels were not judged: fewer than two classes have five images."
