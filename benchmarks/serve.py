@@ -63,16 +63,20 @@ LITSERVE = {
         import onnxruntime
         export = json.loads(Path(sys.argv[1], "export.json").read_text())
         self.names, preprocess = export["class_names"], export["preprocess"]
-        assert preprocess["interpolation"] == "bicubic" and preprocess["crop_mode"] == "center"
+        assert preprocess["crop_mode"] == "center"
+        from PIL import Image
+        self.filter = Image.Resampling[preprocess["interpolation"].upper()]
+        self.mode = "L" if preprocess["channels"] == 1 else "RGB"
         self.side, self.scale = preprocess["size"][0], preprocess["size"][0] / preprocess["crop_pct"]
         self.session = onnxruntime.InferenceSession(Path(sys.argv[1], "model.onnx"))
     def decode_request(self, request: Request):
         from PIL import Image, ImageOps
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(request["file"].file.read()))).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(request["file"].file.read()))).convert(self.mode)
         factor = self.scale / min(image.size)
-        image = image.resize([round(factor * side) for side in image.size], Image.Resampling.BICUBIC)
+        image = image.resize([round(factor * side) for side in image.size], self.filter)
         left, top = ((side - self.side) // 2 for side in image.size)
-        return np.asarray(image.crop((left, top, left + self.side, top + self.side)))
+        pixels = np.asarray(image.crop((left, top, left + self.side, top + self.side)))
+        return pixels.reshape(self.side, self.side, -1)
     def predict(self, inputs):
         many = isinstance(inputs, list)
         batch = np.stack(inputs) if many else inputs[None]
