@@ -182,6 +182,7 @@ def test_where_memory_is_scarce_a_model_computes_while_no_image_is_decoded(
     free: int | None, together: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "free_host_memory", lambda: free)
+    limits._memory_is_scarce.cache_clear()
     monkeypatch.setattr(limits, "_memory", limits._Memory(limits.DECODING_BYTES))
     decoding, overlaps, stop = [0], [0], threading.Event()
     lock = threading.Lock()
@@ -212,6 +213,24 @@ def test_where_memory_is_scarce_a_model_computes_while_no_image_is_decoded(
     assert not any(thread.is_alive() for thread in threads)
     assert (overlaps[0] > 0) == together
     assert limits._memory._free == limits.DECODING_BYTES
+
+
+def test_who_is_interrupted_while_waiting_for_memory_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = limits._Memory(10)
+    memory.take(10)
+
+    def interrupted(timeout: float | None = None) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory._changed, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            memory.take(1)
+    memory.give(10)
+    other = threading.Thread(target=memory.take, args=(10,), daemon=True)
+    other.start()
+    other.join(timeout=60)
+    assert memory._free == 0
 
 
 def test_memory_that_does_not_suffice_is_the_fault_of_one_image() -> None:

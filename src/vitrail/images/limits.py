@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from typing import IO, TYPE_CHECKING, Any
 
 from vitrail.images.convert import BadImage
@@ -25,6 +26,7 @@ PIXEL_LIMIT = 178_956_970  # Pillow's limit for decompression bombs
 SIDE_LIMIT = 1 << 22  # pixels; resampling takes 48 bytes for each along a side
 DECODING_BYTES = 512 << 20  # that decoding one image may take, and decoding all of them at once
 SCARCE_BYTES = 4 * DECODING_BYTES  # of free memory: with less, models compute while no image is decoded
+_LOOKS = 4  # at the free memory in a second, at most
 SECONDS = 10.0  # of the processor, that reading one image may take
 _SCAN_PIXELS = 1_500_000_000  # scans of a progressive JPEG times its pixels
 _PYTHON_PIXELS = 2_000_000  # of a format whose decoder is written in Python, about a microsecond per pixel
@@ -139,10 +141,12 @@ class _Memory:
         turn = object()
         with self._changed:
             self._waiting.append(turn)
-            self._changed.wait_for(lambda: self._waiting[0] is turn and size <= self._free)
-            self._waiting.popleft()
-            self._free -= size
-            self._changed.notify_all()
+            try:
+                self._changed.wait_for(lambda: self._waiting[0] is turn and size <= self._free)
+                self._free -= size
+            finally:  # also on Ctrl-C, or nobody would have a turn after this one
+                self._waiting.remove(turn)
+                self._changed.notify_all()
 
     def give(self, size: int) -> None:
         with self._changed:
@@ -193,9 +197,15 @@ def computing() -> Iterator[None]:
     To try again with less when memory did not suffice is no way: after a failure, oneDNN does not create some of its
     primitives any more, and a parallel region of PyTorch may never end (seen with PyTorch 2.13 on CPUs).
     """
-    free = free_host_memory()
-    with reserved(DECODING_BYTES) if free is not None and free < SCARCE_BYTES else nullcontext():
+    with reserved(DECODING_BYTES) if _memory_is_scarce(int(_LOOKS * time.monotonic())) else nullcontext():
         yield
+
+
+@lru_cache(maxsize=1)
+def _memory_is_scarce(look: int) -> bool:
+    """look: another number for another look, which takes 0.1 ms."""
+    free = free_host_memory()
+    return free is not None and free < SCARCE_BYTES
 
 
 def _release() -> None:

@@ -38,7 +38,7 @@ def test_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         reporter.epoch("an epoch [1/2]", last=False)
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.splitlines() == [f"epoch 1  {describe(0.0, TrainState(), '  loss nan')}", "an epoch [1/2]"]
+    assert err.splitlines() == [f"epoch 1/1  {describe(0.0, TrainState(), '  loss nan')}", "an epoch [1/2]"]
 
 
 def test_of_many_short_epochs_some_are_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,5 @@
 """The plan printed before training, and the line printed after each epoch."""
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from vitrail.training.checkpoints.best import selects_by_loss
 from vitrail.training.config.schema import TrainConfig
 from vitrail.training.engine.optimizer import describe_groups, summarize_groups
 from vitrail.training.engine.trainer import Trainer
+from vitrail.training.monitoring.progress import epoch_title
 from vitrail.training.setup import Setup
 from vitrail.utils.device import describe_precision
 from vitrail.utils.text import counted, format_duration, format_speed, printable
@@ -128,10 +128,10 @@ def _skipped_line(dataset: Dataset) -> list[str]:
 
 def epoch_line(record: Mapping[str, Any], config: TrainConfig, best_epoch: int) -> str:
     """The metrics of one epoch in one line."""
-    of = f"/{math.ceil(config.schedule.epochs)}" if config.schedule.epochs is not None else ""
+    title = epoch_title(record["epoch"], config.schedule.epochs)
     validated = ""
     loss = "not finite" if record["train_loss"] is None else f"{record['train_loss']:.4f}"
     if "val_top1" in record:
         star = "  best" if best_epoch == record["epoch"] else ""
         validated = f"  val loss {record['val_loss']:.4f}  top-1 {record['val_top1']:.2f} %{star}"
-    return f"epoch {record['epoch']}{of}  {format_speed(record['images_per_second'])} images/s  loss {loss}{validated}"
+    return f"{title}  {format_speed(record['images_per_second'])} images/s  loss {loss}{validated}"

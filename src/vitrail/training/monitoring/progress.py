@@ -5,6 +5,7 @@ In a notebook, lines on stdout, one per epoch: stderr is red there, and rich wou
 Reading the loss synchronises with the device, so it happens at most a few times per second.
 """
 
+import math
 import sys
 import textwrap
 import time
@@ -93,8 +94,9 @@ class Reporter:
     def step(self, trainer: Trainer) -> None:
         """Call after every training step."""
         state = trainer.state
-        done = trainer.schedule.progress(state.steps, state.spent)
-        self.update(f"epoch {state.epoch + 1}", done, state, lambda: f"  loss {trainer.mean_loss():.4f}")
+        done = trainer.schedule.progress(state.steps, state.spent)  # of the whole run
+        title = epoch_title(state.epoch + 1, trainer.config.schedule.epochs)
+        self.update(title, done, state, lambda: f"  loss {trainer.mean_loss():.4f}")
 
     def update(self, title: str, done: float, state: TrainState, extra: Callable[[], str] = lambda: "") -> None:
         """Show the progress `done`, 0 to 1; at most every `_BAR_SECONDS`, or every `_LINE_SECONDS` without a terminal.
@@ -117,6 +119,11 @@ class Reporter:
         if self._bar or self._notebook or last or now - self._last_epoch >= _EPOCH_SECONDS:
             self._last = self._last_epoch = now
             self.log(line)
+
+
+def epoch_title(number: int, epochs: float | None) -> str:
+    """Such as "epoch 1/10". epochs: of the run; None where a time budget ends it."""
+    return f"epoch {number}" if epochs is None else f"epoch {number}/{math.ceil(epochs)}"
 
 
 def describe(done: float, state: TrainState, extra: str = "") -> str:

@@ -73,7 +73,8 @@ def estimate_cost(
             expected = estimate_peak_memory(trainer, loader.preprocess, size)
             if expected > _WARN_SHARE * limit:
                 return None, [_warning(expected, limit)]
-            size = trial_images(expected, size)
+            if trainer.device.type == "cpu":
+                size = trial_images(expected, size)
         cost = _measure(trainer, loader, steps, images, eval_split, limit, size)
     peak = cost.peak_memory
     too_much = peak is not None and limit is not None and peak > _WARN_SHARE * limit
