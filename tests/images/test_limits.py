@@ -103,6 +103,7 @@ def test_images_that_would_take_too_much_memory_are_refused_before_they_are_deco
     mode: str, kind: str, size: tuple[int, int], word: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An image of one pixel that says it has this size."""
+    Image.init()  # registers the decoders that are written in Python
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     image = Image.new(mode, (1, 1)) if mode != "I;16" else Image.fromarray(np.zeros((1, 1), np.uint16))
     image.format = kind
