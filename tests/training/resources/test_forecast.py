@@ -21,7 +21,6 @@ from vitrail.training.resources import trial
 from vitrail.training.resources.forecast import Cost, estimate_cost
 from vitrail.training.run import train
 from vitrail.training.session import Session
-from vitrail.utils.memory import resident_memory
 
 
 @pytest.fixture(autouse=True)
@@ -201,5 +200,5 @@ print(forecast(plan(open_dataset("digits"), settings))["peak_bytes"])
         int(subprocess.run([sys.executable, "-c", code, images], capture_output=True, text=True, check=True).stdout)
         for images in ("64", "32")
     )
-    assert whole > resident_memory()
+    assert whole > 500 << 20, "most of it is of the step"
     assert part == pytest.approx(whole, rel=0.1)
