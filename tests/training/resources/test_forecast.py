@@ -202,3 +202,12 @@ print(forecast(plan(open_dataset("digits"), settings))["peak_bytes"])
     )
     assert whole > 500 << 20, "most of it is of the step"
     assert part == pytest.approx(whole, rel=0.1)
+
+
+def test_memory_is_unknown_where_the_peak_cannot_be_started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of the batch then tells nothing of a whole one."""
+    monkeypatch.setattr(cost, "peak_memory", lambda device: 2**30)
+    session = tiny.session(epochs=40)
+    batches = list(session.loader.epoch(0))
+    assert cost._steps(session.trainer, batches, len(batches[0]))[1] == 2**30
+    assert cost._steps(session.trainer, batches, len(batches[0]) // 2)[1] is None

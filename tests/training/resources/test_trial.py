@@ -217,6 +217,12 @@ def test_no_memory_for_anything_in_a_step_means_that_it_does_not_fit(
 
 
 def test_trials_are_of_half_a_batch_where_a_whole_one_takes_much() -> None:
-    limit = trial._TRIAL_BYTES
-    assert {expected: trial.trial_images(expected, 64) for expected in (limit, limit + 1)} == {limit: 64, limit + 1: 32}
-    assert [trial.trial_images(limit + 1, images) for images in (15, 16)] == [15, 8]
+    limit, trainer = trial._TRIAL_BYTES, tiny.session().trainer
+    assert [trial.trial_images(trainer, expected, 64) for expected in (limit, limit + 1)] == [64, 32]
+    assert [trial.trial_images(trainer, limit + 1, images) for images in (15, 16)] == [15, 8]
+    trainer.device = torch.device("meta")
+    assert trial.trial_images(trainer, limit + 1, 64) == 64
+    trainer.device = torch.device("cpu")
+    machine = trainer.config.machine.model_copy(update={"compile": True})
+    trainer.config = trainer.config.model_copy(update={"machine": machine})
+    assert trial.trial_images(trainer, limit + 1, 64) == 64, "another size would be compiled again"

@@ -73,8 +73,7 @@ def estimate_cost(
             expected = estimate_peak_memory(trainer, loader.preprocess, size)
             if expected > _WARN_SHARE * limit:
                 return None, [_warning(expected, limit)]
-            if trainer.device.type == "cpu":
-                size = trial_images(expected, size)
+            size = trial_images(trainer, expected, size)
         cost = _measure(trainer, loader, steps, images, eval_split, limit, size)
     peak = cost.peak_memory
     too_much = peak is not None and limit is not None and peak > _WARN_SHARE * limit
@@ -155,7 +154,7 @@ def _steps(trainer: Trainer, batches: list[Batch], size: int) -> tuple[float, in
     reset_peak_memory(trainer.device)
     seconds = whole / size * _step_seconds(trainer, parts)
     more = peak_memory(trainer.device)
-    if less is None or more is None:
+    if less is None or more is None or more <= less:  # the system does not start the peak anew
         return seconds, None
     return seconds, int(more + (whole - size) * (more - less) / (size - size // 2))
 

@@ -106,4 +106,4 @@ def _within_memory(trainer: Trainer, preprocess: Preprocess, images: int) -> int
     limit, expected = available_memory(trainer.device), estimate_peak_memory(trainer, preprocess, images)
     if limit is not None and expected >= _MEMORY_SHARE * limit:
         return 0
-    return trial_images(expected, images)
+    return trial_images(trainer, expected, images)

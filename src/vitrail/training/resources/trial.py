@@ -70,13 +70,15 @@ def blank_batch(size: int, preprocess: Preprocess) -> Batch:
     return Batch(images, torch.zeros(size, dtype=torch.int64), torch.arange(size))
 
 
-def trial_images(expected: int, images: int) -> int:
-    """Images of a trial step on the CPU: half of a batch whose step would take much memory, which takes less.
+def trial_images(trainer: Trainer, expected: int, images: int) -> int:
+    """Images of a trial step: on the CPU half of a batch whose step would take much memory, which takes less.
 
     expected: bytes of the process in a step on all of them. The time of such a step is nearly proportional to the
-    images; a smaller part than a half would be slower for each (measured: by 30 % with a quarter).
+    images; a smaller part than a half would be slower for each (measured: by 30 % with a quarter). An accelerator would
+    be slower on a part, and a compiled model would be compiled again for it.
     """
-    return images // 2 if expected > _TRIAL_BYTES and images >= 16 else images
+    whole = trainer.device.type != "cpu" or trainer.config.machine.compile or expected <= _TRIAL_BYTES or images < 16
+    return images if whole else images // 2
 
 
 def timed_step(trainer: Trainer, batch: Batch) -> float:
