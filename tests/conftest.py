@@ -8,6 +8,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read on its import: without a GPU, kernels run in its interpreter
+
 torch.set_num_threads(1)  # the models are so small that threads cost more than they bring; tests run in parallel
 
 # torchvision's own build of these two is missing with PyTorch's CPU build; its import only looks the names up.

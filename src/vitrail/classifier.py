@@ -123,11 +123,12 @@ class Classifier(BaseClassifier):
         self.preprocess = preprocess
         return self
 
-    def engine(self, *, adapt_threads: bool = False) -> Engine:
+    def engine(self, *, adapt_threads: bool = False, cuda_graphs: bool = False) -> Engine:
+        """adapt_threads, cuda_graphs: as of `TorchRuntime`."""
         from vitrail.inference.torch_runtime import TorchRuntime
 
         runtime = TorchRuntime(
-            self.model, self.preprocess, self.precision, self.architecture, adapt_threads=adapt_threads
+            self.model, self.preprocess, self.precision, self.architecture, adapt_threads, cuda_graphs
         )
         return Engine(runtime)
 
@@ -176,7 +177,9 @@ class ExportedClassifier(BaseClassifier):
         self.report = record.check
         self._engine = Engine(runtime)
 
-    def engine(self, *, adapt_threads: bool = False) -> Engine:
+    def engine(self, *, adapt_threads: bool = False, cuda_graphs: bool = False) -> Engine:
+        if cuda_graphs:
+            raise DeviceError("CUDA graphs need a CUDA device, and an export runs on the CPU")
         return self._engine
 
 

@@ -157,7 +157,7 @@ class BaseClassifier:
         ]
         return notebook.box(type(self).__name__, notebook.figures(rows))
 
-    def engine(self, *, adapt_threads: bool = False) -> Engine:
+    def engine(self, *, adapt_threads: bool = False, cuda_graphs: bool = False) -> Engine:
         """An inference engine with the current model, preprocessing and precision.
 
         adapt_threads: for one long job: torch on the CPU computes with as many threads as are the fastest while other

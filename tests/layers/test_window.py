@@ -86,7 +86,7 @@ def test_fused_attention_equals_the_explicit_path(
     plan = plan_windows(size, window, shifted, CPU)
     x = torch.randn(2, *size, 12)
     with torch.set_grad_enabled(training):  # with gradients, another path runs on the CPU
-        fused = plan.reverse(attention(plan.partition(x), plan), 2)
+        fused = attention(x, plan)
     twin, weights = attention.forward_with_weights(plan.partition(x), plan)
     assert_near(fused, plan.reverse(twin, 2))
     torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
@@ -105,7 +105,7 @@ def test_gradients_equal_those_of_the_explicit_path(
     x = torch.randn(2, *size, 12, dtype=torch.double, requires_grad=True)
     target = torch.randn(2, *size, 12, dtype=torch.double)
     inputs = [x, *attention.parameters()]
-    fused = torch.autograd.grad((plan.reverse(attention(plan.partition(x), plan), 2) * target).sum(), inputs)
+    fused = torch.autograd.grad((attention(x, plan) * target).sum(), inputs)
     twin = torch.autograd.grad(
         (plan.reverse(attention.forward_with_weights(plan.partition(x), plan)[0], 2) * target).sum(), inputs
     )
@@ -120,9 +120,9 @@ def test_gradients_in_bfloat16_equal_those_of_the_explicit_path() -> None:
     target = torch.randn(2, 9, 6, 12)
     inputs = [x, *attention.parameters()]
     with torch.autocast("cpu", torch.bfloat16):
-        fused = attention(plan.partition(x), plan)
+        fused = attention(x, plan)
     assert fused.dtype is torch.bfloat16
-    fused = torch.autograd.grad((plan.reverse(fused, 2) * target).sum(), inputs)
+    fused = torch.autograd.grad((fused * target).sum(), inputs)
     twin = torch.autograd.grad(
         (plan.reverse(attention.forward_with_weights(plan.partition(x), plan)[0], 2) * target).sum(), inputs
     )
@@ -134,10 +134,11 @@ def test_gradients_in_bfloat16_equal_those_of_the_explicit_path() -> None:
 def test_attention_dropout_drops_weights_in_training_alone() -> None:
     attention = WindowAttention(8, 2, (2, 2), attn_drop=0.5)
     plan = plan_windows((4, 4), (2, 2), True, CPU)
-    x = plan.partition(torch.randn(1, 4, 4, 8))
+    x = torch.randn(1, 4, 4, 8)
     assert not torch.equal(attention(x, plan), attention(x, plan))
     attention.eval()
-    torch.testing.assert_close(attention(x, plan), attention.forward_with_weights(x, plan)[0])
+    twin = attention.forward_with_weights(plan.partition(x), plan)[0]
+    torch.testing.assert_close(attention(x, plan), plan.reverse(twin, 1))
 
 
 def test_windows_are_cached_by_size_and_usable_in_training_after_inference() -> None:
@@ -147,7 +148,7 @@ def test_windows_are_cached_by_size_and_usable_in_training_after_inference() -> 
     assert plan_windows((9, 6), (4, 4), True, CPU) is plan
     assert not plan.gather.is_inference()
     attention = WindowAttention(8, 2, (4, 4))
-    attention(plan.partition(torch.randn(1, 9, 6, 8)), plan).sum().backward()
+    attention(torch.randn(1, 9, 6, 8), plan).sum().backward()
 
 
 def test_width_must_be_a_multiple_of_num_heads() -> None:

@@ -147,7 +147,7 @@ def test_a_full_queue_answers_429() -> None:
         return compute(images)
 
     engine.runtime.logits = wait_and_compute  # type: ignore[method-assign]
-    slow.engine = lambda: engine  # type: ignore[method-assign]
+    slow.engine = lambda **_: engine  # type: ignore[method-assign]
     with running(slow, max_queue=4, max_batch=2) as service:
         with ThreadPoolExecutor(12) as pool:
             answers = list(pool.map(service.predict, [encoded(seed) for seed in range(12)]))

@@ -7,17 +7,26 @@ Shapes: B batch, H W height and width of the feature map in tokens, C width, Wh 
 n = Wh Ww tokens of a window, M windows of an image, A heads, D = C / A width of one head.
 """
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitrail.layers.attention import MultiHeadAttention, attend, merge_heads
+from vitrail.layers.attention import MultiHeadAttention, attend, attention_weights, merge_heads
+from vitrail.utils.text import one_line
 from vitrail.utils.torch_compat import softmax_backward
 
 Pair = tuple[int, int]
+# From qkv B H W 3C, bias M A n n or 1 A n n, and `gather` and `inverse` of Windows to B H W C (window_kernel.py).
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+_KERNEL_WINDOW = 64  # tokens at most, so that the scores of a window stay in registers
+_KERNEL_ERROR = 0.05  # in any precision, TF32 and bfloat16 too; an error of the order of tokens is near 1
+_KERNEL_WIDTHS = (16, 32, 64)  # of a head, that a matrix product of the kernel takes
 
 
 def relative_position_index(window: Pair) -> Tensor:
@@ -98,6 +107,11 @@ def plan_windows(size: Pair, window: Pair, shifted: bool, device: torch.device) 
                 _plans.clear()
             _plans[key] = plan
     return plan
+
+
+def cached_plans() -> list[Windows]:
+    """Those that `plan_windows` keeps now: to keep their tensors in memory where a CUDA graph reads them."""
+    return list(_plans.values())
 
 
 def _plan_windows(size: Pair, window: Pair, shifted: bool, device: torch.device) -> Windows:
@@ -207,8 +221,11 @@ class WindowAttention(MultiHeadAttention):
         return bias if windows.mask is None else bias + windows.mask.to(bias.dtype)[:, None]
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:
-        """(B M) n C -> (B M) n C; windows: the partition that x is from."""
-        qkv, bias = self.qkv(x), self.bias(windows)
+        """B H W C -> B H W C; windows: the partition of such a feature map."""
+        kernel = self._kernel(x, windows)
+        if kernel is not None:
+            return self.proj(kernel(self.qkv(x), self.bias(windows), windows.gather, windows.inverse))  # type: ignore[no-any-return]
+        qkv, bias = self.qkv(windows.partition(x)), self.bias(windows)
         dropout = self.attn_drop if self.training else 0.0
         if bias.requires_grad and not dropout and x.is_cpu:
             out: Tensor = _AttendWithBias.apply(qkv, bias.to(qkv.dtype))  # type: ignore[no-untyped-call]
@@ -218,10 +235,55 @@ class WindowAttention(MultiHeadAttention):
             if len(bias) > 1:
                 bias = bias.repeat(len(q) // len(bias), 1, 1, 1)  # (B M) A n n
             out = merge_heads(attend(q, k, v, bias, dropout))
-        projected: Tensor = self.proj_drop(self.proj(out))
-        return projected
+        return windows.reverse(self.proj_drop(self.proj(out)), len(x))
+
+    def _kernel(self, x: Tensor, windows: Windows) -> Kernel | None:
+        """The Triton kernel where it can compute this: on CUDA, in evaluation mode, without gradients."""
+        usable = x.is_cuda and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        fits = (
+            windows.window[0] * windows.window[1] <= _KERNEL_WINDOW and x.shape[-1] // self.num_heads in _KERNEL_WIDTHS
+        )
+        if not (usable and fits):
+            return None
+        autocast = torch.is_autocast_enabled(x.device.type)
+        return window_kernel(x.device, torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
 
     def forward_with_weights(self, x: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
         """`forward` without dropout: the output (B M) n C and the attention weights (B M) A n n."""
         bias = self.bias(windows)
         return self.attend_with_weights(x, bias.repeat(len(x) // len(bias), 1, 1, 1))
+
+
+@cache
+def window_kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:
+    """The Triton kernel if it works on this device. It is compiled and compared with the explicit path once: if that
+    fails, for want of a C compiler for example, a warning says so, and attention is computed by PyTorch."""
+    try:
+        from vitrail.layers.window_kernel import attend_in_windows
+    except ImportError:  # no triton: PyTorch's builds for CUDA bring it
+        return None
+    try:
+        error = kernel_error(attend_in_windows, device, dtype)
+        reason = None if error < _KERNEL_ERROR else f"it is wrong by {error:.2g}"
+    except Exception as failure:  # of a compiler or a driver: no common class
+        reason = one_line(failure)
+    if reason is None:
+        return attend_in_windows
+    warnings.warn(f"the Triton kernel for window attention is not used on {device} in {dtype}: {reason}", stacklevel=2)
+    return None
+
+
+@torch.no_grad()
+def kernel_error(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> float:
+    """The largest difference to the explicit path in float32, on a small feature map with padding and a shift. Values
+    are between -1 and 1."""
+    windows, heads, width = plan_windows((9, 6), (4, 4), True, device), 2, 32
+    values = torch.arange(54 * 3 * heads * width, device=device).sin()  # no random state is changed
+    qkv = values.view(1, 9, 6, -1)
+    mask = windows.mask if windows.mask is not None else torch.zeros(1, 16, 16, device=device)
+    bias = mask[:, None] + values[: heads * 16 * 16].view(1, heads, 16, 16)  # M A n n
+    q, k, v = windows.partition(qkv).unflatten(-1, (3, heads, width)).permute(2, 0, 3, 1, 4)
+    expected = windows.reverse(merge_heads(attention_weights(q, k, bias) @ v), 1)
+    with torch.autocast(device.type, enabled=False):
+        found = kernel(qkv.to(dtype), bias, windows.gather, windows.inverse)
+    return float((found - expected).abs().max())

@@ -73,9 +73,7 @@ class SwinBlock(nn.Module):
         return plan_windows((x.shape[1], x.shape[2]), self.attn.window, self.shifted, x.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        windows = self.windows(x)
-        attended = windows.reverse(self.attn(windows.partition(self.norm1(x)), windows), len(x))
-        x = x + self.drop_path1(attended)
+        x = x + self.drop_path1(self.attn(self.norm1(x), self.windows(x)))
         out: Tensor = x + self.drop_path2(self.mlp(self.norm2(x)))
         return out
 

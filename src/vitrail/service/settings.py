@@ -16,6 +16,7 @@ class ServeSettings:
     are being decoded. header_timeout, body_timeout: for reading a request's header and body. decode_timeout: for an
     image. request_timeout: for a whole request. keep_alive: of an idle connection. drain_timeout: for the requests that
     are open when the service is stopped. max_connections: more are closed at once.
+    access_log: a line for each request. cuda_graphs: record the model's passes once and replay them; on CUDA.
     """
 
     host: str = "127.0.0.1"
@@ -38,6 +39,7 @@ class ServeSettings:
     drain_timeout: float = 9.0
     max_connections: int = 1024
     access_log: bool = True
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         for name, low, high in (
