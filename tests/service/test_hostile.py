@@ -147,6 +147,7 @@ class Attack:
 
 FORM = form([])[1]
 CHUNKED = "Transfer-Encoding: chunked\r\n"
+TRAILER = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n{CHUNKED}\r\n0\r\nX: ".encode()
 TYPES = ("text/html", "application/json", "x", "multipart/form-data")
 PATHS = ("%00", "../../etc/passwd", "%2e%2e/", "a" * 9000, "*", "?" * 500)
 INFER = "/v2/models/model/infer"
@@ -157,7 +158,7 @@ def get(path: str) -> bytes:
 
 
 ATTACKS: dict[str, tuple[int, Callable[[random.Random], Attack]]] = {  # share in percent, and one request
-    "mutated image": (30, lambda draw: Attack([post(mutated(draw))])),
+    "mutated image": (26, lambda draw: Attack([post(mutated(draw))])),
     "bomb": (5, lambda draw: Attack([post(BOMB)])),
     "thin image": (2, lambda draw: Attack([post(THIN.getvalue())])),
     "polyglot": (5, lambda draw: Attack([post(encoded(1) + b"<script>PK\x03\x04%PDF" + draw.randbytes(200))])),
@@ -171,6 +172,8 @@ ATTACKS: dict[str, tuple[int, Callable[[random.Random], Attack]]] = {  # share i
     "broken form": (6, lambda draw: Attack([post(form([("a", bytes(500))])[0][: draw.randrange(500)], kind=FORM)])),
     "many files": (2, lambda draw: Attack([post(form([("a", b"x")] * 500)[0], "/predict/batch", FORM)])),
     "huge header": (4, lambda draw: Attack([b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 200_000])),
+    "long trailer": (2, lambda draw: Attack([TRAILER + b"a" * 200_000])),
+    "sent ahead": (2, lambda draw: Attack([b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" * 5000])),
     "no HTTP": (4, lambda draw: Attack([draw.randbytes(500) + b"\r\n\r\n"])),
     "strange path": (4, lambda draw: Attack([get(draw.choice(PATHS))])),
     "slow header": (1, lambda draw: Attack([b"GET / HTTP/1.1\r\n", b"X: a\r\n", b"Y"], pause=0.8)),

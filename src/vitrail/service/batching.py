@@ -1,4 +1,4 @@
-"""Batches from concurrent requests: one thread runs the model, and what arrives meanwhile forms the next batch.
+"""Batches from concurrent requests: what arrives while the model computes forms the next batch.
 
 Shapes: B batch, H W height and width, C channels, K classes.
 """
@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -19,7 +20,11 @@ import numpy.typing as npt
 from vitrail.images.convert import Pixels
 from vitrail.inference.runtime import Images, Outputs
 
+Waiting = tuple[Pixels, asyncio.Future[npt.NDArray[np.float32]]]  # an image, and what its request waits for
+
 _RATE_WEIGHT = 0.2  # of the newest batch in the average time of an image
+_TRIAL = 0.4  # seconds of trials of batch sizes, about
+_PAIRS = 3  # trials of images two at once
 
 
 class Overloaded(Exception):
@@ -35,6 +40,7 @@ class Batcher:
 
     compute: logits B K of images B H W C. A batch has at most `max_batch` images. Its first image waits at most
     `max_delay` seconds, and only while other admitted images are being decoded, so a single client waits for nobody.
+    parallel: batches that may be computed at the same time; while one is, another is begun only if it is full.
     max_queue: images that may be admitted and not yet answered. observe_batch is called with the images and seconds of
     each batch, observe_queue with the number of admitted images.
     """
@@ -46,6 +52,7 @@ class Batcher:
         max_batch: int,
         max_delay: float,
         max_queue: int,
+        parallel: int = 1,
         observe_batch: Callable[[int, float], None] = lambda images, seconds: None,
         observe_queue: Callable[[int], None] = lambda images: None,
     ) -> None:
@@ -55,25 +62,27 @@ class Batcher:
         self._max_queue = max_queue
         self._observe_batch = observe_batch
         self._observe_queue = observe_queue
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
-        self._queue: deque[tuple[Pixels, asyncio.Future[npt.NDArray[np.float32]]]] = deque()
+        self._parallel = parallel
+        self._threads = ThreadPoolExecutor(parallel, thread_name_prefix="model")
+        self._queue: deque[Waiting] = deque()
         self._changed = asyncio.Event()
         self.admitted = 0  # images that are decoded, wait or are computed
         self.total = 0  # images that were ever admitted
         self._decoding = 0  # those that are not in the queue yet
         self._seconds = 0.0  # average time of an image
         self._task: asyncio.Task[None] | None = None
+        self._batches: set[asyncio.Task[None]] = set()  # that are being computed
 
     def start(self) -> None:
         """Start to form batches, in the running event loop."""
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        tasks = [*self._batches, *([self._task] if self._task else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     @contextmanager
     def admit(self, images: int = 1) -> Iterator[None]:
@@ -113,29 +122,35 @@ class Batcher:
         return await future
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
-            batch = await self._next_batch()
-            if not batch:
-                continue
-            images = np.stack([pixels for pixels, _ in batch])
-            start = perf_counter()
-            try:
-                outputs = await loop.run_in_executor(self._thread, self._compute, images)
-            except Exception as error:
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
-                continue
-            seconds = perf_counter() - start
-            self._seconds += _RATE_WEIGHT * (seconds / len(batch) - self._seconds)
-            self._observe_batch(len(batch), seconds)
-            for (_, future), row in zip(batch, outputs, strict=True):
-                if not future.done():
-                    future.set_result(row)
+            if batch := await self._next_batch():
+                task = asyncio.create_task(self._answer(batch))
+                self._batches.add(task)
+                task.add_done_callback(self._finished)
 
-    async def _next_batch(self) -> list[tuple[Pixels, asyncio.Future[npt.NDArray[np.float32]]]]:
-        while not self._queue:
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._batches.discard(task)
+        self._changed.set()
+
+    async def _answer(self, batch: list[Waiting]) -> None:
+        images = np.stack([pixels for pixels, _ in batch])
+        start = perf_counter()
+        try:
+            outputs = await asyncio.get_running_loop().run_in_executor(self._threads, self._compute, images)
+        except Exception as error:
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        seconds = perf_counter() - start
+        self._seconds += _RATE_WEIGHT * (seconds / len(batch) / len(self._batches) - self._seconds)
+        self._observe_batch(len(batch), seconds)
+        for (_, future), row in zip(batch, outputs, strict=True):
+            if not future.done():
+                future.set_result(row)
+
+    async def _next_batch(self) -> list[Waiting]:
+        while not self._may_start():
             await self._wait(None)
         deadline = perf_counter() + self._max_delay
         while len(self._queue) < self.max_batch and self._decoding and (left := deadline - perf_counter()) > 0:
@@ -143,25 +158,43 @@ class Batcher:
         batch = [self._queue.popleft() for _ in range(min(len(self._queue), self.max_batch))]
         return [(pixels, future) for pixels, future in batch if not future.done()]  # done: the request was cancelled
 
+    def _may_start(self) -> bool:
+        full = len(self._queue) >= self.max_batch
+        return bool(self._queue) and (not self._batches or (full and len(self._batches) < self._parallel))
+
     async def _wait(self, seconds: float | None) -> None:
         self._changed.clear()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), seconds)
 
 
-def choose_max_batch(compute: Callable[[Images], Outputs], size: tuple[int, int, int], seconds: float = 0.4) -> int:
-    """The batch size that the machine likes: the smallest whose time for an image is within 5 % of the best of 1, 2, 4,
-    8, 16 and 32. size: H W C. seconds: larger sizes are not tried after this time."""
+def choose_batches(compute: Callable[[Images], Outputs], size: tuple[int, int, int]) -> tuple[int, int]:
+    """The batch size that the machine likes, and how many batches at once: 1, or 2 where that computes more images.
+
+    The size is the smallest whose time for an image is within 5 % of the best of 1, 2, 4, 8, 16 and 32. Single images,
+    two at once, are faster where weights fit into the caches: threads that wait for others at the end of an operation
+    go on with the other image. What would take more than about _TRIAL seconds is not tried. size: H W C.
+    """
     times: dict[int, float] = {}
     compute(np.zeros((1, *size), np.uint8))
     begin = perf_counter()
     count = 1
-    while count <= 32 and (not times or perf_counter() - begin + 2 * count * times[count // 2] < seconds):
+    while count <= 32 and (not times or perf_counter() - begin + 3 * count * times[count // 2] < _TRIAL):
         images = np.zeros((count, *size), np.uint8)
         compute(images)  # a runtime may prepare itself for a new shape
-        start = perf_counter()
-        compute(images)
-        times[count] = (perf_counter() - start) / count
+        times[count] = min(_seconds(partial(compute, images)) for _ in range(2)) / count
         count *= 2
     best = min(times.values())
-    return min(count for count, time in times.items() if time <= 1.05 * best)
+    if _PAIRS * 4 * times[1] < _TRIAL:
+        images = np.zeros((1, *size), np.uint8)
+        with ThreadPoolExecutor(2) as pool:
+            pairs = min(_seconds(lambda: list(pool.map(compute, [images] * 4))) / 4 for _ in range(_PAIRS))
+        if pairs < best:
+            return 1, 2
+    return min(count for count, time in times.items() if time <= 1.05 * best), 1
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = perf_counter()
+    call()
+    return perf_counter() - start

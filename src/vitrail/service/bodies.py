@@ -18,6 +18,7 @@ from vitrail.utils.text import format_bytes, printable
 
 FORM = "multipart/form-data"
 _DISCARD = 1.0  # seconds
+_LARGE = 64 << 10  # bytes of a form that is parsed in a thread, which takes longer than parsing a small one
 _CLOSE = {"Connection": "close"}  # the rest of the body is not read
 
 
@@ -96,9 +97,11 @@ class Bodies:
                     raise Refused(400, "the request has no content: send the bytes of an image")
                 yield [Upload(None, body)]
                 return
-            # In a thread: the parser is pure Python, and other requests must not wait for a large form.
-            files = await asyncio.to_thread(parse_form, body, boundary, field, most)
-            yield files
+            # The parser is pure Python: other requests must not wait for a large form.
+            if len(body) > _LARGE:
+                yield await asyncio.to_thread(parse_form, body, boundary, field, most)
+            else:
+                yield parse_form(body, boundary, field, most)
 
 
 async def _discard(stream: AsyncGenerator[bytes]) -> None:

@@ -1,19 +1,33 @@
-"""Limits of connections: a deadline for each request's header, for a client that does not read, and their number."""
+"""Limits of connections: the size of a request's header and a deadline for it, a deadline for a client that does not
+read, requests that are sent ahead, and the number of connections.
+
+httptools parses three times as fast as h11, but has no limit of its own, and parses all requests that were sent ahead.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from vitrail.service.settings import ServeSettings
 
+_HEADER_BYTES = 32 << 10  # of a header, and of what surrounds a body: lengths of chunks, trailers
+_CHUNK_BYTES = 64  # that may surround a chunk of a body
+_SENT_AHEAD = 8  # requests of one connection that may wait for their turn
 
-def limited_protocol(settings: ServeSettings) -> type[H11Protocol]:
+
+class _TooMuch(Exception):
+    """Ends the parsing, whereupon uvicorn answers 400 and closes the connection."""
+
+
+def limited_protocol(settings: ServeSettings) -> type[HttpToolsProtocol]:
     """uvicorn's HTTP/1.1 with limits; the body's are in `bodies.py`, those of a whole request in `guard.py`."""
 
-    class LimitedProtocol(H11Protocol):
+    class LimitedProtocol(HttpToolsProtocol):
+        _header_bytes = 0  # of this request
+        _surplus = 0  # bytes received that were no part of a body
         _header_timer: asyncio.TimerHandle | None = None
         _write_timer: asyncio.TimerHandle | None = None
 
@@ -31,9 +45,35 @@ def limited_protocol(settings: ServeSettings) -> type[H11Protocol]:
         def data_received(self, data: bytes) -> None:
             if self._header_timer is None and self._between_requests:
                 self._header_timer = self.loop.call_later(settings.header_timeout, self.transport.abort)
+            self._surplus += len(data)
             super().data_received(data)
+            if self._surplus > _HEADER_BYTES and not self.transport.is_closing():
+                self.send_400_response("Invalid HTTP request received.")
             if not self._between_requests:  # the header is complete
                 self._stop_header_timer()
+
+        def on_message_begin(self) -> None:
+            if len(self.pipeline) >= _SENT_AHEAD:
+                raise _TooMuch
+            self._header_bytes = self._surplus = 0
+            super().on_message_begin()
+
+        def on_url(self, url: bytes) -> None:
+            self._count_header(url)
+            super().on_url(url)
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            self._count_header(name + value)
+            super().on_header(name, value)
+
+        def on_body(self, body: bytes) -> None:
+            self._surplus = max(0, self._surplus - len(body) - _CHUNK_BYTES)
+            super().on_body(body)
+
+        def _count_header(self, data: bytes) -> None:
+            self._header_bytes += len(data)
+            if self._header_bytes > _HEADER_BYTES:
+                raise _TooMuch
 
         def pause_writing(self) -> None:
             super().pause_writing()
