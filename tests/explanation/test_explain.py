@@ -5,6 +5,8 @@ Oracles: images that are really cropped by Pillow, a method whose map is the ima
 
 import json
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from vitrail.errors import ConfigError, DataError, ModelError, RunError
 from vitrail.explanation.explain import explain, explain_stream, open_classifier
 from vitrail.explanation.methods.method import Method, Request
 from vitrail.explanation.result import Explanation, Unreadable, file_name
+from vitrail.images import limits
 from vitrail.images.preprocess import Preprocess
 from vitrail.models.build import build_model
 from vitrail.models.configs import ViTConfig
@@ -162,6 +165,22 @@ def test_one_image_gives_one_explanation_as_predict_sees_it(clf: Classifier, pho
     assert [each.label for each in found.top] == [each.label for each in predicted.top]
     assert found.method == "relevance"
     assert found.grid == (4, 6)
+
+
+def test_no_image_is_decoded_while_it_computes_where_memory_is_scarce(
+    clf: Classifier, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserved: list[int] = []
+
+    @contextmanager
+    def reserve(size: int) -> Iterator[None]:
+        reserved.append(size)
+        yield
+
+    monkeypatch.setattr(limits, "reserved", reserve)
+    monkeypatch.setattr(limits, "_memory_is_scarce", lambda _look: True)
+    explain(clf, photos / "1.png", score=True)
+    assert reserved.count(limits.DECODING_BYTES) == 2  # the map, and its score
 
 
 def test_several_images_keep_their_order_and_name_the_unreadable(clf: Classifier, photos: Path) -> None:

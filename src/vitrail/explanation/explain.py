@@ -9,7 +9,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +31,7 @@ from vitrail.explanation.result import Explanation, Unreadable
 from vitrail.explanation.targets import Target, parse_target
 from vitrail.images.convert import Pixels
 from vitrail.images.decode import BadImage, decode
+from vitrail.images.limits import computing
 from vitrail.images.reader import Input, Inputs, NoImages, crop, expand, path_of
 from vitrail.inference.engine import default_workers
 from vitrail.inference.runtime import default_batch_size
@@ -281,12 +282,12 @@ def compute_scores(
         return measure(lambda masked: view(masked).float(), _for_model(model, images), maps, target, baseline=baseline)
 
 
-def _plain(device: torch.device) -> AbstractContextManager[Any]:
-    """Neither inference mode, whose tensors can have no gradient, nor gradients, nor autocast."""
-    stack = ExitStack()
-    for context in (torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False)):
-        stack.enter_context(context)
-    return stack
+@contextmanager
+def _plain(device: torch.device) -> Iterator[None]:
+    """Neither inference mode, whose tensors can have no gradient, nor gradients, nor autocast; and where little memory
+    is free, no image is decoded meanwhile."""
+    with computing(), torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def _for_model(model: nn.Module, images: Tensor) -> Tensor:
