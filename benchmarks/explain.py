@@ -38,7 +38,7 @@ from vitrail.classifier import Classifier
 from vitrail.explanation import faithfulness as scores
 from vitrail.explanation.explain import compute_maps, compute_scores
 from vitrail.explanation.methods.attention import positive_products, relevance
-from vitrail.explanation.methods.method import Method
+from vitrail.explanation.methods.method import Method, Request
 from vitrail.explanation.methods.table import METHODS, choose_method, default_method, methods_of
 from vitrail.explanation.targets import Target
 from vitrail.models.base import ImageModel
@@ -97,6 +97,7 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu(gradient)": lambda gradient, weights: gradient.relu(),
     "weights": lambda gradient, weights: weights,
 }
+OPPOSITE = "the sign of the larger share, for or against the target"
 FIGURES = ("peak_inside", "positive_share_inside", "peak_moves", "ms_per_image")
 NOTE = (
     "One seed. The images of `methods` were looked at while models and settings were chosen. Trained on 32,000 images, "
@@ -258,18 +259,27 @@ def sanity(clf: Classifier, method: str, images: Tensor, labels: Numbers, maps: 
     return found
 
 
-def other_products(clf: Classifier, one: Planted) -> dict[str, Any]:
+def signed_by_opposite(request: Request) -> Tensor:
+    """`relevance`, negative in cells that have a larger share of the relevance for minus the target."""
+    maps, against = relevance(request), relevance(replace(request, target=lambda logits: -request.target(logits)))
+    totals = [each.sum(dim=(1, 2), keepdim=True).clamp(min=1e-12) for each in (maps, against)]
+    return maps * (maps / totals[0] - against / totals[1]).sign()
+
+
+def other_formulas(clf: Classifier, one: Planted) -> dict[str, Any]:
     """Why the map of a network with a new head is like its own: `relevance` with other products than
-    relu(gradient * weights)."""
+    relu(gradient * weights), or with a sign; and what the others lose."""
     images, labels, some = model_input(clf, one.images), one.labels[:, 0], slice(REDRAWN)
+    formulas = {name: partial(relevance, products=products) for name, products in PRODUCTS.items()}
     found = {}
-    for name, products in PRODUCTS.items():
-        method = replace(METHODS["relevance"], compute=partial(relevance, products=products))
+    for name, compute in {**formulas, OPPOSITE: signed_by_opposite}.items():
+        method = replace(METHODS["relevance"], compute=compute)
         maps = maps_of(clf.model, images, labels, method)
         new = maps_of(redrawn(clf.model, 0, all_weights=False), images[some], labels[some], method)
         found[name] = {
             "peak_inside": percent(peaks_inside(maps, inside_input(one)[:, 0])),
             "head_redrawn": round(mean_likeness(maps[some], new), 3),
+            **faithfulness(clf, images[some], labels[some], maps[some]),
         }
     return found
 
@@ -322,7 +332,7 @@ def figures_of(kind: str, seed: int, folder: Path) -> dict[str, Any]:
         record["methods"][method] = method_figures(clf, method, one.take(chosen[:COUNT]), two.take(both[:COUNT]))
         print(kind, seed, method, record["methods"][method], flush=True)
     if default_method(clf.model) == "relevance":
-        record["other_products"] = other_products(clf, one.take(chosen[:COUNT]))
+        record["other_formulas"] = other_formulas(clf, one.take(chosen[:COUNT]))
     return record
 
 
