@@ -37,7 +37,7 @@ def model() -> nn.Module:
 
 def graphs_of(model: nn.Module) -> tuple[CudaGraphs, FakeRecorder]:
     recorder = FakeRecorder()
-    return CudaGraphs(model, model, recorder), recorder
+    return CudaGraphs(model, model, lambda: recorder), recorder
 
 
 @torch.no_grad()
@@ -67,13 +67,27 @@ def test_new_values_of_weights_count_and_new_tensors_are_recorded_anew(model: nn
 
 
 @torch.no_grad()
-def test_the_least_used_of_too_many_shapes_is_forgotten(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_shapes_than_are_kept_are_computed_without_a_graph(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cuda_graphs, "LIMIT", 2)
     graphs, recorder = graphs_of(model)
-    for count in (1, 1, 2, 2, 1, 3, 3, 1, 2):
+    for count in (1, 1, 2, 2, 1, 3, 3, 3, 1, 2):
         x = torch.randn(count, 4)
         assert torch.equal(graphs(x), model(x))
-    assert recorder.shapes == [(1, 4), (2, 4), (3, 4), (2, 4)]
+    assert recorder.shapes == [(1, 4), (2, 4)]
+
+
+@torch.no_grad()
+def test_a_model_that_cannot_be_recorded_is_computed_without_graphs(model: nn.Module) -> None:
+    def fail(*_: object) -> Recording:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphs, x = CudaGraphs(model, model, lambda: fail), torch.randn(2, 4)
+    graphs(x)
+    with pytest.warns(UserWarning, match="not permitted"):
+        assert torch.equal(graphs(x), model(x))
+    assert torch.equal(graphs(x), model(x))  # without another warning, which would be an error
 
 
 def test_threads_do_not_mix_their_images(model: nn.Module) -> None:
@@ -107,3 +121,10 @@ def test_replays_on_a_gpu_are_the_passes(precision: str) -> None:
         images = np.random.default_rng(count).integers(0, 256, (count, 56, 56, 3), np.uint8)
         assert np.array_equal(plain.logits(images), graphed.logits(images))
         assert np.array_equal(plain.features(images), graphed.features(images))
+    with torch.no_grad():
+        model.head.fc.weight.mul_(2)
+    images = np.full((1, 56, 56, 3), 99, np.uint8)
+    assert np.array_equal(plain.logits(images), graphed.logits(images))
+    model.head.fc.weight = nn.Parameter(torch.randn_like(model.head.fc.weight))  # in another place
+    for _ in range(3):
+        assert np.array_equal(plain.logits(images), graphed.logits(images))

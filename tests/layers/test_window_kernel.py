@@ -117,7 +117,7 @@ def test_a_swin_with_the_kernel_has_the_same_logits(kernel: Kernel, monkeypatch:
 
 def test_kernel_is_compared_with_the_explicit_path_before_it_is_used(kernel: Kernel) -> None:
     for dtype in DTYPES:
-        assert kernel_error(kernel, DEVICE, dtype) < 1e-2
+        assert kernel_error(kernel, DEVICE, dtype, 32) < 1e-2
 
 
 def wrong(qkv: Tensor, *_: Tensor) -> Tensor:
@@ -133,16 +133,16 @@ def broken(*_: Tensor) -> Tensor:
 def test_a_kernel_that_fails_is_not_used(fake: Kernel, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vitrail.layers.window_kernel", SimpleNamespace(attend_in_windows=fake))
     with pytest.warns(UserWarning, match=reason):
-        assert window_kernel(DEVICE, torch.float32) is None
+        assert window_kernel(DEVICE, torch.float32, 32) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once
-        assert window_kernel(DEVICE, torch.float32) is None
+        assert window_kernel(DEVICE, torch.float32, 32) is None
 
 
 @pytest.mark.usefixtures("no_choice")
 def test_without_triton_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vitrail.layers.window_kernel", None)
-    assert window_kernel(DEVICE, torch.float32) is None
+    assert window_kernel(DEVICE, torch.float32, 32) is None
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -154,11 +154,23 @@ def test_kernel_is_for_inference_on_cuda_with_small_windows(
     """Widths of a head: 32 and 24."""
     monkeypatch.setattr(window_module, "window_kernel", lambda *_: wrong)
     attention = WindowAttention(dim, 2, window).train(training)
-    plan = plan_windows((24, 24), window, True, torch.device("cpu"))
+    plan, x = plan_windows((24, 24), window, True, torch.device("cpu")), torch.zeros(1, 24, 24, dim)
     with torch.set_grad_enabled(grad):
-        on_gpu = attention._kernel(
-            SimpleNamespace(is_cuda=True, shape=(1, 24, 24, dim), device=torch.device("cuda"), dtype=torch.float32),
-            plan,
-        )  # type: ignore[arg-type]
-        assert attention._kernel(torch.zeros(1, 24, 24, dim), plan) is None
-    assert (on_gpu is not None) == (not grad and not training and dim == 64 and window == (7, 7))
+        assert attention._kernel(x, plan) is None
+        monkeypatch.setattr(window_module, "_on_cuda", lambda _x: True)
+        found = attention._kernel(x, plan)
+        assert (found is not None) == (not grad and not training and dim == 64 and window == (7, 7))
+        assert attention._kernel(x.double(), plan) is None
+
+
+@torch.no_grad()
+def test_kernel_is_chosen_for_the_precision_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(window_module, "window_kernel", lambda *what: asked.append(what[1:]))
+    monkeypatch.setattr(window_module, "_on_cuda", lambda _x: True)
+    attention = WindowAttention(64, 2, (7, 7)).eval()
+    plan, x = plan_windows((24, 24), (7, 7), True, torch.device("cpu")), torch.zeros(1, 24, 24, 64)
+    attention._kernel(x, plan)
+    with torch.autocast("cpu", torch.bfloat16):
+        attention._kernel(x, plan)
+    assert asked == [(torch.float32, 32), (torch.bfloat16, 32)]

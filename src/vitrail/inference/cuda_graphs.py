@@ -7,6 +7,7 @@ Shapes: B batch, C channels, H W height and width.
 """
 
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.layers.window import cached_plans
+from vitrail.utils.text import one_line
 
+Forward = Callable[[Tensor], Tensor]
 _WARMUP = 3  # passes before a recording, in which kernels are compiled and workspaces allocated
-LIMIT = 32  # shapes that are kept
+LIMIT = 32  # shapes that are recorded; others are computed without a graph
+
+_recording = threading.Lock()  # CUDA records one graph of a process at a time
 
 
 @dataclass(frozen=True)
@@ -36,44 +41,70 @@ class CudaGraphs:
 
     forward: the function; the tensors that it reads are those of `model`, and constants. A shape is recorded when it
     comes the second time, and anew after parameters or buffers have moved in memory; their values may change freely.
-    The oldest of more than LIMIT shapes is forgotten.
+    Hooks of the model run in recordings alone. Where a pass cannot be recorded, a warning says so, once, and passes are
+    computed without graphs from then on. While one is recorded, no other thread may wait for the whole device or draw
+    random numbers on it: so do not train there meanwhile.
     """
 
     def __init__(
         self,
-        forward: Callable[[Tensor], Tensor],
+        forward: Forward,
         model: nn.Module,
-        record: Callable[[Callable[[Tensor], Tensor], Tensor], Recording] | None = None,
+        recorder: Callable[[], Callable[[Forward, Tensor], Recording]] | None = None,
     ) -> None:
         self._forward = forward
-        self._model = model
-        self._record = record or Recorder()
+        self._tensors: list[dict[str, Any]] = []  # by name; the dicts of the modules, in which others may be put
+        for module in model.modules():
+            self._tensors += [module._parameters, module._buffers]
+        self._recorder = recorder or Recorder
+        self._record = self._recorder()
         self._recordings: dict[Any, Recording] = {}
         self._seen: set[Any] = set()
-        self._places: tuple[int, ...] = ()
+        self._places: list[int] = []
+        self._possible = True
+        self._last: Any = None  # the end of the last replay, which the next one waits for, on whatever stream
         self._lock = threading.Lock()
 
     def __call__(self, images: Tensor) -> Tensor:
-        key = (images.shape, images.dtype)
         with self._lock:
-            self._forget_if_moved()
-            if key not in self._seen:
-                self._seen.add(key)
+            recording = self._recording_of(images) if self._possible else None
+            if recording is None:
                 return self._forward(images)
-            recording = self._recordings.pop(key, None) or self._record(self._forward, images)
-            self._recordings[key] = recording  # the last one, as the most recently used
-            if len(self._recordings) > LIMIT:
-                del self._recordings[next(iter(self._recordings))]
+            stream = torch.cuda.current_stream(images.device) if images.is_cuda else None
+            if stream is not None and self._last is not None:
+                stream.wait_event(self._last)
             recording.images.copy_(images)
             recording.replay()
-            return recording.output.clone()
+            output = recording.output.clone()
+            if stream is not None:
+                self._last = stream.record_event()
+            return output
+
+    def _recording_of(self, images: Tensor) -> Recording | None:
+        """That of this shape; None if it comes the first time, or is one too many, or cannot be recorded."""
+        self._forget_if_moved()
+        key = (images.shape, images.dtype)
+        if key in self._recordings:
+            return self._recordings[key]
+        if key not in self._seen or len(self._recordings) >= LIMIT:
+            self._seen.add(key)
+            return None
+        try:
+            with _recording:
+                self._recordings[key] = self._record(self._forward, images)
+        except Exception as error:  # of CUDA, of a compiler, of a model that reads values: no common class
+            self._possible = False
+            self._recordings.clear()
+            warnings.warn(f"the model is computed without CUDA graphs: {one_line(error)}", stacklevel=4)
+            return None
+        return self._recordings[key]
 
     def _forget_if_moved(self) -> None:
-        tensors = (*self._model.parameters(), *self._model.buffers())
-        places = tuple(tensor.data_ptr() for tensor in tensors)
+        places = [0 if each is None else each.data_ptr() for group in self._tensors for each in group.values()]
         if places != self._places:
             self._places = places
             self._recordings.clear()
+            self._record = self._recorder()  # with a pool of its own: one whose graphs are gone cannot be used again
 
 
 class Recorder:
@@ -81,19 +112,22 @@ class Recorder:
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._stream: Any = None
 
-    def __call__(self, forward: Callable[[Tensor], Tensor], images: Tensor) -> Recording:
+    def __call__(self, forward: Forward, images: Tensor) -> Recording:
         with torch.cuda.device(images.device):
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            if self._pool is None:
+                self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
             static = images.clone()
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            # One stream for all: workspaces of libraries belong to the stream on which they were first needed.
+            with torch.cuda.stream(self._stream):
                 for _ in range(_WARMUP):
                     forward(static)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may allocate memory meanwhile, which the default mode forbids.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                output = forward(static)
-        return Recording(static, output, graph.replay, (graph, cached_plans()))
+                plans = cached_plans()
+                graph = torch.cuda.CUDAGraph()
+                # Other threads may allocate memory meanwhile, which the default mode forbids.
+                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                    output = forward(static)
+            torch.cuda.current_stream().wait_stream(self._stream)
+        return Recording(static, output, graph.replay, (graph, plans, cached_plans()))

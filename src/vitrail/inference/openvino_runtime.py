@@ -132,7 +132,10 @@ class _Program:
 def _reorders(operation: Any) -> bool:
     """Whether it selects tokens, by their index or their score."""
     kind: str = operation.get_type_name()
-    return kind == "TopK" or (kind == "Gather" and len(operation.input(1).get_partial_shape()) > 0)
+    if kind != "Gather":
+        return kind == "TopK"
+    rank = operation.input(1).get_partial_shape().rank
+    return bool(rank.is_static and rank.get_length() > 0)
 
 
 def _sizes(port: Any) -> tuple[int | None, ...]:

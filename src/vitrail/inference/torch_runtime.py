@@ -31,9 +31,9 @@ class TorchRuntime:
     precision: "off" for float32, "bf16" for bfloat16 autocast, "auto" for the faster one on this hardware (see
     `uses_bf16`). adapt_threads: in a long job on the CPU, compute with as many threads as are the fastest while other
     programs use the cores; the last bits of the results depend on it. cuda_graphs: record passes and replay them
-    (`CudaGraphs`), for many small batches on CUDA. Parameters, buffers and hooks are shared with the
-    model; after a change of its modules, such as a new head, a new runtime is needed, which takes about 2 ms for a
-    ViT-B.
+    (`CudaGraphs`), for many small batches on CUDA; hooks then run in recordings alone. Parameters, buffers and hooks
+    are shared with the model; after a change of its modules, such as a new head, a new runtime is needed, which takes
+    about 2 ms for a ViT-B.
 
     Raises:
         ModelError: weights that are not float32.

@@ -26,6 +26,8 @@ Pair = tuple[int, int]
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 _KERNEL_WINDOW = 64  # tokens at most, so that the scores of a window stay in registers
 _KERNEL_ERROR = 0.05  # in any precision, TF32 and bfloat16 too; an error of the order of tokens is near 1
+_KERNEL_BATCH = 65_535  # images at most, in CUDA's grid
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KERNEL_WIDTHS = (16, 32, 64)  # of a head, that a matrix product of the kernel takes
 
 
@@ -239,14 +241,14 @@ class WindowAttention(MultiHeadAttention):
 
     def _kernel(self, x: Tensor, windows: Windows) -> Kernel | None:
         """The Triton kernel where it can compute this: on CUDA, in evaluation mode, without gradients."""
-        usable = x.is_cuda and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        fits = (
-            windows.window[0] * windows.window[1] <= _KERNEL_WINDOW and x.shape[-1] // self.num_heads in _KERNEL_WIDTHS
-        )
-        if not (usable and fits):
+        width = x.shape[-1] // self.num_heads
+        if self.training or torch.is_grad_enabled() or not _on_cuda(x) or len(x) > _KERNEL_BATCH:
             return None
-        autocast = torch.is_autocast_enabled(x.device.type)
-        return window_kernel(x.device, torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
+        if windows.window[0] * windows.window[1] > _KERNEL_WINDOW or width not in _KERNEL_WIDTHS:
+            return None
+        autocast = x.dtype is not torch.float64 and torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        return window_kernel(x.device, dtype, width) if dtype in _KERNEL_DTYPES else None
 
     def forward_with_weights(self, x: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
         """`forward` without dropout: the output (B M) n C and the attention weights (B M) A n n."""
@@ -254,16 +256,23 @@ class WindowAttention(MultiHeadAttention):
         return self.attend_with_weights(x, bias.repeat(len(x) // len(bias), 1, 1, 1))
 
 
+def _on_cuda(x: Tensor) -> bool:
+    """Whether a kernel can read x: not while it is traced or compiled."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return x.is_cuda and type(x) is Tensor and not traced
+
+
 @cache
-def window_kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:
-    """The Triton kernel if it works on this device. It is compiled and compared with the explicit path once: if that
-    fails, for want of a C compiler for example, a warning says so, and attention is computed by PyTorch."""
+def window_kernel(device: torch.device, dtype: torch.dtype, width: int) -> Kernel | None:
+    """The Triton kernel if it works on this device, for heads of this width. It is compiled and compared with the
+    explicit path once: if that fails, for want of a C compiler for example, a warning says so, and attention is
+    computed by PyTorch."""
     try:
         from vitrail.layers.window_kernel import attend_in_windows
     except ImportError:  # no triton: PyTorch's builds for CUDA bring it
         return None
     try:
-        error = kernel_error(attend_in_windows, device, dtype)
+        error = kernel_error(attend_in_windows, device, dtype, width)
         reason = None if error < _KERNEL_ERROR else f"it is wrong by {error:.2g}"
     except Exception as failure:  # of a compiler or a driver: no common class
         reason = one_line(failure)
@@ -274,16 +283,16 @@ def window_kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:
 
 
 @torch.no_grad()
-def kernel_error(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> float:
-    """The largest difference to the explicit path in float32, on a small feature map with padding and a shift. Values
-    are between -1 and 1."""
-    windows, heads, width = plan_windows((9, 6), (4, 4), True, device), 2, 32
-    values = torch.arange(54 * 3 * heads * width, device=device).sin()  # no random state is changed
-    qkv = values.view(1, 9, 6, -1)
-    mask = windows.mask if windows.mask is not None else torch.zeros(1, 16, 16, device=device)
-    bias = mask[:, None] + values[: heads * 16 * 16].view(1, heads, 16, 16)  # M A n n
-    q, k, v = windows.partition(qkv).unflatten(-1, (3, heads, width)).permute(2, 0, 3, 1, 4)
-    expected = windows.reverse(merge_heads(attention_weights(q, k, bias) @ v), 1)
+def kernel_error(kernel: Kernel, device: torch.device, dtype: torch.dtype, width: int) -> float:
+    """The largest difference to the explicit path in float32, in windows of 7x7 with padding and a shift. Values are
+    between -1 and 1. width: of each of two heads."""
+    windows, heads = plan_windows((9, 16), (7, 7), True, device), 2
+    values = torch.arange(9 * 16 * 3 * heads * width, device=device).sin()  # no random state is changed
+    qkv = values.view(1, 9, 16, -1)
+    mask = windows.mask if windows.mask is not None else torch.zeros(1, 49, 49, device=device)
+    bias = mask[:, None] + values[: heads * 49 * 49].view(1, heads, 49, 49)  # M A n n
     with torch.autocast(device.type, enabled=False):
+        q, k, v = windows.partition(qkv).unflatten(-1, (3, heads, width)).permute(2, 0, 3, 1, 4)
+        expected = windows.reverse(merge_heads(attention_weights(q, k, bias) @ v), 1)
         found = kernel(qkv.to(dtype), bias, windows.gather, windows.inverse)
     return float((found - expected).abs().max())

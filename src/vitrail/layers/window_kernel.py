@@ -55,17 +55,17 @@ def attend_in_windows(qkv: Tensor, bias: Tensor, gather: Tensor, inverse: Tensor
         gather, inverse: those of `Windows`, on the device of qkv.
 
     Returns:
-        B H W C. Products of float32 are exact unless `torch.get_float32_matmul_precision()` allows TF32; those of
+        B H W C. Products of float32 are exact unless `torch.backends.cuda.matmul` allows TF32; those of
         narrower types are summed in float32.
     """
     batch, heads, n = len(qkv), bias.shape[1], bias.shape[-1]
     qkv, bias = qkv.contiguous(), bias.float().contiguous()
     out = qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3)
     width = out.shape[-1] // heads
-    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    tf32 = qkv.dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     with torch.cuda.device_of(qkv):
         _attend[(len(gather) // n, heads, batch)](
             qkv, bias, gather, inverse, out, 1 / math.sqrt(width), len(inverse), heads, n, len(bias),
-            BLOCK=max(16, triton.next_power_of_2(n)), D=width, PRECISION=precision,
+            BLOCK=max(16, triton.next_power_of_2(n)), D=width, PRECISION="tf32" if tf32 else "ieee",
         )  # fmt: skip
     return out
