@@ -23,7 +23,7 @@ ROWS = (
     ("training",),
     ("explanation",),
     ("classifier",),
-    ("prediction",),
+    ("prediction", "feature_file"),
     ("evaluation",),
     ("reports",),
     ("inference",),

@@ -137,7 +137,7 @@ def test_the_commands_import_no_torch(target: str, tmp_path: Path) -> None:
 
 
 def test_importing_the_package_for_an_export_imports_no_torch() -> None:
-    modules = "vitrail.classifier, vitrail.evaluation.evaluate, vitrail.data.catalog, vitrail.inference.feature_file"
+    modules = "vitrail.classifier, vitrail.evaluation.evaluate, vitrail.data.catalog, vitrail.feature_file"
     done = subprocess.run([sys.executable, "-c", f"import sys, {modules}; print('torch' in sys.modules)"],
                           capture_output=True, text=True, check=True)  # fmt: skip
     assert done.stdout == "False\n"

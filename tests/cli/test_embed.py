@@ -60,7 +60,7 @@ def test_features_of_a_folder(
 def test_a_stopped_command_continues(
     model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vitrail.inference import feature_file as features
+    from vitrail import feature_file as features
 
     monkeypatch.setattr(features, "_SHARD", 1)
     write, left = features.atomic_write_bytes, [2]

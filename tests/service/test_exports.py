@@ -80,8 +80,8 @@ def _port(process: subprocess.Popen[str]) -> int:
 
 
 def _ask(port: int, data: bytes) -> tuple[int, dict[str, object]]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     for _ in range(500):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         try:
             connection.request("POST", "/predict?top=10", data, {"Content-Type": "image/png"})
             break

@@ -101,11 +101,11 @@ def run_worker(
     share_malloc_arena()  # or memory that requests took would stay with their threads
     classifier = load(model, device, precision=precision) if isinstance(model, str) else model
     server = make_server(create_app(classifier, settings, name), settings)
-    if announce:
-        print(f"{classifier!r}\nserved on {_url(sockets[0])}; Ctrl-C stops it", file=sys.stderr, flush=True)
     # What exists now stays: a full garbage collection would walk through it, and hold up all requests for 40 ms.
     gc.collect()
     gc.freeze()
+    if announce:
+        print(f"{classifier!r}\nserved on {_url(sockets[0])}; Ctrl-C stops it", file=sys.stderr, flush=True)
     server.run(sockets=sockets)
 
 

@@ -37,7 +37,7 @@ def embed(
     """
     from vitrail.cli.common.tables import print_skipped, stdout
     from vitrail.data.formats.objects import image_inputs
-    from vitrail.inference.feature_file import embed_to_file
+    from vitrail.feature_file import embed_to_file
     from vitrail.utils.text import counted
 
     classifier = open_model(model, device, img_size, precision, weights)

@@ -33,9 +33,7 @@ def serve(
         int | None, typer.Option(min=1, max=1024, help="Images of a batch; by default measured at start.")
     ] = None,
     access_log: Annotated[bool, typer.Option(help="Print a JSON line for each request to stderr.")] = True,
-    cuda_graphs: Annotated[
-        bool, typer.Option("--cuda-graphs", help="On CUDA: record the model's passes and replay them.")
-    ] = False,
+    cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="On CUDA: record passes and replay them.")] = False,
     device: DeviceOption = None,
     precision: PrecisionOption = "auto",
 ) -> None:

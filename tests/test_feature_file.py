@@ -16,11 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
+from vitrail import feature_file as features
 from vitrail.classifier import Classifier
 from vitrail.errors import ConfigError, DataError, DeviceError, RunError
+from vitrail.feature_file import embed_to_file, files_fingerprint
 from vitrail.images.preprocess import Preprocess
-from vitrail.inference import feature_file as features
-from vitrail.inference.feature_file import embed_to_file, files_fingerprint
 from vitrail.models.build import build_model
 from vitrail.models.configs import ViTConfig
 
@@ -134,7 +134,7 @@ def test_a_killed_process_loses_a_shard_at_most(photos: Path, tmp_path: Path) ->
     code = f"""
 import os, signal
 from contextlib import contextmanager
-from vitrail.inference import feature_file as features
+from vitrail import feature_file as features
 from vitrail import load
 features._SHARD = 8
 @contextmanager
