@@ -1,8 +1,8 @@
 """Limits of connections: the size of a request's header and a deadline for it, a deadline for a client that does not
 read, requests that are sent ahead, and the number of connections.
 
-httptools takes a twentieth of the service's Python time, where h11 took a third; but it has no limit of its own, and parses
-all requests that were sent ahead.
+httptools takes a twentieth of the service's Python time, where h11 took a third; but it has no limit of its own, and
+parses all requests that were sent ahead.
 """
 
 from __future__ import annotations
