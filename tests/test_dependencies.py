@@ -13,7 +13,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Extras whose packages are imported by name (importlib.import_module), or by another package.
 BY_NAME = {
-    "httptools",
     "onnxscript",
     "timm",
     "torchvision",

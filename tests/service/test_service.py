@@ -156,6 +156,24 @@ def test_what_follows_a_body_has_a_limit(service: Running, parts: list[bytes]) -
     assert service.request("GET", "/healthz").status == 200
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_a_request_for_another_protocol_is_answered_in_this_one(service: Running, together: bool) -> None:
+    """As Java's client sends by default."""
+    more = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
+    image, last = encoded(1), b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(image)}\r\n{more}\r\n".encode()
+    parts = [head + image + last] if together else [head[:100], head[100:], image[:50], image[50:], last]
+    answers = raw(service, *parts, pause=0.02)
+    assert answers.count(b"HTTP/1.1 200") == 2
+    assert b'"label"' in answers
+
+
+@pytest.mark.parametrize("start", [b"CONNECT localhost:80", b"OPTIONS *", b"GET http://localhost", b"PRI *"])
+def test_unusual_targets(service: Running, start: bytes) -> None:
+    answer = raw(service, start + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    assert answer.startswith((b"HTTP/1.1 200", b"HTTP/1.1 4"))
+
+
 def test_requests_that_are_sent_ahead(service: Running) -> None:
     """A few are answered in order; thousands are not even parsed."""
     one = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"

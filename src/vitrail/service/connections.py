@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from vitrail.service.settings import ServeSettings
@@ -28,6 +29,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     settings: ServeSettings
     _header_bytes = 0  # of this request
+    _method = b""  # of a request that asks for another protocol
     _surplus = 0  # bytes received that were no part of a body
     _header_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
@@ -47,17 +49,45 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._header_timer is None and self._between_requests:
             self._header_timer = self.loop.call_later(self.settings.header_timeout, self.transport.abort)
         self._surplus += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._parse(data)
         if self._surplus > _HEADER_BYTES and not self.transport.is_closing():
             self.send_400_response("Invalid HTTP request received.")
         if not self._between_requests:  # the header is complete
             self._stop_header_timer()
 
+    def _parse(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ignore_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Parse a request that asks for another protocol, as Java's client asks for HTTP/2, as if it did not (RFC 9110,
+        section 7.8): the parser has stopped after its header, and would drop its body. rest: what follows."""
+        self.parser = httptools.HttpRequestParser(self)
+        kept = [(name, value) for name, value in self.headers if name not in (b"upgrade", b"connection")]
+        lines = [b"%s %s HTTP/1.1" % (self._method, self.url), *(b"%s: %s" % pair for pair in kept)]
+        self._parse(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
+
     def on_message_begin(self) -> None:
         if len(self.pipeline) >= _SENT_AHEAD:
             raise _TooMuch
         self._header_bytes = self._surplus = 0
+        self._method = b""
         super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+            self._method = self.parser.get_method()  # `_ignore_upgrade` follows
+        else:
+            super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        if not self._method:
+            super().on_message_complete()
 
     def on_url(self, url: bytes) -> None:
         self._count_header(url)
