@@ -79,6 +79,31 @@ def test_a_batch_that_fails_beside_another() -> None:
     with_batcher(2, check)
 
 
+def test_images_that_do_not_fit_together() -> None:
+    async def check(batcher: Batcher, model: Model) -> None:
+        images = [np.zeros((2, 2, 3), np.uint8), np.zeros((3, 3, 3), np.uint8)]
+        found = await asyncio.gather(*map(batcher.submit, images), return_exceptions=True)
+        assert [type(each) for each in found] == [ValueError, ValueError]
+
+    with_batcher(1, check)
+
+
+@pytest.mark.parametrize("turns", range(5))
+def test_a_stop_at_any_moment_ends(turns: int) -> None:
+    async def check(batcher: Batcher, model: Model) -> None:
+        with batcher.admit(2), batcher.decoding():
+            waiting = asyncio.create_task(submit(batcher, 1))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            batcher._changed.set()
+            await asyncio.sleep(0)
+            async with asyncio.timeout(5):
+                await batcher.stop()
+            waiting.cancel()
+
+    with_batcher(1, check)
+
+
 def sleeper(seconds: Callable[[int], float], at_once: int) -> Callable[[Images], Outputs]:
     """A model that takes `seconds` of a batch's size, and computes `at_once` batches at the same time."""
     cores = threading.Semaphore(at_once)

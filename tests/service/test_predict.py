@@ -159,6 +159,35 @@ def test_a_full_queue_answers_429() -> None:
         assert service.predict(encoded()).status == 200
 
 
+def test_an_output_that_is_not_finite_is_an_error_of_its_image_alone(tmp_path: Path) -> None:
+    """In batches with others, which have their own answers."""
+    classifier = small_classifier()
+    engine = classifier.engine()
+    compute = engine.runtime.logits
+
+    def compute_or_nan(images: np.ndarray) -> np.ndarray:
+        time.sleep(0.1)  # so that others wait, and form a batch
+        return np.where((images == 255).all(axis=(1, 2, 3))[:, None], np.nan, compute(images)).astype(np.float32)
+
+    engine.runtime.logits = compute_or_nan  # type: ignore[method-assign]
+    classifier.engine = lambda **_: engine  # type: ignore[method-assign]
+    white = io.BytesIO()
+    Image.new("RGB", (40, 40), "white").save(white, "PNG")
+    data = [white.getvalue() if number % 3 == 0 else encoded(number) for number in range(12)]
+    with running(classifier, max_batch=4) as service, ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(service.predict, data))
+    for number, answer in enumerate(answers):
+        assert answer.status == (422 if number % 3 == 0 else 200)
+        if number % 3 == 0:
+            assert "finite" in answer.body["error"]
+        else:
+            (expected,) = small_classifier().predict(Image.open(io.BytesIO(data[number])))
+            assert (answer.body["label"], answer.body["score"]) == (
+                expected.label,
+                pytest.approx(expected.score, abs=1e-5),
+            )
+
+
 @pytest.mark.parametrize("method", ["relevance", "rollout"])
 def test_explain(service: Running, method: str) -> None:
     data = encoded(6, (80, 50))

@@ -121,8 +121,9 @@ def test_a_slow_second_header_is_given_up(service: Running) -> None:
         [b"X-A: " + b"a" * 20_000, *[b"a" * 20_000] * 4],  # one line that does not end
         [b"X-A: " + b"a" * 1_000 + b"\r\n"] * 100,
         [b"a: b\r\n"] * 20_000,
+        [b"a:\r\n" * 8_000],
     ],
-    ids=["one line", "no end", "many lines", "short lines"],
+    ids=["one line", "no end", "many lines", "short lines", "empty lines"],
 )
 def test_a_huge_header_is_refused(service: Running, parts: list[bytes]) -> None:
     answer = raw(service, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n", *parts)
@@ -172,6 +173,47 @@ def test_a_request_for_another_protocol_is_answered_in_this_one(service: Running
 def test_unusual_targets(service: Running, start: bytes) -> None:
     answer = raw(service, start + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     assert answer.startswith((b"HTTP/1.1 200", b"HTTP/1.1 4"))
+
+
+def test_a_request_for_another_protocol_may_ask_to_close(service: Running) -> None:
+    start, more = time.perf_counter(), b"Host: localhost\r\nConnection: close, Upgrade\r\nUpgrade: h2c\r\n\r\n"
+    assert b"200" in raw(service, b"GET /healthz HTTP/1.1\r\n" + more)
+    assert b"200" in raw(
+        service, b"GET /healthz HTTP/1.0\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n" + more[:17] + b"\r\n"
+    )
+    assert time.perf_counter() - start < 3
+
+
+def test_a_client_that_does_not_read_is_given_up() -> None:
+    """Also where little is unsent."""
+    with running(CLASSIFIER, request_timeout=0.5, keep_alive=1) as service, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", service.port))
+        for _ in range(60):
+            connection.sendall(b"GET /page.js HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            time.sleep(0.01)
+        deadline = time.monotonic() + 10
+        while service.server.server_state.connections and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not service.server.server_state.connections
+
+
+def test_a_body_that_was_not_read_ends_the_connection() -> None:
+    """What follows would be taken for it."""
+    with running(CLASSIFIER, token="abc") as service:
+        head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 400\r\n\r\n"
+        answer = raw(service, head, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", pause=0.1)
+        assert answer.startswith(b"HTTP/1.1 401")
+        assert answer.lower().count(b"connection: close") == 1
+
+
+@pytest.mark.parametrize("target", [b"http://localhost", b"http://localhost?x=1"])
+def test_an_absolute_target_without_a_path(service: Running, target: bytes) -> None:
+    assert b"200 OK" in raw(service, b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+
+
+def test_a_long_content_type_is_refused(service: Running) -> None:
+    assert service.request("POST", "/predict", b"x", Content_Type="multipart/form-data; " + 2000 * ";").status == 400
 
 
 def test_requests_that_are_sent_ahead(service: Running) -> None:

@@ -71,6 +71,7 @@ class Batcher:
         self._decoding = 0  # those that are not in the queue yet
         self._seconds = 0.0  # average time of an image
         self._task: asyncio.Task[None] | None = None
+        self._stopping = False
         self._batches: set[asyncio.Task[None]] = set()  # that are being computed
 
     def start(self) -> None:
@@ -78,6 +79,7 @@ class Batcher:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
+        self._stopping = True
         tasks = [*self._batches, *([self._task] if self._task else [])]
         for task in tasks:
             task.cancel()
@@ -122,7 +124,7 @@ class Batcher:
         return await future
 
     async def _run(self) -> None:
-        while True:
+        while not self._stopping:
             if batch := await self._next_batch():
                 task = asyncio.create_task(self._answer(batch))
                 self._batches.add(task)
@@ -133,18 +135,22 @@ class Batcher:
         self._changed.set()
 
     async def _answer(self, batch: list[Waiting]) -> None:
-        images = np.stack([pixels for pixels, _ in batch])
-        start = perf_counter()
         try:
+            images = np.stack([pixels for pixels, _ in batch])
+            start = perf_counter()
             outputs = await asyncio.get_running_loop().run_in_executor(self._threads, self._compute, images)
-        except Exception as error:
+            seconds = perf_counter() - start
+            self._seconds += _RATE_WEIGHT * (seconds / len(batch) / len(self._batches) - self._seconds)
+            self._observe_batch(len(batch), seconds)
+            if len(outputs) != len(batch):
+                raise RuntimeError(f"{len(outputs)} outputs of {len(batch)} images")
+        except BaseException as error:
             for _, future in batch:
                 if not future.done():
-                    future.set_exception(error)
+                    future.set_exception(error) if isinstance(error, Exception) else future.cancel()
+            if not isinstance(error, Exception):
+                raise
             return
-        seconds = perf_counter() - start
-        self._seconds += _RATE_WEIGHT * (seconds / len(batch) / len(self._batches) - self._seconds)
-        self._observe_batch(len(batch), seconds)
         for (_, future), row in zip(batch, outputs, strict=True):
             if not future.done():
                 future.set_result(row)
@@ -165,7 +171,8 @@ class Batcher:
     async def _wait(self, seconds: float | None) -> None:
         self._changed.clear()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), seconds)
+            async with asyncio.timeout(seconds):  # not wait_for, which may lose a cancellation (Python 3.11)
+                await self._changed.wait()
 
 
 def choose_batches(compute: Callable[[Images], Outputs], size: tuple[int, int, int]) -> tuple[int, int]:

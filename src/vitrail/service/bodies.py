@@ -9,15 +9,17 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
 from vitrail.service.settings import ServeSettings
 from vitrail.utils.text import format_bytes, printable
 
+H = TypeVar("H", str, bytes)
 FORM = "multipart/form-data"
 _DISCARD = 1.0  # seconds
+_LONGEST = 1024  # bytes of a header with options
 _LARGE = 64 << 10  # bytes of a form that is parsed in a thread, which takes longer than parsing a small one
 _CLOSE = {"Connection": "close"}  # the rest of the body is not read
 
@@ -112,11 +114,18 @@ async def _discard(stream: AsyncGenerator[bytes]) -> None:
                 pass
 
 
+def _short(header: H) -> H:
+    """The same: python-multipart takes the square of its length to parse it. Raises Refused (400) if it is long."""
+    if len(header) > _LONGEST:
+        raise Refused(400, f"a Content-Type or Content-Disposition is longer than {_LONGEST} bytes", _CLOSE)
+    return header
+
+
 def parse_content_type(text: str) -> tuple[str, bytes | None]:
     """The media type in lower case, and the boundary of a multipart form."""
     from python_multipart.multipart import parse_options_header
 
-    kind, options = parse_options_header(text)
+    kind, options = parse_options_header(_short(text))
     return kind.decode("latin-1").strip().lower(), options.get(b"boundary")
 
 
@@ -180,7 +189,7 @@ class _Collector:
     def _part_end(self) -> None:
         from python_multipart.multipart import parse_options_header
 
-        _, options = parse_options_header(self._disposition)
+        _, options = parse_options_header(_short(self._disposition))
         if (found := options.get(b"name", b"").decode("utf-8", "replace")) != self._name:
             raise Refused(400, f"the form has a field {printable(found, 40)!r}: name it {self._name}")
         if len(self.files) == self._most:

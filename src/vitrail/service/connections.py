@@ -16,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from vitrail.service.settings import ServeSettings
 
 _HEADER_BYTES = 32 << 10  # of a header, and of what surrounds a body: lengths of chunks, trailers
+_LINE_BYTES = 32  # that a line of a header counts besides, for what it takes in memory
 _CHUNK_BYTES = 64  # that may surround a chunk of a body
 _SENT_AHEAD = 8  # requests of one connection that may wait for their turn
 
@@ -40,6 +41,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # the write timer runs as long as anything is unsent
         if len(self.connections) > self.settings.max_connections:
             transport.abort()
         else:
@@ -67,9 +69,11 @@ class LimitedProtocol(HttpToolsProtocol):
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Parse a request that asks for another protocol, as Java's client asks for HTTP/2, as if it did not (RFC 9110,
         section 7.8): the parser has stopped after its header, and would drop its body. rest: what follows."""
+        version = self.parser.get_http_version().encode()
         self.parser = httptools.HttpRequestParser(self)
-        kept = [(name, value) for name, value in self.headers if name not in (b"upgrade", b"connection")]
-        lines = [b"%s %s HTTP/1.1" % (self._method, self.url), *(b"%s: %s" % pair for pair in kept)]
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        kept = [(name, value) for name, value in self.headers if name != b"upgrade"]
+        lines = [b"%s %s HTTP/%s" % (self._method, self.url, version), *(b"%s: %s" % pair for pair in kept)]
         self._parse(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
 
     def on_message_begin(self) -> None:
@@ -82,8 +86,10 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
             self._method = self.parser.get_method()  # `_ignore_upgrade` follows
-        else:
-            super().on_headers_complete()
+            return
+        if b"://" in self.url and (parts := httptools.parse_url(self.url)).path is None:
+            self.url = b"/" + (b"?" + parts.query if parts.query else b"")  # RFC 9110, section 4.2.3
+        super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         if not self._method:
@@ -102,7 +108,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def _count_header(self, data: bytes) -> None:
-        self._header_bytes += len(data)
+        self._header_bytes += len(data) + _LINE_BYTES
         if self._header_bytes > _HEADER_BYTES:
             raise _TooMuch
 

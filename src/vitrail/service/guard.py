@@ -57,6 +57,7 @@ class Guard:
             return
         start, status = perf_counter(), 0
         headers = dict(scope["headers"])
+        unread = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
         added = [*_SECURITY, *self._cors(headers)]
 
         async def send_with_headers(message: Message) -> None:
@@ -65,16 +66,24 @@ class Guard:
                 status = message["status"]
                 own = {name for name, _ in message["headers"]}
                 message["headers"] = [*message["headers"], *(pair for pair in added if pair[0] not in own)]
-                if self.draining:
+                if (
+                    self.draining or unread
+                ) and b"connection" not in own:  # or what follows would be taken for the rest of the body
                     message["headers"].append((b"connection", b"close"))
             await send(message)
+
+        async def receive_all() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = unread and message.get("more_body", False)
+            return message
 
         try:
             if refusal := self._refusal(scope, headers):
                 await _answer(send_with_headers, *refusal)
                 return
             async with asyncio.timeout(self._settings.request_timeout):
-                await self._app(scope, receive, send_with_headers)
+                await self._app(scope, receive_all, send_with_headers)
         except TimeoutError:
             if not status:
                 reason = f"not answered within {self._settings.request_timeout:g} s"

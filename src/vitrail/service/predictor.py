@@ -19,7 +19,7 @@ from vitrail.errors import ModelError, VitrailError
 from vitrail.images.convert import Pixels
 from vitrail.images.decode import BadImage, read_header
 from vitrail.images.reader import crop
-from vitrail.inference.engine import Engine, default_workers
+from vitrail.inference.engine import NOT_FINITE, Engine, default_workers
 from vitrail.inference.probabilities import ranking, softmax
 from vitrail.inference.runtime import Images, Outputs
 from vitrail.pretrained.model_card import without_paths
@@ -62,9 +62,11 @@ class Predictor:
         )
 
     def compute(self, images: Images) -> Outputs:
-        """Logits B K, by the engine."""
+        """Logits B K, by the engine; NaN in rows that are not finite."""
         (result,) = self.engine.run(images, lambda image: image, len(images), workers=0)
-        return result.outputs
+        outputs = np.full((len(images), *result.outputs.shape[1:]), np.nan, np.float32)
+        outputs[[error is None for error in result.errors]] = result.outputs
+        return outputs
 
     async def stop(self) -> None:
         await self.batcher.stop()
@@ -102,14 +104,14 @@ class Predictor:
     async def logits(self, pixels: Pixels) -> npt.NDArray[np.float32]:
         """The logits K of an image that has the model's size, uint8 H W C."""
         with self.batcher.admit():
-            return await self.batcher.submit(pixels)
+            return _finite(await self.batcher.submit(pixels))
 
     async def logits_of_file(self, data: bytes) -> npt.NDArray[np.float32]:
         """The logits K of an encoded image."""
         with self.batcher.admit():
             with self.batcher.decoding():
                 pixels = await self._decode(data)
-            return await self.batcher.submit(pixels)
+            return _finite(await self.batcher.submit(pixels))
 
     async def _decode(self, data: bytes) -> Pixels:
         seconds = self.settings.decode_timeout
@@ -136,6 +138,13 @@ class Predictor:
             raise Refused(400, str(error)) from None
         finally:
             self._explaining -= 1
+
+
+def _finite(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The same. Raises BadImage if they are not finite."""
+    if not np.isfinite(logits).all():
+        raise BadImage(NOT_FINITE)
+    return logits
 
 
 def ranked(logits: npt.NDArray[np.float32], names: tuple[str, ...], top: int) -> PredictionBody:
