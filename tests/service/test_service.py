@@ -189,9 +189,13 @@ def test_a_client_that_does_not_read_is_given_up() -> None:
     with running(CLASSIFIER, request_timeout=0.5, keep_alive=1) as service, socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         connection.connect(("127.0.0.1", service.port))
-        for _ in range(60):
+        while True:
             connection.sendall(b"GET /page.js HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            time.sleep(0.01)
+            time.sleep(0.005)
+            (protocol,) = service.server.server_state.connections
+            if unsent := protocol.transport.get_write_buffer_size():
+                break
+        assert unsent < 64 << 10  # at which writing pauses by default
         deadline = time.monotonic() + 10
         while service.server.server_state.connections and time.monotonic() < deadline:
             time.sleep(0.05)
