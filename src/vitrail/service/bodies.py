@@ -6,8 +6,8 @@ What is wrong with a request is a `Refused`, with the HTTP status.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,7 +18,6 @@ from vitrail.utils.text import format_bytes, printable
 
 H = TypeVar("H", str, bytes)
 FORM = "multipart/form-data"
-_DISCARD = 1.0  # seconds
 _LONGEST = 1024  # bytes of a header with options
 _LARGE = 64 << 10  # bytes of a form that is parsed in a thread, which takes longer than parsing a small one
 _CLOSE = {"Connection": "close"}  # the rest of the body is not read
@@ -73,7 +72,6 @@ class Bodies:
                     parts.append(part)
                     too_large = size > settings.max_body
             if too_large:
-                await _discard(stream)
                 raise Refused(413, f"the request is larger than {format_bytes(settings.max_body)}", _CLOSE)
             yield b"".join(parts)
         except TimeoutError:
@@ -104,14 +102,6 @@ class Bodies:
                 yield await asyncio.to_thread(parse_form, body, boundary, field, most)
             else:
                 yield parse_form(body, boundary, field, most)
-
-
-async def _discard(stream: AsyncGenerator[bytes]) -> None:
-    """Read what a client goes on sending, for a moment: it would not see an answer while it sends."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(_DISCARD):
-            async for _ in stream:
-                pass
 
 
 def _short(header: H) -> H:

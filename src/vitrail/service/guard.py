@@ -7,6 +7,7 @@ import json
 import secrets
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from time import perf_counter
 from typing import Any
@@ -39,6 +40,7 @@ _SECURITY = (
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"cache-control", b"no-store"),
 )
+_DISCARD = 1.0  # seconds
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
@@ -63,12 +65,13 @@ class Guard:
         async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
+                if b"expect" not in headers:  # whose client may be waiting to be told whether to send the body
+                    await discard()
                 status = message["status"]
                 own = {name for name, _ in message["headers"]}
                 message["headers"] = [*message["headers"], *(pair for pair in added if pair[0] not in own)]
-                if (
-                    self.draining or unread
-                ) and b"connection" not in own:  # or what follows would be taken for the rest of the body
+                # What follows a body that was not read would be taken for its rest.
+                if (self.draining or unread) and b"connection" not in own:
                     message["headers"].append((b"connection", b"close"))
             await send(message)
 
@@ -77,6 +80,13 @@ class Guard:
             message = await receive()
             unread = unread and message.get("more_body", False)
             return message
+
+        async def discard() -> None:
+            """Read what the client goes on sending, for a moment: it would not see an answer while it sends."""
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_DISCARD):
+                    while unread:
+                        await receive_all()
 
         try:
             if refusal := self._refusal(scope, headers):
