@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -176,7 +177,8 @@ def test_a_hang_up_saves_the_run(ignored: bool, tmp_path: Path) -> None:
         nohup = shutil.which("nohup")
         assert nohup is not None
         command = [nohup, *command]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    not_ignored = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=not_ignored) as process:
         end = time.monotonic() + 120
         while not list(folder.glob("checkpoint/step-*")) and time.monotonic() < end:
             time.sleep(0.02)
