@@ -180,7 +180,8 @@ def choose_batches(compute: Callable[[Images], Outputs], size: tuple[int, int, i
 
     The size is the smallest whose time for an image is within 5 % of the best of 1, 2, 4, 8, 16 and 32; before these
     come single images, two at once. They are faster where weights fit into the caches: threads that wait for others at
-    the end of an operation go on with the other image. What would take more than about _TRIAL seconds is not tried. size: H W C.
+    the end of an operation go on with the other image. What would take more than about _TRIAL seconds is not tried.
+    size: H W C.
     """
     times: dict[int, float] = {}
     compute(np.zeros((1, *size), np.uint8))
