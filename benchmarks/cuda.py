@@ -9,7 +9,6 @@ device, and has not been run yet.
 
 import argparse
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import partial
 from statistics import median
 from typing import Any
@@ -30,12 +29,6 @@ NETWORKS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224")
 BATCHES = (1, 16, 128)
 
 
-@contextmanager
-def without_kernel() -> Any:
-    with patch.object(WindowAttention, "_kernel", lambda *_: None):
-        yield
-
-
 def runtimes(name: str) -> dict[str, Callable[[Any], Any]]:
     row = VARIANTS[name]
     model = build_model(row.config).eval()
@@ -50,7 +43,7 @@ def runtimes(name: str) -> dict[str, Callable[[Any], Any]]:
         label: TorchRuntime(network, row.preprocess, "bf16", **more).logits for label, (network, more) in kinds.items()
     }
     if any(isinstance(module, WindowAttention) for module in model.modules()):
-        found["vitrail, no kernel"] = without_kernel()(found["vitrail"])
+        found["vitrail, no kernel"] = patch.object(WindowAttention, "_kernel", lambda *_: None)(found["vitrail"])
     return found
 
 

@@ -57,8 +57,6 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
 }
 EPOCHS = {"vit": 2, "deit": 2}  # the others 1; the DeiT has the ViT as its teacher
 SETTINGS = {"batch_size": 128, "lr": 2e-3, "warmup_epochs": 0.2, "clip_grad": 1.0, "label_smoothing": 0.1, "ema": 0.99}
-
-
 REST = 0.1  # seconds before each timed call
 ONE = ", one image"  # compiled for a batch of 1
 

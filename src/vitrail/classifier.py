@@ -124,7 +124,6 @@ class Classifier(BaseClassifier):
         return self
 
     def engine(self, *, adapt_threads: bool = False, cuda_graphs: bool = False) -> Engine:
-        """adapt_threads, cuda_graphs: as of `TorchRuntime`."""
         from vitrail.inference.torch_runtime import TorchRuntime
 
         runtime = TorchRuntime(

@@ -162,6 +162,7 @@ class BaseClassifier:
 
         adapt_threads: for one long job: torch on the CPU computes with as many threads as are the fastest while other
         programs use the cores, and a warning says so. An export has the threads that it was opened with.
+        cuda_graphs: on CUDA, passes are recorded and replayed: see `CudaGraphs`. DeviceError elsewhere.
         """
         raise NotImplementedError
 

@@ -20,7 +20,6 @@ H = TypeVar("H", str, bytes)
 FORM = "multipart/form-data"
 _LONGEST = 1024  # bytes of a header with options
 _LARGE = 64 << 10  # bytes of a form that is parsed in a thread, which takes longer than parsing a small one
-_CLOSE = {"Connection": "close"}  # the rest of the body is not read
 
 
 class Refused(Exception):
@@ -59,24 +58,24 @@ class Bodies:
         settings, stream = self._settings, request.stream()
         size, parts = 0, []
         if request.headers.get("content-encoding", "identity").lower() != "identity":
-            raise Refused(415, "compressed requests are not accepted: send the image as it is", _CLOSE)
+            raise Refused(415, "compressed requests are not accepted: send the image as it is")
         length = request.headers.get("content-length", "")
         too_large = length.isdigit() and int(length) > settings.max_body
         try:
             async with asyncio.timeout(settings.body_timeout):
                 while not too_large and (part := await anext(stream, None)) is not None:
                     if self._in_memory + len(part) > settings.max_body_memory:
-                        raise Refused(429, "too many large requests at the same time", {"Retry-After": "1", **_CLOSE})
+                        raise Refused(429, "too many large requests at the same time", {"Retry-After": "1"})
                     self._in_memory += len(part)
                     size += len(part)
                     parts.append(part)
                     too_large = size > settings.max_body
             if too_large:
-                raise Refused(413, f"the request is larger than {format_bytes(settings.max_body)}", _CLOSE)
+                raise Refused(413, f"the request is larger than {format_bytes(settings.max_body)}")
             yield b"".join(parts)
         except TimeoutError:
             reason = f"the request was not sent within {settings.body_timeout:g} s"
-            raise Refused(408, reason, _CLOSE) from None
+            raise Refused(408, reason) from None
         finally:
             self._in_memory -= size
 
@@ -90,7 +89,7 @@ class Bodies:
         kind, boundary = parse_content_type(request.headers.get("content-type", ""))
         if kind != FORM and not kind.startswith("image/") and kind not in ("", "application/octet-stream"):
             allowed = f"image/*, application/octet-stream or {FORM}"
-            raise Refused(415, f"content type {printable(kind)!r} is not an image: use {allowed}", _CLOSE)
+            raise Refused(415, f"content type {printable(kind)!r} is not an image: use {allowed}")
         async with self.read(request) as body:
             if kind != FORM:
                 if not body:
@@ -107,7 +106,7 @@ class Bodies:
 def _short(header: H) -> H:
     """The same: python-multipart takes the square of its length to parse it. Raises Refused (400) if it is long."""
     if len(header) > _LONGEST:
-        raise Refused(400, f"a Content-Type or Content-Disposition is longer than {_LONGEST} bytes", _CLOSE)
+        raise Refused(400, f"a Content-Type or Content-Disposition is longer than {_LONGEST} bytes")
     return header
 
 
