@@ -1,25 +1,40 @@
-"""Inference on a GPU: timm's networks beside ours, with and without the Triton kernel for Swin's windows and CUDA
-graphs, in bfloat16.
+"""Inference, explanations and a service on a GPU, in bfloat16.
 
-    python -m benchmarks.cuda [--rounds 31]
+    python -m benchmarks.cuda [--rounds 31] [--parts inference explanation service]
 
-Uint8 images on the CPU to logits on the CPU for all, with our normalisation; in turn, after warm-up. It needs a CUDA
-device, and has not been run yet.
+inference: timm's networks beside ours, with and without the Triton kernel for Swin's windows and CUDA graphs; uint8
+images on the CPU to logits on the CPU for all, with our normalisation. timm: as it is, under autocast; with weights in
+bfloat16; and compiled so ("reduce-overhead", which uses CUDA graphs). explanation: `relevance` beside one forward and
+backward pass in float32. service: images a second of `vitrail serve` for 16 clients, with and without CUDA graphs.
 """
 
 import argparse
-from collections.abc import Callable
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
+from io import BytesIO
+from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor, nn
 
+from benchmarks.explain_cost import relevance_cost
 from benchmarks.measure import write
 from benchmarks.peers import timm_twin
+from benchmarks.serve import PORTS, percentile, start, throughput, wait_ready
+from vitrail.classifier import Classifier
 from vitrail.evaluation.timing import interleaved, median_ratio
+from vitrail.images.preprocess import Preprocess
 from vitrail.inference.torch_runtime import TorchRuntime
 from vitrail.layers.window import WindowAttention
 from vitrail.models.build import build_model
@@ -27,46 +42,106 @@ from vitrail.models.catalog import VARIANTS
 
 NETWORKS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224")
 BATCHES = (1, 16, 128)
+Call = Callable[[Any], Any]
 
 
-def runtimes(name: str) -> dict[str, Callable[[Any], Any]]:
+def runtimes(name: str, compiled: bool) -> dict[str, Call]:
     row = VARIANTS[name]
-    model = build_model(row.config).eval()
-    twin = timm_twin(name, row.config).eval()
-    twin.load_state_dict(model.state_dict(), strict=False)
-    kinds = {
-        "timm": (twin.cuda(), {}),
-        "vitrail": (model.cuda(), {}),
-        "vitrail, CUDA graphs": (model, {"cuda_graphs": True}),
+    model = build_model(row.config).eval().cuda()
+    twin, half = (timm_twin(name, row.config).eval().cuda() for _ in range(2))
+    half.bfloat16()
+    found: dict[str, Call] = {
+        "timm": TorchRuntime(twin, row.preprocess, "bf16").logits,
+        "timm, bfloat16 weights": partial(plain, half, row.preprocess),
+        "vitrail": TorchRuntime(model, row.preprocess, "bf16").logits,
+        "vitrail, CUDA graphs": TorchRuntime(model, row.preprocess, "bf16", cuda_graphs=True).logits,
     }
-    found: dict[str, Callable[[Any], Any]] = {
-        label: TorchRuntime(network, row.preprocess, "bf16", **more).logits for label, (network, more) in kinds.items()
-    }
+    if compiled:
+        found["timm, bfloat16 weights, compiled"] = partial(
+            plain, torch.compile(half, mode="reduce-overhead", dynamic=False), row.preprocess
+        )
     if any(isinstance(module, WindowAttention) for module in model.modules()):
         found["vitrail, no kernel"] = patch.object(WindowAttention, "_kernel", lambda *_: None)(found["vitrail"])
     return found
 
 
-def speed(name: str, rounds: int) -> list[dict[str, Any]]:
-    calls = runtimes(name)
-    rows = []
-    for batch in BATCHES:
-        images = np.random.default_rng(0).integers(0, 256, (batch, 224, 224, 3), np.uint8)
-        took = interleaved({label: partial(call, images) for label, call in calls.items()}, rounds, warmup=5)
-        for label, seconds in took.items():
-            over = median_ratio(took["timm"], seconds)
-            rows.append({"model": name, "what": label, "batch": batch, "ms": 1e3 * median(seconds), "over_timm": over})
-            print(f"{name}, batch {batch}, {label}: {1e3 * median(seconds):.2f} ms, {over:.2f}x timm", flush=True)
-    return rows
+@torch.inference_mode()
+def plain(model: nn.Module, preprocess: Preprocess, images: Any) -> Any:
+    pixels: Tensor = torch.from_numpy(images).cuda().permute(0, 3, 1, 2).contiguous()
+    return model(preprocess.normalize(pixels).bfloat16()).float().cpu().numpy()
+
+
+def inference(rounds: int, compiled: bool) -> Iterator[dict[str, Any]]:
+    for name in NETWORKS:
+        calls = runtimes(name, compiled)
+        for batch in BATCHES:
+            images = np.random.default_rng(0).integers(0, 256, (batch, 224, 224, 3), np.uint8)
+            took = interleaved({label: partial(call, images) for label, call in calls.items()}, rounds, warmup=5)
+            for label, seconds in took.items():
+                over = median_ratio(took["timm"], seconds)
+                print(f"{name}, batch {batch}, {label}: {1e3 * median(seconds):.2f} ms, {over:.2f}x timm", flush=True)
+                yield {"model": name, "what": label, "batch": batch, "ms": 1e3 * median(seconds), "over_timm": over}
+
+
+def explanation(rounds: int) -> list[dict[str, Any]]:
+    found = [asdict(each) | {"times_as_long": 1 / each.ratio_median} for each in relevance_cost("cuda", rounds)]
+    for each in found:
+        print(f"{each['name']}, {each['ours']}: {each['times_as_long']:.2f} times as long as a forward and backward")
+    return found
+
+
+def service(requests: int, rounds: int) -> Iterator[dict[str, Any]]:
+    image = BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)).save(image, "jpeg")
+    for name in NETWORKS:
+        for graphs in (False, True):
+            with serving(name, graphs) as port:
+                throughput(port, [image.getvalue()] * 64)
+                done = [throughput(port, [image.getvalue()] * requests) for _ in range(rounds)]
+            times = [each for _, seconds in done for each in seconds]
+            rate, tail = median(rate for rate, _ in done), percentile(times, 0.99)
+            print(f"{name}, CUDA graphs {graphs}: {rate:.0f} images/s, p99 {tail} ms", flush=True)
+            yield {"model": name, "cuda_graphs": graphs, "images_per_second": round(rate, 1), "p99_ms": tail}
+
+
+@contextmanager
+def serving(name: str, graphs: bool) -> Iterator[int]:
+    """The port of a service of the model with random weights."""
+    row = VARIANTS[name]
+    model = build_model(row.config).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        names = [str(number) for number in range(model.num_classes)]
+        Classifier(model, row.preprocess, names, architecture=name).save(Path(folder, "model"))
+        port = str(PORTS["vitrail"])
+        options = ["--port", port, "--device", "cuda", "--no-access-log", *(["--cuda-graphs"] if graphs else [])]
+        process = start(["-m", "vitrail", "serve", str(Path(folder, "model")), *options])
+        try:
+            jpeg = BytesIO()
+            Image.new("RGB", (256, 256)).save(jpeg, "jpeg")
+            wait_ready("vitrail", jpeg.getvalue())
+            yield PORTS["vitrail"]
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parts = ("inference", "explanation", "service")
+    parser.add_argument("--parts", nargs="*", default=parts, choices=parts)
     given = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device")
-    write("cuda", results=[row for name in NETWORKS for row in speed(name, given.rounds)])
+    found: dict[str, Any] = {}
+    if "inference" in given.parts:
+        found["inference"] = list(inference(given.rounds, not given.no_compile))
+    if "explanation" in given.parts:
+        found["explanation"] = explanation(given.rounds)
+    if "service" in given.parts:
+        found["service"] = list(service(1600, 3))
+    write("cuda", command="python -m " + " ".join(["benchmarks.cuda", *sys.argv[1:]]), **found)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from tempfile import TemporaryDirectory
@@ -19,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import vitrail
-from benchmarks.measure import interleave
+from benchmarks.measure import Comparison, interleave
 from vitrail.classifier import Classifier
 from vitrail.explanation.explain import compute_maps
 from vitrail.explanation.methods.table import METHODS
@@ -30,26 +31,38 @@ from vitrail.models.catalog import VARIANTS
 
 
 def cost() -> dict[str, Any]:
+    times = [{**asdict(each), "times_as_long": round(1 / each.ratio_median, 3)} for each in relevance_cost("cpu")]
+    return {"relevance": times, "cold": [cold(), cold("--score")], "forwards": count_forwards()}
+
+
+def relevance_cost(device: str, rounds: int = 7) -> list[Comparison]:
     """The time of `relevance` beside one forward and backward pass for all parameters, as in training."""
     comparisons = []
     for name in ("vit_small_patch16_224", "swin_tiny_patch4_window7_224"):
-        model = build_model(VARIANTS[name].config).eval()
+        model = build_model(VARIANTS[name].config).eval().to(device)
         for batch in (1, 8):
-            images, target = torch.rand(batch, 3, 224, 224), parse_target(0, [str(number) for number in range(1000)])
+            images = torch.rand(batch, 3, 224, 224, device=device)
+            target = parse_target(0, [str(number) for number in range(1000)])
             steps = [
-                partial(compute_maps, model, images, METHODS["relevance"], target),
-                partial(forward_and_backward, model, images),
+                partial(_finished, compute_maps, model, images, METHODS["relevance"], target),
+                partial(_finished, forward_and_backward, model, images),
             ]
             labels = (f"relevance, batch {batch}", "one forward and backward")
-            comparisons.append(interleave(name, *zip(labels, steps, strict=True), rounds=7))
-    times = [{**asdict(each), "times_as_long": round(1 / each.ratio_median, 3)} for each in comparisons]
-    return {"relevance": times, "cold": [cold(), cold("--score")], "forwards": count_forwards()}
+            comparisons.append(interleave(name, *zip(labels, steps, strict=True), rounds=rounds))
+    return comparisons
+
+
+def _finished(call: Callable[..., Any], model: nn.Module, images: Tensor, *rest: Any) -> None:
+    call(model, images, *rest)
+    if images.is_cuda:
+        torch.cuda.synchronize()
 
 
 def forward_and_backward(model: nn.Module, images: Tensor) -> None:
     """A training step without its update."""
     model.zero_grad()
-    F.cross_entropy(model(images), torch.zeros(len(images), dtype=torch.int64)).backward()
+    targets = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    F.cross_entropy(model(images), targets).backward()
 
 
 def cold(*options: str, runs: int = 3) -> dict[str, Any]:

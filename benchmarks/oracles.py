@@ -1,13 +1,27 @@
-"""timm without a complete torchvision, as in `tests/conftest.py`: PyTorch's CPU build lacks two operators."""
+"""timm where torchvision is incomplete: its build for CUDA beside PyTorch's CPU build lacks two operators.
+
+Import this before timm. It only declares the operators, since timm's import looks their names up.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
-_library = torch.library.Library("torchvision", "DEF")
-for _signature in (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-):
+
+def declare_missing_operators() -> None:
+    found = find_spec("torchvision")
+    if found is None or found.origin is None:
+        return
     try:
-        _library.define(_signature)
-    except RuntimeError:  # a full torchvision has defined it
-        break
+        torch.ops.load_library(Path(found.origin).with_name("_C.so"))  # as torchvision does; it declares its own
+    except OSError:
+        for signature in (
+            "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+            "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+        ):
+            _library.define(signature)
+
+
+_library = torch.library.Library("torchvision", "FRAGMENT")
+declare_missing_operators()

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
 
+import benchmarks.oracles  # noqa: F401  # before timm is imported
 import pytest
 import torch
 
@@ -12,17 +13,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read on its import: without a GPU, kernels run in its interpreter
 
 torch.set_num_threads(1)  # the models are so small that threads cost more than they bring; tests run in parallel
-
-# torchvision's own build of these two is missing with PyTorch's CPU build; its import only looks the names up.
-_library = torch.library.Library("torchvision", "DEF")
-for _signature in (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-):
-    try:
-        _library.define(_signature)
-    except RuntimeError:  # a full torchvision has defined it
-        break
 
 
 @pytest.fixture(autouse=True, scope="session")
