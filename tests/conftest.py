@@ -15,6 +15,11 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # the models are so small that threads cost more than they bring; tests run in parallel
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What tests decode or download stays out of the cache of whoever runs them."""

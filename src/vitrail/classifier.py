@@ -123,11 +123,11 @@ class Classifier(BaseClassifier):
         self.preprocess = preprocess
         return self
 
-    def engine(self, *, adapt_threads: bool = False, cuda_graphs: bool = False) -> Engine:
+    def engine(self, *, adapt_threads: bool = False, cuda_graphs: bool = False, frozen: bool = False) -> Engine:
         from vitrail.inference.torch_runtime import TorchRuntime
 
         runtime = TorchRuntime(
-            self.model, self.preprocess, self.precision, self.architecture, adapt_threads, cuda_graphs
+            self.model, self.preprocess, self.precision, self.architecture, adapt_threads, cuda_graphs, frozen
         )
         return Engine(runtime)
 
@@ -176,7 +176,7 @@ class ExportedClassifier(BaseClassifier):
         self.report = record.check
         self._engine = Engine(runtime)
 
-    def engine(self, *, adapt_threads: bool = False, cuda_graphs: bool = False) -> Engine:
+    def engine(self, *, adapt_threads: bool = False, cuda_graphs: bool = False, frozen: bool = False) -> Engine:
         if cuda_graphs:
             raise DeviceError("CUDA graphs need a CUDA device, and an export runs on the CPU")
         return self._engine

@@ -157,18 +157,19 @@ class BaseClassifier:
         ]
         return notebook.box(type(self).__name__, notebook.figures(rows))
 
-    def engine(self, *, adapt_threads: bool = False, cuda_graphs: bool = False) -> Engine:
+    def engine(self, *, adapt_threads: bool = False, cuda_graphs: bool = False, frozen: bool = False) -> Engine:
         """An inference engine with the current model, preprocessing and precision.
 
         adapt_threads: for one long job: torch on the CPU computes with as many threads as are the fastest while other
         programs use the cores, and a warning says so. An export has the threads that it was opened with.
         cuda_graphs: on CUDA, passes are recorded and replayed: see `CudaGraphs`. DeviceError elsewhere.
+        frozen: the model's parameters will not change, so that they are rounded to bfloat16 once where it is used.
         """
         raise NotImplementedError
 
     def _tta_engine(self, tta: str | None) -> Engine:
         """An engine for one long job, with test-time augmentation if asked for."""
-        engine = self.engine(adapt_threads=True)
+        engine = self.engine(adapt_threads=True, frozen=True)
         return engine if tta is None else Engine(TtaRuntime(engine.runtime, tta))
 
     def predict(
@@ -251,7 +252,7 @@ class BaseClassifier:
         """
         from vitrail.data.formats.objects import image_inputs
 
-        engine = self.engine(adapt_threads=True)
+        engine = self.engine(adapt_threads=True, frozen=True)
         rows = [np.empty((0, engine.runtime.num_features), np.float32)]
         for batch in engine.stream(image_inputs(inputs), batch_size, features=True):
             for item, error in zip(batch.items, batch.errors, strict=True):

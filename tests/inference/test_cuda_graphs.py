@@ -110,7 +110,6 @@ def test_only_on_cuda() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("precision", ["off", "bf16"])
 def test_replays_on_a_gpu_are_the_passes(precision: str) -> None:
     config = SwinConfig(img_size=(56, 56), embed_dim=32, depths=(2, 2), num_heads=(1, 2), num_classes=5)

@@ -8,7 +8,7 @@ from torch import nn
 
 from tolerance import assert_near
 from vitrail.errors import ModelError
-from vitrail.layers.embed import ConvStem, PatchEmbed, resample_positions
+from vitrail.layers.embed import ConvStem, PatchConv, PatchEmbed, resample_positions
 
 
 @pytest.mark.parametrize(("size", "patch"), [((8, 8), 4), ((6, 9), 3), ((28, 14), 14)])
@@ -19,6 +19,17 @@ def test_convolution_equals_a_matrix_product_for_each_patch(size: tuple[int, int
     x = torch.randn(2, in_chans, *size)
     expected = F.unfold(x, patch, stride=patch).transpose(1, 2) @ embed.proj.weight.flatten(1).t() + embed.proj.bias
     assert_near(embed(x), expected)
+    assert_near(embed.proj.as_linear(x).flatten(2).transpose(1, 2), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(224, 224), (32, 60)])  # 60: not a multiple
+def test_the_convolution_of_patches_on_a_gpu(size: tuple[int, int]) -> None:
+    conv = PatchConv(3, 96, kernel_size=16, stride=16)
+    x = torch.randn(2, 3, *size)
+    expected = conv(x)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        assert_near(conv.cuda()(x.cuda()).cpu(), expected)
 
 
 def test_patches_are_in_row_major_order() -> None:

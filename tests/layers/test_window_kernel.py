@@ -157,7 +157,7 @@ def test_kernel_is_for_inference_on_cuda_with_small_windows(
     plan, x = plan_windows((24, 24), window, True, torch.device("cpu")), torch.zeros(1, 24, 24, dim)
     with torch.set_grad_enabled(grad):
         assert attention._kernel(x, plan) is None
-        monkeypatch.setattr(window_module, "_on_cuda", lambda _x: True)
+        monkeypatch.setattr(window_module, "on_cuda", lambda _x: True)
         found = attention._kernel(x, plan)
         assert (found is not None) == (not grad and not training and dim == 64 and window == (7, 7))
         assert attention._kernel(x.double(), plan) is None
@@ -167,7 +167,7 @@ def test_kernel_is_for_inference_on_cuda_with_small_windows(
 def test_kernel_is_chosen_for_the_precision_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(window_module, "window_kernel", lambda *what: asked.append(what[1:]))
-    monkeypatch.setattr(window_module, "_on_cuda", lambda _x: True)
+    monkeypatch.setattr(window_module, "on_cuda", lambda _x: True)
     attention = WindowAttention(64, 2, (7, 7)).eval()
     plan, x = plan_windows((24, 24), (7, 7), True, torch.device("cpu")), torch.zeros(1, 24, 24, 64)
     attention._kernel(x, plan)

@@ -119,7 +119,7 @@ def _embed(classifier: BaseClassifier | None, dataset: Dataset, split: Split) ->
 
 
 def _features(classifier: BaseClassifier, split: Split) -> Iterable[tuple[list[int], np.ndarray[Any, Any]]]:
-    engine = classifier.engine(adapt_threads=True)
+    engine = classifier.engine(adapt_threads=True, frozen=True)
     reader = SplitReader(split, classifier.preprocess)
     for batch in engine.run(range(len(split)), reader, workers=default_workers(split), features=True):
         yield batch.readable, batch.outputs

@@ -27,7 +27,7 @@ def time_models(classifiers: Mapping[str, Classifier]) -> dict[str, dict[str, An
 
     The cost in resolution is that of the architecture: models of other input sizes are built with new weights.
     """
-    calls = {label: _call(classifier.engine().runtime, 1) for label, classifier in classifiers.items()}
+    calls = {label: _call(classifier.engine(frozen=True).runtime, 1) for label, classifier in classifiers.items()}
     latency, resolution = interleaved(calls, _ROUNDS), time_at_scales(classifiers)
     return {
         label: {"latency_ms": 1e3 * median(latency[label]), "resolution": resolution[label]} for label in classifiers
@@ -57,7 +57,7 @@ def _at_scale(classifier: Classifier, scale: float) -> TorchRuntime:
     config, multiple = classifier.model.config, _multiple(classifier.model.config)
     height, width = (multiple * math.ceil(round(scale * side / multiple, 6)) for side in classifier.preprocess.size)
     model = build_model(configure(config, img_size=(height, width))).to(classifier.device)
-    return TorchRuntime(model, classifier.preprocess.replace(size=(height, width)), classifier.precision)
+    return TorchRuntime(model, classifier.preprocess.replace(size=(height, width)), classifier.precision, frozen=True)
 
 
 def _multiple(config: ModelConfig) -> int:

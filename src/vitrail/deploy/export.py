@@ -96,7 +96,7 @@ def export(
     _check_arguments(classifier, out, distill is not None and data is None)
     candidates, left_out = choose_candidates(target, precision, data is not None, classifier.preprocess.interpolation)
     reference, user = (
-        TorchRuntime(classifier.model, classifier.preprocess, precision_, classifier.architecture)
+        TorchRuntime(classifier.model, classifier.preprocess, precision_, classifier.architecture, frozen=True)
         for precision_ in ("off", classifier.precision)
     )
     images, dataset, notes = _open_images(classifier, reference, data, check, data_dir)

@@ -115,7 +115,7 @@ def doctor(
     if model is not None:
         classifier = _classifier(model, device)
         with show("features", total) as advance:
-            features = model_features(scan, classifier.engine(adapt_threads=True), advance)
+            features = model_features(scan, classifier.engine(adapt_threads=True, frozen=True), advance)
         input_size = classifier.preprocess.size
     else:
         input_size = setup.preprocess.size if setup is not None else _DEFAULT_INPUT

@@ -22,6 +22,25 @@ def check_divides(height: int, width: int, patch_size: int) -> None:
         )
 
 
+class PatchConv(nn.Conv2d):
+    """The convolution of patches with stride P: B I H W -> B C h w.
+
+    On CUDA it is computed as what it is, a linear layer of flattened patches: cuDNN's convolution in bfloat16 takes 10
+    to 20 times as long.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = all(side % patch == 0 for side, patch in zip(x.shape[2:], self.kernel_size, strict=True))
+        return self.as_linear(x) if x.is_cuda and whole else super().forward(x)
+
+    def as_linear(self, x: Tensor) -> Tensor:
+        """`forward` of whole patches as a product."""
+        rows, columns = self.kernel_size
+        patches = x.unflatten(2, (-1, rows)).unflatten(4, (-1, columns))  # B I h P w P
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # B h w (I P P)
+        return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 class PatchEmbed(nn.Module):
     """Linear projection of every patch, by a convolution with stride P (`proj`): B I H W -> B N C.
 
@@ -31,7 +50,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = PatchConv(in_chans, dim, kernel_size=patch_size, stride=patch_size)
         # LeCun normal with the fan-in of one patch, as in ViT's code.
         nn.init.trunc_normal_(self.proj.weight, std=(in_chans * patch_size**2) ** -0.5)
         nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]  # bias=True

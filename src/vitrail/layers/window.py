@@ -7,7 +7,6 @@ Shapes: B batch, H W height and width of the feature map in tokens, C width, Wh 
 n = Wh Ww tokens of a window, M windows of an image, A heads, D = C / A width of one head.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -18,14 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.layers.attention import MultiHeadAttention, attend, attention_weights, merge_heads
-from vitrail.utils.text import one_line
+from vitrail.layers.kernels import autocast_dtype, checked_kernel, on_cuda
 from vitrail.utils.torch_compat import softmax_backward
 
 Pair = tuple[int, int]
 # From qkv B H W 3C, bias M A n n or 1 A n n, and `gather` and `inverse` of Windows to B H W C (window_kernel.py).
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 _KERNEL_WINDOW = 64  # tokens at most, so that the scores of a window stay in registers
-_KERNEL_ERROR = 0.05  # in any precision, TF32 and bfloat16 too; an error of the order of tokens is near 1
 _KERNEL_BATCH = 65_535  # images at most, in CUDA's grid
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KERNEL_WIDTHS = (16, 32, 64)  # of a head, that a matrix product of the kernel takes
@@ -242,12 +240,11 @@ class WindowAttention(MultiHeadAttention):
     def _kernel(self, x: Tensor, windows: Windows) -> Kernel | None:
         """The Triton kernel where it can compute this: on CUDA, in evaluation mode, without gradients."""
         width = x.shape[-1] // self.num_heads
-        if self.training or torch.is_grad_enabled() or not _on_cuda(x) or len(x) > _KERNEL_BATCH:
+        if self.training or torch.is_grad_enabled() or not on_cuda(x) or len(x) > _KERNEL_BATCH:
             return None
         if windows.window[0] * windows.window[1] > _KERNEL_WINDOW or width not in _KERNEL_WIDTHS:
             return None
-        autocast = x.dtype is not torch.float64 and torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        dtype = autocast_dtype(x)
         return window_kernel(x.device, dtype, width) if dtype in _KERNEL_DTYPES else None
 
     def forward_with_weights(self, x: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
@@ -256,30 +253,14 @@ class WindowAttention(MultiHeadAttention):
         return self.attend_with_weights(x, bias.repeat(len(x) // len(bias), 1, 1, 1))
 
 
-def _on_cuda(x: Tensor) -> bool:
-    """Whether a kernel can read x: not while it is traced or compiled."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return x.is_cuda and type(x) is Tensor and not traced
-
-
 @cache
 def window_kernel(device: torch.device, dtype: torch.dtype, width: int) -> Kernel | None:
-    """The Triton kernel if it works on this device, for heads of this width. It is compiled and compared with the
-    explicit path once: if that fails, for want of a C compiler for example, a warning says so, and attention is
-    computed by PyTorch."""
-    try:
-        from vitrail.layers.window_kernel import attend_in_windows
-    except ImportError:  # no triton: PyTorch's builds for CUDA bring it
-        return None
-    try:
-        error = kernel_error(attend_in_windows, device, dtype, width)
-        reason = None if error < _KERNEL_ERROR else f"it is wrong by {error:.2g}"
-    except Exception as failure:  # of a compiler or a driver: no common class
-        reason = one_line(failure)
-    if reason is None:
-        return attend_in_windows
-    warnings.warn(f"the Triton kernel for window attention is not used on {device} in {dtype}: {reason}", stacklevel=2)
-    return None
+    """The Triton kernel if it works on this device, for heads of this width; else attention is computed by PyTorch."""
+    what = f"window attention on {device} in {dtype}"
+    kernel: Kernel | None = checked_kernel(
+        what, "window_kernel", "attend_in_windows", lambda kernel: kernel_error(kernel, device, dtype, width)
+    )
+    return kernel
 
 
 @torch.no_grad()

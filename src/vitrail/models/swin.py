@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vitrail.errors import ModelError
 from vitrail.layers.block import DropPath, Mlp, drop_path_rates, init_linear
 from vitrail.layers.embed import PatchEmbed
+from vitrail.layers.norm import LayerNorm
 from vitrail.layers.window import Pair, WindowAttention, Windows, plan_windows, relative_position_index
 from vitrail.models.base import PoolHead, Stage, StagedModel, head_layer
 from vitrail.models.configs import SwinConfig
@@ -39,7 +40,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, dim: int, norm_eps: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim, eps=norm_eps)
+        self.norm = LayerNorm(4 * dim, eps=norm_eps)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,12 +60,12 @@ class SwinBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.shifted = shifted
-        self.norm1 = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.norm1 = LayerNorm(dim, eps=config.norm_eps)
         self.attn = WindowAttention(
             dim, num_heads, window, config.qkv_bias, config.attn_drop_rate, config.proj_drop_rate
         )
         self.drop_path1 = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.norm2 = LayerNorm(dim, eps=config.norm_eps)
         self.mlp = Mlp(dim, int(dim * config.mlp_ratio), config.proj_drop_rate)
         self.drop_path2 = DropPath(drop_path)
 

@@ -19,6 +19,7 @@ from vitrail.layers.attention import Attention
 from vitrail.layers.block import DropPath, LayerScale, Mlp, drop_path_rates, init_linear
 from vitrail.layers.embed import ConvStem, PatchEmbed, check_divides, resample_positions
 from vitrail.layers.merging import Groups, find_pairs, first_groups, merge, score_bias, spread
+from vitrail.layers.norm import LayerNorm
 from vitrail.models.base import ImageModel, head_layer
 from vitrail.models.configs import ViTConfig
 
@@ -33,11 +34,11 @@ class Block(nn.Module):
         def scale() -> nn.Module:
             return nn.Identity() if config.init_values is None else LayerScale(dim, config.init_values)
 
-        self.norm1 = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.norm1 = LayerNorm(dim, eps=config.norm_eps)
         self.attn = Attention(dim, config.num_heads, config.qkv_bias, config.attn_drop_rate, config.proj_drop_rate)
         self.ls1 = scale()
         self.drop_path1 = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.norm2 = LayerNorm(dim, eps=config.norm_eps)
         self.mlp = Mlp(dim, int(dim * config.mlp_ratio), config.proj_drop_rate)
         self.ls2 = scale()
         self.drop_path2 = DropPath(drop_path)

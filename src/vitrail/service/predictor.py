@@ -42,7 +42,7 @@ class Predictor:
             raise ModelError("this model has no classes to predict: serve a classifier")
         self.classifier = classifier
         self.settings = settings
-        self.engine: Engine = classifier.engine(cuda_graphs=settings.cuda_graphs)
+        self.engine: Engine = classifier.engine(cuda_graphs=settings.cuda_graphs, frozen=True)
         self.preprocess = self.engine.runtime.preprocess
         self.class_names: tuple[str, ...] = tuple(classifier.class_names)
         self.explain_methods = _explain_methods(classifier)

@@ -228,7 +228,6 @@ def test_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_cuda(tmp_path: Path) -> None:
     setup = prepare("digits", make_config({"model": "vit_tiny_patch16_224", "img_size": 224, "batch_size": "auto"}))
     from vitrail.training.monitoring.progress import Reporter

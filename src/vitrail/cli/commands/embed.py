@@ -43,7 +43,11 @@ def embed(
     classifier = open_model(model, device, img_size, precision, weights)
     try:
         result = embed_to_file(
-            classifier.engine(adapt_threads=True), image_inputs(paths), out, batch_size=batch_size, progress=_progress
+            classifier.engine(adapt_threads=True, frozen=True),
+            image_inputs(paths),
+            out,
+            batch_size=batch_size,
+            progress=_progress,
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; run the same command again to continue") from None
