@@ -67,6 +67,7 @@ def test_a_wrong_kernel_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kernel_is_for_inference_in_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[torch.dtype, ...]] = []
     monkeypatch.setattr(norm_module, "norm_kernel", lambda _device, *types: asked.append(types))
+    monkeypatch.setattr(norm_module, "_KERNEL_ELEMENTS", 1 << 20)
     norm, x = LayerNorm(512), torch.randn(64, 32, 512)
     mixed = torch.autocast("cpu", torch.bfloat16)
     with mixed, torch.no_grad():
@@ -89,7 +90,7 @@ def test_kernel_is_for_inference_in_mixed_precision(monkeypatch: pytest.MonkeyPa
 @pytest.mark.gpu
 @pytest.mark.usefixtures("no_choice")
 def test_what_linear_layers_read_on_a_gpu() -> None:
-    norm, linear, x = layer(96), nn.Linear(96, 96).cuda(), torch.randn(4, 56, 56, 96, device="cuda")
+    norm, linear, x = layer(96), nn.Linear(96, 96).cuda(), torch.randn(64, 56, 56, 96, device="cuda")
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
         found, expected = linear(norm(x)), linear(nn.LayerNorm.forward(norm, x))
         assert norm(x).dtype is torch.bfloat16

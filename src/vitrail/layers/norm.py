@@ -14,7 +14,7 @@ from vitrail.layers.kernels import autocast_dtype, checked_kernel, on_cuda
 
 # From x ... C, weight and bias C, epsilon and the type of the output to ... C (norm_kernel.py).
 Kernel = Callable[[Tensor, Tensor, Tensor, float, torch.dtype], Tensor]
-_KERNEL_ELEMENTS = 1 << 20  # at least: of fewer, PyTorch's own two kernels start sooner
+_KERNEL_ELEMENTS = 1 << 24  # at least: of fewer, PyTorch's own two kernels start sooner
 _KERNEL_WIDTH = 8192  # at most, so that rows stay in registers
 
 
