@@ -1,16 +1,19 @@
 """Inference, explanations and a service on a GPU, in bfloat16.
 
-    python -m benchmarks.cuda [--rounds 31] [--parts inference explanation service]
+    python -m benchmarks.cuda [--rounds 31] [--parts inference compiled explanation service]
 
-inference: timm's networks beside ours, with and without the Triton kernel for Swin's windows and CUDA graphs; uint8
-images on the CPU to logits on the CPU for all, with our normalisation. timm: as it is, under autocast; with weights in
-bfloat16; and compiled so ("reduce-overhead", which uses CUDA graphs). explanation: `relevance` beside one forward and
-backward pass in float32. service: images a second of `vitrail serve` for 16 clients, with and without CUDA graphs.
+Each part in a process of its own. inference: timm's networks beside ours, with and without the Triton kernel for
+Swin's windows and CUDA graphs; uint8 images on the CPU to logits on the CPU for all, with our normalisation. timm: as
+it is, under autocast; and with weights in bfloat16. compiled: the same in timm against torch.compile's
+"reduce-overhead", which uses CUDA graphs. explanation: `relevance` beside one forward and backward pass in float32.
+service: images a second of `vitrail serve` for 16 clients, with and without CUDA graphs.
 """
 
 import argparse
+import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -29,7 +32,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.explain_cost import relevance_cost
-from benchmarks.measure import write
+from benchmarks.measure import RESULTS, write
 from benchmarks.peers import timm_twin
 from benchmarks.serve import PORTS, percentile, start, throughput, wait_ready
 from vitrail.classifier import Classifier
@@ -42,28 +45,33 @@ from vitrail.models.catalog import VARIANTS
 
 NETWORKS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224")
 BATCHES = (1, 16, 128)
-COMPILED = ", compiled"
-NOT_COMPILED = 16  # a batch size less to compile for, which takes up to half a minute each
 Call = Callable[[Any], Any]
 
 
-def runtimes(name: str, compiled: bool) -> dict[str, Call]:
+def runtimes(name: str) -> dict[str, Call]:
     row = VARIANTS[name]
     model = build_model(row.config).eval().cuda()
+    found: dict[str, Call] = {
+        **timm_runtimes(name),
+        "vitrail": TorchRuntime(model, row.preprocess, "bf16", frozen=True).logits,
+        "vitrail, CUDA graphs": TorchRuntime(model, row.preprocess, "bf16", cuda_graphs=True, frozen=True).logits,
+    }
+    if any(isinstance(module, WindowAttention) for module in model.modules()):
+        found["vitrail, no kernel"] = patch.object(WindowAttention, "_kernel", lambda *_: None)(found["vitrail"])
+    return found
+
+
+def timm_runtimes(name: str, compiles: bool = False) -> dict[str, Call]:
+    row = VARIANTS[name]
     twin, half = (timm_twin(name, row.config).eval().cuda() for _ in range(2))
     half.bfloat16()
     found: dict[str, Call] = {
         "timm": TorchRuntime(twin, row.preprocess, "bf16").logits,
         "timm, bfloat16 weights": partial(plain, half, row.preprocess),
-        "vitrail": TorchRuntime(model, row.preprocess, "bf16").logits,
-        "vitrail, CUDA graphs": TorchRuntime(model, row.preprocess, "bf16", cuda_graphs=True).logits,
     }
-    if compiled:
-        found[f"timm, bfloat16 weights{COMPILED}"] = partial(
-            plain, torch.compile(half, mode="reduce-overhead", dynamic=False), row.preprocess
-        )
-    if any(isinstance(module, WindowAttention) for module in model.modules()):
-        found["vitrail, no kernel"] = patch.object(WindowAttention, "_kernel", lambda *_: None)(found["vitrail"])
+    if compiles:
+        fast = torch.compile(half, mode="reduce-overhead", dynamic=False)
+        found["timm, bfloat16 weights, compiled"] = partial(plain, fast, row.preprocess)
     return found
 
 
@@ -73,21 +81,24 @@ def plain(model: nn.Module, preprocess: Preprocess, images: Any) -> Any:
     return model(preprocess.normalize(pixels).bfloat16()).float().cpu().numpy()
 
 
-def inference(rounds: int, compiled: bool) -> Iterator[dict[str, Any]]:
+def inference(rounds: int) -> Iterator[dict[str, Any]]:
     for name in NETWORKS:
-        calls = runtimes(name, compiled)
-        for batch in BATCHES:
-            images = np.random.default_rng(0).integers(0, 256, (batch, 224, 224, 3), np.uint8)
-            ready = {
-                label: partial(call, images)
-                for label, call in calls.items()
-                if batch != NOT_COMPILED or not label.endswith(COMPILED)
-            }
-            took = interleaved(ready, rounds, warmup=5)
-            for label, seconds in took.items():
-                over = median_ratio(took["timm"], seconds)
-                print(f"{name}, batch {batch}, {label}: {1e3 * median(seconds):.2f} ms, {over:.2f}x timm", flush=True)
-                yield {"model": name, "what": label, "batch": batch, "ms": 1e3 * median(seconds), "over_timm": over}
+        yield from timed(name, runtimes(name), rounds)
+
+
+def compiled(rounds: int) -> Iterator[dict[str, Any]]:
+    for name in NETWORKS:
+        yield from timed(name, timm_runtimes(name, compiles=True), rounds)
+
+
+def timed(name: str, calls: dict[str, Call], rounds: int) -> Iterator[dict[str, Any]]:
+    for batch in BATCHES:
+        images = np.random.default_rng(0).integers(0, 256, (batch, 224, 224, 3), np.uint8)
+        took = interleaved({label: partial(call, images) for label, call in calls.items()}, rounds, warmup=5)
+        for label, seconds in took.items():
+            over = median_ratio(took["timm"], seconds)
+            print(f"{name}, batch {batch}, {label}: {1e3 * median(seconds):.2f} ms, {over:.2f}x timm", flush=True)
+            yield {"model": name, "what": label, "batch": batch, "ms": 1e3 * median(seconds), "over_timm": over}
 
 
 def explanation(rounds: int) -> list[dict[str, Any]]:
@@ -97,14 +108,14 @@ def explanation(rounds: int) -> list[dict[str, Any]]:
     return found
 
 
-def service(requests: int, rounds: int) -> Iterator[dict[str, Any]]:
+def service(requests: int, _rounds: int) -> Iterator[dict[str, Any]]:
     image = BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)).save(image, "jpeg")
     for name in NETWORKS:
         for graphs in (False, True):
             with serving(name, graphs) as port:
                 throughput(port, [image.getvalue()] * 64)
-                done = [throughput(port, [image.getvalue()] * requests) for _ in range(rounds)]
+                done = [throughput(port, [image.getvalue()] * requests) for _ in range(3)]
             times = [each for _, seconds in done for each in seconds]
             rate, tail = median(rate for rate, _ in done), percentile(times, 0.99)
             print(f"{name}, CUDA graphs {graphs}: {rate:.0f} images/s, p99 {tail} ms", flush=True)
@@ -135,20 +146,26 @@ def serving(name: str, graphs: bool) -> Iterator[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parts = ("inference", "explanation", "service")
-    parser.add_argument("--parts", nargs="*", default=parts, choices=parts)
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=list(PARTS))
     given = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device")
-    found: dict[str, Any] = {}
-    if "explanation" in given.parts:
-        found["explanation"] = explanation(given.rounds)
-    if "service" in given.parts:
-        found["service"] = list(service(1600, 3))
-    if "inference" in given.parts:
-        found["inference"] = list(inference(given.rounds, not given.no_compile))
-    write("cuda", command="python -m " + " ".join(["benchmarks.cuda", *sys.argv[1:]]), **found)
+    if len(given.parts) > 1:
+        for part in given.parts:
+            subprocess.run([sys.executable, "-m", "benchmarks.cuda", "--rounds", str(given.rounds), "--parts", part])
+        return
+    (part,) = given.parts
+    file = RESULTS / "cuda.json"
+    found = json.loads(file.read_text()).get("parts", {}) if file.exists() else {}
+    write("cuda", parts=found | {part: list(PARTS[part](given.rounds))})
+
+
+PARTS: dict[str, Callable[[int], Any]] = {
+    "inference": inference,
+    "compiled": compiled,
+    "explanation": explanation,
+    "service": partial(service, 1600),
+}
 
 
 if __name__ == "__main__":

@@ -112,22 +112,26 @@ class Recorder:
 
     def __init__(self) -> None:
         self._pool: Any = None
-        self._stream: Any = None
+        self._stream: Any = None  # of recordings
+        self._warm_up: Any = None  # of the passes before them
 
     def __call__(self, forward: Forward, images: Tensor) -> Recording:
         with torch.cuda.device(images.device):
             if self._pool is None:
-                self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+                self._pool = torch.cuda.graph_pool_handle()
+                self._stream, self._warm_up = torch.cuda.Stream(), torch.cuda.Stream()
             static = images.clone()
-            self._stream.wait_stream(torch.cuda.current_stream())
-            # One stream for all: workspaces of libraries belong to the stream on which they were first needed.
-            with torch.cuda.stream(self._stream):
+            self._warm_up.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._warm_up):
                 for _ in range(_WARMUP):
                     forward(static)
-                plans = cached_plans()
-                graph = torch.cuda.CUDAGraph()
-                # Other threads may allocate memory meanwhile, which the default mode forbids.
-                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                    output = forward(static)
+            plans = cached_plans()
+            graph = torch.cuda.CUDAGraph()
+            # On a stream of its own, shared by all recordings: cuBLAS has a workspace for each stream, which is then in
+            # the pool of the graphs that use it, and is not given to others when someone clears the workspaces, as
+            # torch.compile does (https://github.com/pytorch/pytorch/issues/193402).
+            # Other threads may allocate memory meanwhile, which the default mode forbids.
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                output = forward(static)
             torch.cuda.current_stream().wait_stream(self._stream)
         return Recording(static, output, graph.replay, (graph, plans, cached_plans()))
