@@ -4,6 +4,8 @@ import builtins
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,11 @@ from sklearn.datasets import load_digits
 
 from inference.export_files import GREY, WEIGHT, expected_features, make_export
 from vitrail.errors import DeviceError, ExportError, ModelError
-from vitrail.inference import threads
+from vitrail.inference import onnx_runtime, threads
 from vitrail.inference.engine import Engine
 from vitrail.inference.export_folder import ExportRecord
 from vitrail.inference.exported import SESSIONS, ExportRuntime, open_runtime
+from vitrail.inference.onnx_runtime import OnnxSession
 from vitrail.inference.runtime import Runtime
 
 DIGITS = (load_digits().images[:23] * 15).astype(np.uint8)
@@ -171,3 +174,39 @@ def test_default_threads_are_the_physical_cores_that_may_be_used(monkeypatch: py
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
     assert threads.default_threads() == 7
+
+
+def test_calls_at_once_are_computed_by_one_core_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a second session, with the same results; a large model has one."""
+    folder = make_export(tmp_path / "e", threads=2)
+    images = np.random.default_rng(0).integers(0, 256, (64, 1, 8, 8, 1), np.uint8)
+    opened: list[int] = []
+
+    def opens(session: OnnxSession, threads: int, open_session: Callable[..., Any] = OnnxSession._open) -> Any:
+        opened.append(threads)
+        return open_session(session, threads)
+
+    monkeypatch.setattr(OnnxSession, "_open", opens)
+    runtime = open_runtime(folder)
+    alone = [runtime.logits(each) for each in images]
+    assert opened == [2]
+    started = threading.Barrier(4)
+
+    class Slow:
+        """Begins when four calls have begun, so that all but one of them find another."""
+
+        def __init__(self, session: Any) -> None:
+            self.run = lambda *arguments: (started.wait(5), session.run(*arguments))[1]
+
+    for limit, expected in ((1 << 30, [2, 1]), (0, [2])):
+        opened.clear()
+        monkeypatch.setattr(onnx_runtime, "_TWO_SESSIONS", limit)
+        runtime = open_runtime(folder)
+        session = runtime.session
+        assert isinstance(session, OnnxSession)
+        session._session_of_one()
+        session._together, session._single = (each and Slow(each) for each in (session._together, session._single))
+        with ThreadPoolExecutor(4) as pool:
+            assert all(map(np.array_equal, pool.map(runtime.logits, images), alone))
+        assert opened == expected
+        assert not session._running

@@ -39,7 +39,7 @@ SESSIONS: dict[str, type[OnnxSession] | type[OpenVINOSession] | type[Pt2Session]
 
 
 class ExportRuntime:
-    """The model of an export folder as a Runtime."""
+    """The model of an export folder as a Runtime. at_once: calls of several threads that are best computed at once."""
 
     def __init__(self, record: ExportRecord, session: Session) -> None:
         self.record = record
@@ -49,6 +49,7 @@ class ExportRuntime:
         self.num_classes = len(record.class_names)
         self.num_features = record.num_features
         self.default_batch_size = default_batch_size(record.preprocess, "cpu")
+        self.at_once: int = getattr(session, "at_once", 1)
 
     def logits(self, images: Images) -> Outputs:
         return self.session.run(images, "logits")

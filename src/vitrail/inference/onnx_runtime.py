@@ -9,7 +9,10 @@ Shapes: B batch, C channels, H W height and width, K classes, F features.
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +29,7 @@ Shape = tuple[int | None, ...]
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _FEATURES = "features"  # the name of the output
+_TWO_SESSIONS = 400 << 20  # bytes of a model at most, of which there may be two sessions: each has its weights
 _ERRORS = 3  # the lowest severity of messages that onnxruntime prints
 
 
@@ -172,7 +176,10 @@ class OnnxRuntime:
 class OnnxSession:
     """The model of an export, on the CPU: uint8 images B H W C, and outputs by name.
 
-    precision: as in the file; onnxruntime chooses none.
+    Calls from several threads at once are computed by one core each, in a second session that is opened for the first
+    of them, with the same results: cores that compute one image together wait for each other at the end of every
+    operation. Models of more than 400 MB have one session. precision: as in the file; onnxruntime chooses none.
+    at_once: calls that are best computed at once.
 
     Raises:
         DeviceError: onnxruntime is not installed.
@@ -180,22 +187,53 @@ class OnnxSession:
     """
 
     def __init__(self, path: Path, threads: int, precision: str) -> None:
-        onnxruntime = _import(path)
+        self._path = path
+        self._together = self._open(threads)
+        self._single: Any = None
+        self.at_once = threads if _bytes(path) <= _TWO_SESSIONS else 1
+        self._opens_single = self.at_once > 1
+        self._opening = threading.Lock()
+        self._calls = count()
+        self._running: set[int] = set()
+        (node,) = self._together.get_inputs()
+        self._input = node.name
+        self.input_shape = _shape(node)
+        self.output_shapes: dict[str, Shape] = {each.name: _shape(each) for each in self._together.get_outputs()}
+
+    def run(self, images: Images, output: str) -> Outputs:
+        """The output of this name, for images B H W C. May be called from several threads."""
+        call = next(self._calls)
+        self._running.add(call)
+        try:
+            session = self._session_of_one() if len(self._running) > 1 else self._together
+            (found,) = session.run([output], {self._input: images})
+        finally:
+            self._running.discard(call)
+        return np.asarray(found, np.float32)
+
+    def _session_of_one(self) -> Any:
+        """The session that computes with one thread; the other one, where that cannot be."""
+        with self._opening:
+            if self._opens_single:
+                self._opens_single = False
+                with suppress(ExportError):  # no memory for a second one
+                    self._single = self._open(1)
+        return self._single or self._together
+
+    def _open(self, threads: int) -> Any:
+        onnxruntime = _import(self._path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = _ERRORS
         # Threads that wait for work without sleeping take the cores from the decoder and from other processes.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            return onnxruntime.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors have no common base class of their own
-            raise ExportError(f"{path} is not a model for this version of onnxruntime: {one_line(error)}") from None
-        (node,) = self._session.get_inputs()
-        self._input = node.name
-        self.input_shape = _shape(node)
-        self.output_shapes: dict[str, Shape] = {each.name: _shape(each) for each in self._session.get_outputs()}
+            reason = one_line(error)
+            raise ExportError(f"{self._path} is not a model for this version of onnxruntime: {reason}") from None
 
-    def run(self, images: Images, output: str) -> Outputs:
-        """The output of this name, for images B H W C. May be called from several threads."""
-        (found,) = self._session.run([output], {self._input: images})
-        return np.asarray(found, np.float32)
+
+def _bytes(path: Path) -> int:
+    """Of an ONNX file, and of the weights beside it."""
+    return sum(each.stat().st_size for each in (path, path.with_name("weights.bin")) if each.exists())

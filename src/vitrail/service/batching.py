@@ -24,7 +24,6 @@ Waiting = tuple[Pixels, asyncio.Future[npt.NDArray[np.float32]]]  # an image, an
 
 _RATE_WEIGHT = 0.2  # of the newest batch in the average time of an image
 _TRIAL = 0.4  # seconds of trials of batch sizes, about
-_PAIRS = 3  # trials of images two at once
 
 
 class Overloaded(Exception):
@@ -175,31 +174,25 @@ class Batcher:
                 await self._changed.wait()
 
 
-def choose_batches(compute: Callable[[Images], Outputs], size: tuple[int, int, int]) -> tuple[int, int]:
-    """The batch size that the machine likes, and how many batches at once: 1, or 2 where that computes more images.
+def choose_batch(compute: Callable[[Images], Outputs], size: tuple[int, int, int], at_once: int = 1) -> int:
+    """The batch size that the machine likes.
 
-    The size is the smallest whose time for an image is within 5 % of the best of 1, 2, 4, 8, 16 and 32; before these
-    come single images, two at once. They are faster where weights fit into the caches: threads that wait for others at
-    the end of an operation go on with the other image. What would take more than about _TRIAL seconds is not tried.
-    size: H W C.
+    It is the smallest of 1, 2, 4, 8, 16 and 32 whose time for an image is within 5 % of the best. What would take more
+    than about _TRIAL seconds is not tried. size: H W C. at_once: batches that are computed at the same time.
     """
     times: dict[int, float] = {}
-    compute(np.zeros((1, *size), np.uint8))
-    begin = perf_counter()
-    count = 1
-    while count <= 32 and (not times or perf_counter() - begin + 3 * count * times[count // 2] < _TRIAL):
-        images = np.zeros((count, *size), np.uint8)
-        compute(images)  # a runtime may prepare itself for a new shape
-        times[count] = min(_seconds(partial(compute, images)) for _ in range(2)) / count
-        count *= 2
-    enough = 1.05 * min(times.values())
-    if _PAIRS * 4 * times[1] < _TRIAL:
-        images = np.zeros((1, *size), np.uint8)
-        with ThreadPoolExecutor(2) as pool:
-            pairs = min(_seconds(lambda: list(pool.map(compute, [images] * 4))) / 4 for _ in range(_PAIRS))
-        if pairs <= min(enough, times[1] / 1.05):
-            return 1, 2
-    return min(count for count, time in times.items() if time <= enough), 1
+    with ThreadPoolExecutor(at_once) as pool:
+
+        def trial(count: int) -> None:
+            list(pool.map(compute, [np.zeros((count, *size), np.uint8)] * at_once))
+
+        trial(1)
+        begin, count = perf_counter(), 1
+        while count <= 32 and (not times or perf_counter() - begin + 3 * count * times[count // 2] < _TRIAL):
+            trial(count)  # a runtime may prepare itself for a new shape
+            times[count] = min(_seconds(partial(trial, count)) for _ in range(2)) / count
+            count *= 2
+    return min(count for count, time in times.items() if time <= 1.05 * min(times.values()))
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -23,7 +23,7 @@ from vitrail.inference.engine import NOT_FINITE, Engine, default_workers
 from vitrail.inference.probabilities import ranking, softmax
 from vitrail.inference.runtime import Images, Outputs
 from vitrail.pretrained.model_card import without_paths
-from vitrail.service.batching import Batcher, choose_batches
+from vitrail.service.batching import Batcher, choose_batch
 from vitrail.service.bodies import Refused
 from vitrail.service.metrics import Metrics
 from vitrail.service.schemas import ClassScore, Heatmap, ModelBody, PredictionBody
@@ -50,11 +50,11 @@ class Predictor:
         self._explainer = ThreadPoolExecutor(1, thread_name_prefix="explain")
         self._explaining = 0
         size = (*self.preprocess.size, self.preprocess.channels)
-        max_batch, parallel = (settings.max_batch, 1) if settings.max_batch else choose_batches(self.compute, size)
+        at_once = getattr(self.engine.runtime, "at_once", 1)
         self.batcher = Batcher(
             self.compute,
-            max_batch=max_batch,
-            parallel=parallel,
+            max_batch=settings.max_batch or choose_batch(self.compute, size, at_once),
+            parallel=at_once,
             max_delay=settings.max_delay,
             max_queue=settings.max_queue,
             observe_batch=metrics.observe_batch,
