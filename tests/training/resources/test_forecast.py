@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -211,3 +212,15 @@ def test_memory_is_unknown_where_the_peak_cannot_be_started_anew(monkeypatch: py
     batches = list(session.loader.epoch(0))
     assert cost._steps(session.trainer, batches, len(batches[0]))[1] == 2**30
     assert cost._steps(session.trainer, batches, len(batches[0]) // 2)[1] is None
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", 3.0), ("cuda", 0.01)])
+def test_a_first_step_that_exceeds_the_share_of_a_budget(
+    device: str, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU it loads the kernels and says nothing of the others."""
+    took = iter([3.0, 0.01, 0.01])
+    monkeypatch.setattr(cost, "timed_step", lambda *_: next(took))
+    trainer: Any = SimpleNamespace(schedule=SimpleNamespace(budget=75.0), device=torch.device(device))
+    batches: list[Any] = [None] * 3
+    assert cost._step_seconds(trainer, batches) == expected

@@ -160,11 +160,14 @@ def _steps(trainer: Trainer, batches: list[Batch], size: int) -> tuple[float, in
 
 
 def _step_seconds(trainer: Trainer, batches: list[Batch]) -> float:
-    """The median duration of the steps after the first. With a budget, stops after `_MAX_SHARE` of it."""
+    """The median duration of the steps after the first. With a budget, stops after `_MAX_SHARE` of it.
+
+    On an accelerator there are two in any case: the first loads the kernels, and takes many times as long as others.
+    """
     times: list[float] = []
-    budget = trainer.schedule.budget or math.inf
+    budget, least = trainer.schedule.budget or math.inf, 1 if trainer.device.type == "cpu" else 2
     for batch in batches:
         times.append(timed_step(trainer, batch))
-        if sum(times) + times[-1] > _MAX_SHARE * budget:
+        if len(times) >= least and sum(times) + times[-1] > _MAX_SHARE * budget:
             break
     return median_low(times[1:] or times)
