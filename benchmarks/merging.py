@@ -1,12 +1,13 @@
 """Merged tokens and int8 at 224 px: accuracy and milliseconds of a ViT-S, beside the same network in timm.
 
     python -m benchmarks.merging [--data-dir FOLDER] [--runs runs/merging]
+    python -m benchmarks.merging --model runs/photos --data photos/ --name merging_photos
 
-The classifier is trained on Fashion-MNIST, enlarged: two epochs of 6,000 images at 96 px, then one of 1,500 at 224.
-Exports: OpenVINO in int8, without and with merged tokens (at most 0.5 % of the calibration images change class). timm:
+Without --model, the classifier is trained on Fashion-MNIST, enlarged: two epochs of 6,000 images at 96 px, then one of
+1,500 at 224. Exports: OpenVINO in int8, without and with merged tokens (at most 0.5 % of the calibration images change class). timm:
 eager, and its ONNX export quantised by NNCF and computed by OpenVINO, for any batch size or for one image, with the
 same weights and calibration images.
-Accuracy is on 1,000 test images; times are of one image, in turn, each after a rest.
+Accuracy is on the test images; times are of one image, in turn, each after a rest.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from vitrail.deploy.quantize.calibration import Calibration, choose_calibration
 from vitrail.evaluation.timing import interleaved
 from vitrail.inference.engine import SplitReader
 from vitrail.inference.exported import open_runtime
+from vitrail.prediction import SPLIT_OPTIONS
 from vitrail.training.run import train
 
 NAME = "vit_small_patch16_224"
@@ -66,6 +68,14 @@ def classifier_of(data_dir: str | None, runs: Path) -> Classifier:
     return classifier
 
 
+def own(model: str, data: str) -> tuple[Classifier, Dataset]:
+    """A classifier, and its images with the split of its training."""
+    classifier = load(model, precision="off")
+    assert isinstance(classifier, Classifier)
+    options = {key: value for key, value in classifier.notes["split"].items() if key in SPLIT_OPTIONS}
+    return classifier, open_dataset(data, class_names=classifier.class_names, **options)
+
+
 def exports(classifier: Classifier, calibration: Calibration, folder: Path) -> tuple[dict[str, Any], tuple[int, ...]]:
     """Runtimes of the int8 exports by name, and the tokens that each block merges."""
     merging = choose_merging(classifier, list(calibration.images), MAX_LOSS)
@@ -79,10 +89,13 @@ def exports(classifier: Classifier, calibration: Calibration, folder: Path) -> t
     return found, merging.schedule
 
 
-def accuracy(call: Any, pixels: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> float:
-    """Percent, with batches of one image, as they are timed."""
-    found = [np.asarray(call(image[None])).reshape(-1).argmax() for image in pixels]
-    return 100 * float((np.array(found) == labels).mean())
+def classes(call: Any, pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """With batches of one image, as they are timed."""
+    return np.array([np.asarray(call(image[None])).reshape(-1).argmax() for image in pixels])
+
+
+def percent(same: np.ndarray[Any, Any]) -> float:
+    return 100 * float(same.mean())
 
 
 def test_images(dataset: Dataset, classifier: Classifier) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -95,10 +108,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir")
     parser.add_argument("--runs", type=Path, default=Path("runs/merging"))
+    parser.add_argument("--model", help="a ViT-S, with --data: the images that it was trained on")
+    parser.add_argument("--data")
+    parser.add_argument("--name", default="merging", help="name of the JSON file in benchmarks/results")
     parser.add_argument("--rounds", type=int, default=31)
     given = parser.parse_args()
-    classifier = classifier_of(given.data_dir, given.runs)
-    dataset = images_of(given.data_dir, 1500)
+    if given.model:
+        classifier, dataset = own(given.model, given.data)
+    else:
+        classifier, dataset = classifier_of(given.data_dir, given.runs), images_of(given.data_dir, 1500)
     calibration = choose_calibration(dataset, classifier.preprocess)
     pixels, labels = test_images(dataset, classifier)
     twin = timm_twin(NAME, classifier.model.config).eval()
@@ -118,21 +136,25 @@ def main() -> None:
         for label in _PEERS[1:]:
             calls[label] = lambda x, call=peers[label]: next(iter(call(normal(x)).values()))
         seconds = interleaved(timed, given.rounds, rest=REST)
+        found = {label: torch.inference_mode()(classes)(call, pixels) for label, call in calls.items()}
         rows = [
             {
                 "what": label,
-                "top1": accuracy(call, pixels, labels),
+                "top1": percent(found[label] == labels),
+                "agreement": percent(found[label] == found["timm eager"]),
                 "ms": 1e3 * median(seconds[label]),
                 "speedup": _ratio(seconds["timm eager"], seconds[label]),
                 "over_nncf": _ratio(seconds[_NNCF], seconds[label]),
             }
-            for label, call in calls.items()
+            for label in calls
         ]
     for row in rows:
         times = f"{row['ms']:8.2f} ms, {row['speedup']:.2f}x eager, {row['over_nncf']:.2f}x NNCF"
-        print(f"{row['what']:22} {row['top1']:6.2f} % {times}")
+        print(f"{row['what']:22} {row['top1']:6.2f} %, {row['agreement']:6.2f} % {times}")
     print("merged by block:", *schedule)
-    write("merging", images=len(labels), calibration=len(calibration.paths), schedule=list(schedule), results=rows)
+    command = f"python -m benchmarks.merging --model ... --data ... --name {given.name}" if given.model else ""
+    sizes = {"images": len(labels), "calibration": len(calibration.paths)}
+    write(given.name, command, **sizes, schedule=list(schedule), results=rows)
 
 
 def _ratio(slow: list[float], fast: list[float]) -> float:
