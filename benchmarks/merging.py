@@ -4,9 +4,9 @@
     python -m benchmarks.merging --model runs/photos --data photos/ --name merging_photos
 
 Without --model, the classifier is trained on Fashion-MNIST, enlarged: two epochs of 6,000 images at 96 px, then one of
-1,500 at 224. Exports: OpenVINO in int8, without and with merged tokens (at most 0.5 % of the calibration images change class). timm:
-eager, and its ONNX export quantised by NNCF and computed by OpenVINO, for any batch size or for one image, with the
-same weights and calibration images.
+1,500 at 224. Exports: OpenVINO in int8, without and with merged tokens (at most 0.5 % of the calibration images change
+class). timm: eager, and its ONNX export quantised by NNCF and computed by OpenVINO, for any batch size or for one
+image, with the same weights and calibration images.
 Accuracy is on the test images; times are of one image, in turn, each after a rest.
 """
 
