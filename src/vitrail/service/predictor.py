@@ -51,10 +51,12 @@ class Predictor:
         self._explaining = 0
         size = (*self.preprocess.size, self.preprocess.channels)
         at_once = getattr(self.engine.runtime, "at_once", 1)
+        max_batch = settings.max_batch or choose_batch(self.compute, size, at_once)
+        spare = at_once > 1 and max_batch == 1  # a call that a core goes on with, while the next one is started
         self.batcher = Batcher(
             self.compute,
-            max_batch=settings.max_batch or choose_batch(self.compute, size, at_once),
-            parallel=at_once,
+            max_batch=max_batch,
+            parallel=at_once + spare,
             max_delay=settings.max_delay,
             max_queue=settings.max_queue,
             observe_batch=metrics.observe_batch,
