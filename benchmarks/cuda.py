@@ -152,7 +152,9 @@ def main() -> None:
         parser.error("there is no CUDA device")
     if len(given.parts) > 1:
         for part in given.parts:
-            subprocess.run([sys.executable, "-m", "benchmarks.cuda", "--rounds", str(given.rounds), "--parts", part])
+            subprocess.run(
+                [sys.executable, "-m", "benchmarks.cuda", "--rounds", str(given.rounds), "--parts", part], check=True
+            )
         return
     (part,) = given.parts
     file = RESULTS / "cuda.json"

@@ -163,7 +163,7 @@ class BaseClassifier:
         adapt_threads: for one long job: torch on the CPU computes with as many threads as are the fastest while other
         programs use the cores, and a warning says so. An export has the threads that it was opened with.
         cuda_graphs: on CUDA, passes are recorded and replayed: see `CudaGraphs`. DeviceError elsewhere.
-        frozen: the model's parameters will not change, so that they are rounded to bfloat16 once where it is used.
+        frozen: the model's parameters will not change, so that they are rounded once where it computes in bfloat16.
         """
         raise NotImplementedError
 

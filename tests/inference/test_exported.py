@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -176,37 +175,64 @@ def test_default_threads_are_the_physical_cores_that_may_be_used(monkeypatch: py
     assert threads.default_threads() == 7
 
 
-def test_calls_at_once_are_computed_by_one_core_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a second session, with the same results; a large model has one."""
-    folder = make_export(tmp_path / "e", threads=2)
-    images = np.random.default_rng(0).integers(0, 256, (64, 1, 8, 8, 1), np.uint8)
-    opened: list[int] = []
+class Meeting:
+    """A session whose calls wait until `size` of them have begun, in this session or another one of the meeting."""
 
-    def opens(session: OnnxSession, threads: int, open_session: Callable[..., Any] = OnnxSession._open) -> Any:
-        opened.append(threads)
-        return open_session(session, threads)
+    def __init__(self, session: Any, barrier: threading.Barrier) -> None:
+        self._session, self._barrier, self.calls = session, barrier, 0
 
-    monkeypatch.setattr(OnnxSession, "_open", opens)
-    runtime = open_runtime(folder)
+    def run(self, *arguments: Any) -> Any:
+        self.calls += 1
+        self._barrier.wait(10)
+        return self._session.run(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("threads_of_it", "callers", "limit", "change", "single"),
+    [
+        (2, 2, 1 << 30, False, True),
+        (4, 4, 1 << 30, False, True),
+        (4, 3, 1 << 30, False, False),  # fewer callers than cores
+        (1, 4, 1 << 30, False, False),
+        (2, 2, 0, False, False),  # a large model
+        (2, 2, 1 << 30, True, False),  # its files have changed
+    ],
+)
+def test_calls_at_once_are_computed_by_one_core_each(
+    threads_of_it: int,
+    callers: int,
+    limit: int,
+    change: bool,
+    single: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a second session, with the same results."""
+    folder = make_export(tmp_path / "e", threads=threads_of_it)
+    monkeypatch.setattr(onnx_runtime, "_TWO_SESSIONS", limit)
+    images = np.random.default_rng(0).integers(0, 256, (3 * callers, 1, 8, 8, 1), np.uint8)
+    runtime, barrier = open_runtime(folder), threading.Barrier(callers)
     alone = [runtime.logits(each) for each in images]
-    assert opened == [2]
-    started = threading.Barrier(4)
+    session, opened = runtime.session, []
+    assert isinstance(session, OnnxSession)
+    if change:
+        os.utime(folder / "model.onnx", (0, 0))
+    open_session = session._open
 
-    class Slow:
-        """Begins when four calls have begun, so that all but one of them find another."""
+    def opens(number: int) -> Meeting:
+        opened.append((number, Meeting(open_session(number), barrier)))
+        return opened[-1][1]
 
-        def __init__(self, session: Any) -> None:
-            self.run = lambda *arguments: (started.wait(5), session.run(*arguments))[1]
-
-    for limit, expected in ((1 << 30, [2, 1]), (0, [2])):
-        opened.clear()
-        monkeypatch.setattr(onnx_runtime, "_TWO_SESSIONS", limit)
-        runtime = open_runtime(folder)
-        session = runtime.session
-        assert isinstance(session, OnnxSession)
-        session._session_of_one()
-        session._together, session._single = (each and Slow(each) for each in (session._together, session._single))
-        with ThreadPoolExecutor(4) as pool:
-            assert all(map(np.array_equal, pool.map(runtime.logits, images), alone))
-        assert opened == expected
-        assert not session._running
+    monkeypatch.setattr(session, "_open", opens)
+    session._together = together = Meeting(session._together, barrier)
+    with ThreadPoolExecutor(callers) as pool:
+        found = list(pool.map(runtime.logits, images))
+    assert all(map(np.array_equal, found, alone))
+    assert together.calls + sum(each.calls for _, each in opened) == len(images)
+    if single:
+        ((number, one),) = opened
+        assert number == 1
+        assert one.calls >= 3
+    else:
+        assert together.calls == len(images)
+    assert not session._running

@@ -49,7 +49,7 @@ def test_results_are_the_same_to_the_bit(name: str) -> None:
     assert plain.fingerprint() == frozen.fingerprint()
     after = model.state_dict()
     assert all(torch.equal(after[key], value) and after[key].dtype is value.dtype for key, value in before.items())
-    assert any(each.dtype is torch.bfloat16 for each in frozen.model.parameters())
+    assert any(each.dtype is torch.bfloat16 for each in frozen.model.parameters()) == (name != "timm")
 
 
 def test_without_bfloat16_parameters_are_shared() -> None:
@@ -69,3 +69,12 @@ def test_weights_that_a_hook_computes_stay() -> None:
     nn.utils.spectral_norm(model.blocks[0].mlp.fc1)
     plain, frozen = runtimes(model.eval())
     assert np.array_equal(plain.logits(IMAGES), frozen.logits(IMAGES))
+
+
+def test_the_fingerprint_is_that_of_the_model_that_computes() -> None:
+    model = model_of("vit")
+    runtime = runtimes(model)[1]
+    before = runtime.fingerprint()
+    model.head = nn.Linear(32, 7)
+    assert runtime.fingerprint() == before
+    assert runtime.logits(IMAGES).shape == (3, 5)

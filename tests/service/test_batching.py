@@ -119,7 +119,7 @@ def sleeper(seconds: Callable[[int], float], at_once: int) -> Callable[[Images],
 @pytest.mark.parametrize(
     ("seconds", "at_once", "sizes"),
     [
-        (lambda size: 0.02 * size, 1, (1,)),
+        (lambda size: 0.02 * size, 1, (1, 2)),
         (lambda size: 0.02 + 0.001 * size, 1, (4, 8, 16)),
         (lambda size: 0.02 + 0.001 * size, 2, (4, 8, 16)),
         (lambda size: 0.2 * size, 1, (1,)),  # too slow for trials

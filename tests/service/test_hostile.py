@@ -220,5 +220,6 @@ def test_hostile_requests(services: tuple[Service, Service]) -> None:
         time.sleep(0.2)
     after = relative(service, control)
     print(f"memory {memory:.0f} to {service.memory():.0f} MB, honest request {after / before:.3f} of the time before")
+    assert after <= 1.3 * before
     assert service.descriptors() <= descriptors
     assert service.memory() - memory <= 30

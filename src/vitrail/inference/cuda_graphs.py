@@ -128,8 +128,9 @@ class Recorder:
             plans = cached_plans()
             graph = torch.cuda.CUDAGraph()
             # On a stream of its own, shared by all recordings: cuBLAS has a workspace for each stream, which is then in
-            # the pool of the graphs that use it, and is not given to others when someone clears the workspaces, as
-            # torch.compile does (https://github.com/pytorch/pytorch/issues/193402).
+            # the pool of the graphs that use it, and is not given to others when torch.compile clears all workspaces.
+            # The end of a graph clears that of its stream (https://github.com/pytorch/pytorch/issues/193402), which is
+            # why recordings are dropped together.
             # Other threads may allocate memory meanwhile, which the default mode forbids.
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 output = forward(static)

@@ -176,10 +176,10 @@ class OnnxRuntime:
 class OnnxSession:
     """The model of an export, on the CPU: uint8 images B H W C, and outputs by name.
 
-    Calls from several threads at once are computed by one core each, in a second session that is opened for the first
-    of them, with the same results: cores that compute one image together wait for each other at the end of every
-    operation. Models of more than 400 MB have one session. precision: as in the file; onnxruntime chooses none.
-    at_once: calls that are best computed at once.
+    Where at least as many threads call at once as there are cores, each call is computed by one core, in a second
+    session that is opened for the first of them, with the same results: cores that compute one image together wait for
+    each other at the end of every operation. Models of more than 400 MB, and those whose files have changed meanwhile,
+    have one session. precision: as in the file; onnxruntime chooses none. at_once: calls that are best computed at once.
 
     Raises:
         DeviceError: onnxruntime is not installed.
@@ -190,7 +190,8 @@ class OnnxSession:
         self._path = path
         self._together = self._open(threads)
         self._single: Any = None
-        self.at_once = threads if _bytes(path) <= _TWO_SESSIONS else 1
+        self._files = _files(path)
+        self.at_once = threads if sum(size for *_, size in self._files) <= _TWO_SESSIONS else 1
         self._opens_single = self.at_once > 1
         self._opening = threading.Lock()
         self._calls = count()
@@ -205,7 +206,7 @@ class OnnxSession:
         call = next(self._calls)
         self._running.add(call)
         try:
-            session = self._session_of_one() if len(self._running) > 1 else self._together
+            session = self._session_of_one() if len(self._running) >= self.at_once else self._together
             (found,) = session.run([output], {self._input: images})
         finally:
             self._running.discard(call)
@@ -216,8 +217,9 @@ class OnnxSession:
         with self._opening:
             if self._opens_single:
                 self._opens_single = False
-                with suppress(ExportError):  # no memory for a second one
-                    self._single = self._open(1)
+                with suppress(ExportError, OSError):  # no memory for a second one; no file any more
+                    single = self._open(1)
+                    self._single = single if _files(self._path) == self._files else None
         return self._single or self._together
 
     def _open(self, threads: int) -> Any:
@@ -234,6 +236,7 @@ class OnnxSession:
             raise ExportError(f"{self._path} is not a model for this version of onnxruntime: {reason}") from None
 
 
-def _bytes(path: Path) -> int:
-    """Of an ONNX file, and of the weights beside it."""
-    return sum(each.stat().st_size for each in (path, path.with_name("weights.bin")) if each.exists())
+def _files(path: Path) -> list[tuple[int, int, int]]:
+    """Of an ONNX file and of the weights beside it: number on the disk, time of the last change, and bytes."""
+    found = [each.stat() for each in (path, path.with_name("weights.bin")) if each.exists()]
+    return [(each.st_ino, each.st_mtime_ns, each.st_size) for each in found]

@@ -33,8 +33,8 @@ class TorchRuntime:
     `uses_bf16`). adapt_threads: in a long job on the CPU, compute with as many threads as are the fastest while other
     programs use the cores; the last bits of the results depend on it. cuda_graphs: record passes and replay them
     (`CudaGraphs`), for many small batches on CUDA; hooks then run in recordings alone. frozen: the parameters do not
-    change while the runtime is in use, so that those of linear layers and convolutions are rounded to bfloat16 once
-    and not in every pass, with the same results. Else parameters, buffers and hooks are shared with the model; after
+    change while the runtime is in use, so that those of linear layers and convolutions of vitrail's models are rounded
+    to bfloat16 once and not in every pass, with the same results, and half as much memory more. Else parameters, buffers and hooks are shared with the model; after
     a change of its modules, such as a new head, a new runtime is needed, which takes about 2 ms for a ViT-B.
 
     Raises:
@@ -52,7 +52,7 @@ class TorchRuntime:
         cuda_graphs: bool = False,
         frozen: bool = False,
     ) -> None:
-        self.model, self._original = eval_view(model), model
+        self.model = self._shared = eval_view(model)
         self.preprocess = preprocess
         first = next(model.parameters())
         if first.dtype != torch.float32:
@@ -60,8 +60,8 @@ class TorchRuntime:
             raise ModelError(f"{name or type(model).__name__} has weights in {kind}: call model.float() first")
         self.device = first.device
         self.bf16 = uses_bf16(model, self.device, precision)
-        if frozen and self.bf16:
-            _round_weights(self.model)
+        if frozen and self.bf16 and isinstance(model, ImageModel):  # external ones may switch autocast off in places
+            self.model = _rounded(model)
         self.name = name or type(model).__name__
         self.num_classes = int(getattr(model, "num_classes", 0))
         self.num_features = int(getattr(model, "num_features", 0))
@@ -82,7 +82,7 @@ class TorchRuntime:
 
     def fingerprint(self) -> str:
         preprocess = json.dumps(self.preprocess.to_dict(), sort_keys=True)
-        return model_fingerprint(eval_view(self._original), self.name, preprocess, "bf16" if self.bf16 else "float32")
+        return model_fingerprint(self._shared, self.name, preprocess, "bf16" if self.bf16 else "float32")
 
     def _run(self, forward: Forward, images: Images) -> Outputs:
         if self._threads is not None:
@@ -114,11 +114,12 @@ def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextMana
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
-def _round_weights(view: nn.Module) -> None:
-    """Give layers of a view (`eval_view`) parameters in bfloat16, as autocast would cast them in every pass.
+def _rounded(model: ImageModel) -> nn.Module:
+    """The model's `eval_view`, with parameters of layers in bfloat16, as autocast would cast them in every pass.
 
-    Layers whose parameters are of another kind, or are computed by a hook, keep theirs.
+    Layers whose parameters are of another kind, or are computed by a hook, share theirs.
     """
+    view = eval_view(model)
     for module in view.modules():
         if type(module) not in (nn.Linear, nn.Conv2d, PatchConv) or module._forward_pre_hooks:
             continue
@@ -129,6 +130,7 @@ def _round_weights(view: nn.Module) -> None:
                 for name, each in parameters.items()
             }
             module.__dict__["_parameters"] = rounded
+    return view
 
 
 def _pre_logits(model: nn.Module, x: Tensor) -> Any:

@@ -50,7 +50,7 @@ class Predictor:
         self._explainer = ThreadPoolExecutor(1, thread_name_prefix="explain")
         self._explaining = 0
         size = (*self.preprocess.size, self.preprocess.channels)
-        at_once = getattr(self.engine.runtime, "at_once", 1)
+        at_once = 1 if settings.max_batch else getattr(self.engine.runtime, "at_once", 1)
         max_batch = settings.max_batch or choose_batch(self.compute, size, at_once)
         spare = at_once > 1 and max_batch == 1  # a call that a core goes on with, while the next one is started
         self.batcher = Batcher(
