@@ -179,7 +179,8 @@ class OnnxSession:
     Where at least as many threads call at once as there are cores, each call is computed by one core, in a second
     session that is opened for the first of them, with the same results: cores that compute one image together wait for
     each other at the end of every operation. Models of more than 400 MB, and those whose files have changed meanwhile,
-    have one session. precision: as in the file; onnxruntime chooses none. at_once: calls that are best computed at once.
+    have one session. precision: as in the file; onnxruntime chooses none. at_once: how many calls are best computed at
+    once.
 
     Raises:
         DeviceError: onnxruntime is not installed.

@@ -34,8 +34,9 @@ class TorchRuntime:
     programs use the cores; the last bits of the results depend on it. cuda_graphs: record passes and replay them
     (`CudaGraphs`), for many small batches on CUDA; hooks then run in recordings alone. frozen: the parameters do not
     change while the runtime is in use, so that those of linear layers and convolutions of vitrail's models are rounded
-    to bfloat16 once and not in every pass, with the same results, and half as much memory more. Else parameters, buffers and hooks are shared with the model; after
-    a change of its modules, such as a new head, a new runtime is needed, which takes about 2 ms for a ViT-B.
+    to bfloat16 once and not in every pass, with the same results, and half as much memory more. Else parameters,
+    buffers and hooks are shared with the model; after a change of its modules, such as a new head, a new runtime is
+    needed, which takes about 2 ms for a ViT-B.
 
     Raises:
         ModelError: weights that are not float32.
