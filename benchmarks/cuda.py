@@ -32,10 +32,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.explain_cost import relevance_cost
+from benchmarks.export import random_classifier
 from benchmarks.measure import RESULTS, write
 from benchmarks.peers import timm_twin
 from benchmarks.serve import PORTS, percentile, start, throughput, wait_ready
-from vitrail.classifier import Classifier
 from vitrail.evaluation.timing import interleaved, median_ratio
 from vitrail.images.preprocess import Preprocess
 from vitrail.inference.torch_runtime import TorchRuntime
@@ -45,6 +45,7 @@ from vitrail.models.catalog import VARIANTS
 
 NETWORKS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224")
 BATCHES = (1, 16, 128)
+REQUESTS = 1600  # of each of three rounds
 Call = Callable[[Any], Any]
 
 
@@ -108,14 +109,15 @@ def explanation(rounds: int) -> list[dict[str, Any]]:
     return found
 
 
-def service(requests: int, _rounds: int) -> Iterator[dict[str, Any]]:
-    image = BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)).save(image, "jpeg")
+def service() -> Iterator[dict[str, Any]]:
+    jpeg = BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)).save(jpeg, "jpeg")
+    image = jpeg.getvalue()
     for name in NETWORKS:
         for graphs in (False, True):
-            with serving(name, graphs) as port:
-                throughput(port, [image.getvalue()] * 64)
-                done = [throughput(port, [image.getvalue()] * requests) for _ in range(3)]
+            with serving(name, graphs, image) as port:
+                throughput(port, [image] * 64)
+                done = [throughput(port, [image] * REQUESTS) for _ in range(3)]
             times = [each for _, seconds in done for each in seconds]
             rate, tail = median(rate for rate, _ in done), percentile(times, 0.99)
             print(f"{name}, CUDA graphs {graphs}: {rate:.0f} images/s, p99 {tail} ms", flush=True)
@@ -123,21 +125,16 @@ def service(requests: int, _rounds: int) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def serving(name: str, graphs: bool) -> Iterator[int]:
-    """The port of a service of the model with random weights."""
-    row = VARIANTS[name]
-    model = build_model(row.config).eval()
+def serving(name: str, graphs: bool, image: bytes) -> Iterator[int]:
+    """The port of a service of the model with random weights, once it has answered the image."""
+    port = PORTS["vitrail"]
+    options = ["--port", str(port), "--device", "cuda", "--no-access-log", *(["--cuda-graphs"] if graphs else [])]
     with tempfile.TemporaryDirectory() as folder:
-        names = [str(number) for number in range(model.num_classes)]
-        Classifier(model, row.preprocess, names, architecture=name).save(Path(folder, "model"))
-        port = str(PORTS["vitrail"])
-        options = ["--port", port, "--device", "cuda", "--no-access-log", *(["--cuda-graphs"] if graphs else [])]
-        process = start(["-m", "vitrail", "serve", str(Path(folder, "model")), *options])
+        model = random_classifier(name).save(Path(folder, "model"))
+        process = start(["-m", "vitrail", "serve", str(model), *options])
         try:
-            jpeg = BytesIO()
-            Image.new("RGB", (256, 256)).save(jpeg, "jpeg")
-            wait_ready("vitrail", jpeg.getvalue())
-            yield PORTS["vitrail"]
+            wait_ready("vitrail", image)
+            yield port
         finally:
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()
@@ -166,7 +163,7 @@ PARTS: dict[str, Callable[[int], Any]] = {
     "inference": inference,
     "compiled": compiled,
     "explanation": explanation,
-    "service": partial(service, 1600),
+    "service": lambda _: service(),
 }
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import vitrail
-from benchmarks.measure import Comparison, interleave
+from benchmarks.measure import Comparison, interleave, synchronise
 from vitrail.classifier import Classifier
 from vitrail.explanation.explain import compute_maps
 from vitrail.explanation.methods.table import METHODS
@@ -54,8 +54,7 @@ def relevance_cost(device: str, rounds: int = 7) -> list[Comparison]:
 
 def _finished(call: Callable[..., Any], model: nn.Module, images: Tensor, *rest: Any) -> None:
     call(model, images, *rest)
-    if images.is_cuda:
-        torch.cuda.synchronize()
+    synchronise(images)
 
 
 def forward_and_backward(model: nn.Module, images: Tensor) -> None:

@@ -109,7 +109,7 @@ def _time_by_hand(rows: list[dict[str, Any]], classifier: Classifier, data_dir: 
 def speed(name: str, rounds: int) -> list[dict[str, Any]]:
     """Milliseconds of batches of 1 and 16, of timm's network in its runtimes and of our exports."""
     torch.manual_seed(0)
-    classifier = _random_classifier(name)
+    classifier = random_classifier(name)
     twin = timm_twin(name, classifier.model.config).eval()
     twin.load_state_dict(classifier.model.state_dict(), strict=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -135,7 +135,7 @@ def speed(name: str, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _random_classifier(name: str) -> Classifier:
+def random_classifier(name: str) -> Classifier:
     row = VARIANTS[name]
     model = build_model(row.config).eval()
     names = [str(number) for number in range(model.num_classes)]

@@ -79,6 +79,14 @@ def _seconds(call: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - begin) / calls
 
 
+def synchronise(images: Any) -> None:
+    """Wait until the device of the images has finished its work."""
+    if images.is_cuda:
+        import torch
+
+        torch.cuda.synchronize()
+
+
 def spread(values: list[float]) -> dict[str, Any]:
     """Mean, and standard deviation over seeds (None of fewer than two)."""
     return {

@@ -113,6 +113,8 @@ def main() -> None:
     parser.add_argument("--name", default="merging", help="name of the JSON file in benchmarks/results")
     parser.add_argument("--rounds", type=int, default=31)
     given = parser.parse_args()
+    if bool(given.model) != bool(given.data):
+        parser.error("--model and --data belong together")
     if given.model:
         classifier, dataset = own(given.model, given.data)
     else:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import Comparison, interleave, publish
+from benchmarks.measure import Comparison, interleave, publish, synchronise
 from benchmarks.peers import timm_twin, transformers_twin
 from vitrail.data.loader import Batch
 from vitrail.models.catalog import variant
@@ -58,11 +58,6 @@ def plain_step(model: nn.Module, images: Tensor, targets: Tensor, amp: str, comp
         synchronise(images)
 
     return step
-
-
-def synchronise(images: Tensor) -> None:
-    if images.is_cuda:
-        torch.cuda.synchronize()
 
 
 def flops(name: str) -> float:

@@ -1,9 +1,7 @@
 """Layer normalisation before linear layers: its Triton kernel, in Triton's interpreter where there is no GPU, and what
 decides whether that is used."""
 
-import importlib
 import sys
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -11,26 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layers.triton_kernels import DEVICE, load_kernel
 from tolerance import assert_near
 from vitrail.layers import norm as norm_module
 from vitrail.layers.norm import Kernel, LayerNorm, norm_kernel
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
 
 @pytest.fixture(scope="module")
 def kernel() -> Kernel:
-    pytest.importorskip("triton", reason="needs triton, which PyTorch's builds for CUDA bring")
-    found: Kernel = importlib.import_module("vitrail.layers.norm_kernel").normalise
+    found: Kernel = load_kernel("norm_kernel", "normalise")
     return found
-
-
-@pytest.fixture
-def no_choice() -> Iterator[None]:
-    """`norm_kernel` decides anew, before and after."""
-    norm_kernel.cache_clear()
-    yield
-    norm_kernel.cache_clear()
 
 
 def layer(width: int) -> LayerNorm:

@@ -1,25 +1,23 @@
 """The Triton kernel for window attention: against the explicit path, in Triton's interpreter where there is no GPU; and
 what decides whether it is used."""
 
-import importlib
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from layers.triton_kernels import DEVICE, load_kernel
 from tolerance import assert_near
 from vitrail.layers import window as window_module
 from vitrail.layers.window import Kernel, WindowAttention, kernel_error, plan_windows, window_kernel
 from vitrail.models.build import build_model
 from vitrail.models.configs import SwinConfig
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
 # size of the feature map, window, shifted: whole windows, padding, a map smaller than the window, one row, many tokens
@@ -35,17 +33,8 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def kernel() -> Kernel:
-    pytest.importorskip("triton", reason="needs triton, which PyTorch's builds for CUDA bring")
-    found: Kernel = importlib.import_module("vitrail.layers.window_kernel").attend_in_windows
+    found: Kernel = load_kernel("window_kernel", "attend_in_windows")
     return found
-
-
-@pytest.fixture
-def no_choice() -> Iterator[None]:
-    """`window_kernel` decides anew, before and after."""
-    window_kernel.cache_clear()
-    yield
-    window_kernel.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -12,7 +12,6 @@ import json
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -195,8 +194,7 @@ class OnnxSession:
         self.at_once = threads if sum(size for *_, size in self._files) <= _TWO_SESSIONS else 1
         self._opens_single = self.at_once > 1
         self._opening = threading.Lock()
-        self._calls = count()
-        self._running: set[int] = set()
+        self._running: list[None] = []  # an element for each call; a list, since its methods are atomic
         (node,) = self._together.get_inputs()
         self._input = node.name
         self.input_shape = _shape(node)
@@ -204,13 +202,12 @@ class OnnxSession:
 
     def run(self, images: Images, output: str) -> Outputs:
         """The output of this name, for images B H W C. May be called from several threads."""
-        call = next(self._calls)
-        self._running.add(call)
+        self._running.append(None)
         try:
             session = self._session_of_one() if len(self._running) >= self.at_once else self._together
             (found,) = session.run([output], {self._input: images})
         finally:
-            self._running.discard(call)
+            self._running.pop()
         return np.asarray(found, np.float32)
 
     def _session_of_one(self) -> Any:

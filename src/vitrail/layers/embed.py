@@ -25,8 +25,8 @@ def check_divides(height: int, width: int, patch_size: int) -> None:
 class PatchConv(nn.Conv2d):
     """The convolution of patches with stride P: B I H W -> B C h w.
 
-    On CUDA it is computed as what it is, a linear layer of flattened patches: cuDNN's convolution in bfloat16 takes 10
-    to 20 times as long.
+    On CUDA it is computed as what it is, a linear layer of flattened patches: cuDNN's convolution in bfloat16 took an
+    eighth of the time of a ViT-S (128 images on an H200).
     """
 
     def forward(self, x: Tensor) -> Tensor:
