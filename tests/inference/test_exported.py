@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -236,3 +237,15 @@ def test_calls_at_once_are_computed_by_one_core_each(
     else:
         assert together.calls == len(images)
     assert not session._running
+
+
+def test_threads_sleep_between_calls(tmp_path: Path) -> None:
+    """onnxruntime's own wait for work for 30 ms and more, and take the cores from others meanwhile."""
+    runtime, took = open_runtime(make_export(tmp_path / "e", threads=2)), []
+    images = np.zeros((4096, 8, 8, 1), np.uint8)  # so many that both threads compute
+    for _ in range(5):
+        runtime.logits(images)
+        begin = time.process_time()
+        time.sleep(0.1)
+        took.append(time.process_time() - begin)
+    assert min(took) < 0.01  # other threads of this process may be at work in some

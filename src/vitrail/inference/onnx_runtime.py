@@ -30,6 +30,9 @@ _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _FEATURES = "features"  # the name of the output
 _TWO_SESSIONS = 400 << 20  # bytes of a model at most, of which there may be two sessions: each has its weights
 _ERRORS = 3  # the lowest severity of messages that onnxruntime prints
+# Threads wait for the next operation of a call without sleeping, because waking takes as long as a short operation; but
+# not for the next call, as they would by default: that takes the cores from the decoder and from other processes.
+_WAITING = {"intra_op.spin_duration_us": "500", "force_spinning_stop": "1"}
 
 
 def _import(path: Path) -> Any:
@@ -39,6 +42,14 @@ def _import(path: Path) -> Any:
     except ImportError:
         raise DeviceError(f"{path} needs onnxruntime: {how_to_install('onnx')}") from None
     return onnxruntime
+
+
+def _options(onnxruntime: Any, threads: int) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    for name, value in _WAITING.items():
+        options.add_session_config_entry(f"session.{name}", value)
+    return options
 
 
 def _shape(node: Any) -> Shape:
@@ -65,8 +76,7 @@ class OnnxModel:
         known = ("CUDAExecutionProvider", "CPUExecutionProvider")
         providers = [name for name in known if name in onnxruntime.get_available_providers()]
         self.device_type = "cuda" if providers[0] == known[0] else "cpu"
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options = _options(onnxruntime, threads)
         try:
             self.session: Any = onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # onnxruntime's errors have no common base class of their own
@@ -222,11 +232,8 @@ class OnnxSession:
 
     def _open(self, threads: int) -> Any:
         onnxruntime = _import(self._path)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options = _options(onnxruntime, threads)
         options.log_severity_level = _ERRORS
-        # Threads that wait for work without sleeping take the cores from the decoder and from other processes.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             return onnxruntime.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors have no common base class of their own
