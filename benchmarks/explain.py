@@ -3,9 +3,9 @@
 Three small models are trained on images in which one object of 32 px decides (see planted_evidence.py), then explained
 on test images that they classify correctly. Of every method: how often the peak of the heatmap lies in the object, how
 much of the positive part lies in it, whether the peak moves to the other object of an image with two when the other
-class is explained, how often the faithfulness score is above the 99th percentile of random rankings, and how like the
-map is to that of the same network with its head, or all weights, drawn anew (Adebayo et al., "Sanity Checks for
-Saliency Maps", 2018, https://arxiv.org/abs/1810.03292).
+class is explained, how often the faithfulness score is above the 99th percentile of random rankings, also of the map
+for a class that is not in the image, and how like the map is to that of the same network with its head, or all weights,
+drawn anew (Adebayo et al., "Sanity Checks for Saliency Maps", 2018, https://arxiv.org/abs/1810.03292).
 
     python -m benchmarks.explain                      train, measure, and time; half an hour on 2 cores for each
     python -m benchmarks.explain --seed 0 --model vit one of the trainings and its figures
@@ -30,64 +30,21 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-import vitrail
 from benchmarks.explain_cost import cost
 from benchmarks.measure import spread, write
-from benchmarks.planted_evidence import CENTRE, CLASSES, INPUT, OBJECT, SIDE, Planted, planted_dataset, planted_images
+from benchmarks.planted_evidence import CENTRE, CLASSES, INPUT, NOTHING, OBJECT, SIDE, Planted, planted_images
+from benchmarks.planted_models import EPOCHS, MODELS, MORE_SETTINGS, SETTINGS, TRAIN_IMAGES, new_model, train
 from vitrail.classifier import Classifier
 from vitrail.explanation import faithfulness as scores
 from vitrail.explanation.explain import compute_maps, compute_scores
-from vitrail.explanation.methods.attention import positive_products, relevance
+from vitrail.explanation.methods.attention import gradient_weighted_attention, positive_products
 from vitrail.explanation.methods.method import Method, Request
 from vitrail.explanation.methods.table import METHODS, choose_method, default_method, methods_of
 from vitrail.explanation.targets import Target
 from vitrail.models.base import ImageModel
-from vitrail.models.build import build_model
-from vitrail.models.configs import ModelConfig, ResNetConfig, SwinConfig, ViTConfig
 
 Numbers = npt.NDArray[np.int64]
 Masks = npt.NDArray[np.bool_]
-SIZE = (INPUT, INPUT)
-MODELS: dict[str, ModelConfig] = {
-    "vit": ViTConfig(img_size=SIZE, patch_size=12, embed_dim=128, depth=4, num_heads=4, num_classes=len(CLASSES)),
-    "swin": SwinConfig(
-        img_size=SIZE,
-        patch_size=6,
-        embed_dim=48,
-        depths=(2, 2, 2),
-        num_heads=(2, 4, 8),
-        window_size=4,
-        num_classes=len(CLASSES),
-    ),
-    "cnn": ResNetConfig(
-        img_size=SIZE, block="basic", layers=(1, 1, 1), channels=(32, 64, 128), num_classes=len(CLASSES)
-    ),
-}
-SETTINGS: dict[str, Any] = {
-    "batch_size": 64,
-    "lr": 1e-3,
-    "warmup_epochs": 0.5,
-    "weight_decay": 0.05,
-    "clip_grad": 1.0,
-    "ema": 0.99,
-    "label_smoothing": 0.0,
-    "drop": 0.0,
-    "drop_path": 0.0,
-    # None of the recipe's augmentation: a flip changes the class, a crop cuts off the object, mixup plants two.
-    "crop_scale": None,
-    "flip": 0.0,
-    "mixup": 0.0,
-    "cutmix": 0.0,
-    "rand_augment": 0.0,
-    "erase": 0.0,
-    "brightness": 0.0,
-    "contrast": 0.0,
-    "saturation": 0.0,
-    "cache": "off",
-}
-MORE_SETTINGS: dict[str, dict[str, Any]] = {"vit": {"pad_shift": 6, "edge": "reflect"}, "swin": {}, "cnn": {}}
-TRAIN_IMAGES = {"vit": 64_000, "swin": 32_000, "cnn": 16_000}
-EPOCHS = {"vit": 4, "swin": 3, "cnn": 2}
 SEEDS = range(1)
 TEST_SEED, TWO_SEED = 1_000, 2_000  # of the images; never those of training
 FRESH_SEED, FRESH = 78, 800  # images that were looked at only after all settings had been chosen
@@ -97,7 +54,6 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu(gradient)": lambda gradient, weights: gradient.relu(),
     "weights": lambda gradient, weights: weights,
 }
-OPPOSITE = "the sign of the larger share, for or against the target"
 FIGURES = ("peak_inside", "positive_share_inside", "peak_moves", "ms_per_image")
 NOTE = (
     "One seed. The images of `methods` were looked at while models and settings were chosen. Trained on 32,000 images, "
@@ -107,33 +63,10 @@ NOTE = (
     "ran meanwhile."
 )
 COUNT = 200  # test images that are explained
-REDRAWN, REDRAWS = 64, 3  # images whose maps are compared with those of other networks, and how many of these
+REDRAWN = 64  # images whose maps are compared with those of other networks
+REDRAWS, FEWER = 10, 3  # of these networks: for the default method, and for others
 ORDERS = 200  # random orders that a score is compared with
 BATCH = 32
-
-
-def train(kind: str, seed: int, folder: Path) -> Classifier:
-    """The model of this kind and seed, which is trained, trained on or read."""
-    out = folder / f"{kind}-{seed}"
-    if not (out / "summary.json").is_file():
-        model = new_model(MODELS[kind], seed)
-        data = planted_dataset(TRAIN_IMAGES[kind], seed=10 * seed)
-        if (out / "config.toml").is_file():
-            vitrail.train(data, model=model, resume=out)
-        else:
-            vitrail.train(data, model=model, epochs=EPOCHS[kind], seed=seed, out=out, **SETTINGS, **MORE_SETTINGS[kind])
-    return vitrail.load(out)
-
-
-def new_model(config: ModelConfig, seed: int) -> ImageModel:
-    """A network with random weights. Those of linear layers are drawn for their width: the usual standard deviation of
-    0.02 is meant for widths of hundreds, and narrow networks start slowly with it."""
-    torch.manual_seed(seed)
-    model = build_model(config)
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
-    return model
 
 
 def model_input(clf: Classifier, images: npt.NDArray[np.uint8]) -> Tensor:
@@ -217,7 +150,8 @@ def faithfulness(clf: Classifier, images: Tensor, labels: Numbers, maps: Tensor)
         scores.RANDOM = usual
     return {
         "above_99th_percentile": percent(np.array([each.percentile > 99 for each in found])),
-        "score": round(float(np.mean([each.score for each in found])), 3),
+        "percentile": round(float(np.mean([each.percentile for each in found])), 1),
+        "score": round(float(np.mean([each.score for each in found])), 4),
         "random_std": round(float(np.mean([each.random_std for each in found])), 3),
         "z_median": round(float(np.median([each.z for each in found])), 2),
     }
@@ -240,6 +174,8 @@ def method_figures(clf: Classifier, method: str, one: Planted, two: Planted) -> 
         figures["sanity"] = sanity(clf, method, images[some], labels[some], maps[some])
     if method in (default_method(clf.model), "rollout"):
         figures["faithfulness"] = faithfulness(clf, images, labels, maps)
+    if method == default_method(clf.model):
+        figures["another_class"] = another_class(clf, method, images[:REDRAWN], labels[:REDRAWN])
     return figures
 
 
@@ -251,7 +187,7 @@ def sanity(clf: Classifier, method: str, images: Tensor, labels: Numbers, maps: 
     for name, all_weights in (("head_redrawn", False), ("all_redrawn", True)):
         others = [
             maps_of(redrawn(clf.model, number, all_weights=all_weights), images, labels, method)
-            for number in range(REDRAWS)
+            for number in range(REDRAWS if method == default_method(clf.model) else FEWER)
         ]
         found[name] = spread([mean_likeness(maps, other) for other in others])
         if METHODS[method].signed:
@@ -259,21 +195,31 @@ def sanity(clf: Classifier, method: str, images: Tensor, labels: Numbers, maps: 
     return found
 
 
-def signed_by_opposite(request: Request) -> Tensor:
-    """`relevance`, negative in cells that have a larger share of the relevance for minus the target."""
-    maps, against = relevance(request), relevance(replace(request, target=lambda logits: -request.target(logits)))
-    totals = [each.sum(dim=(1, 2), keepdim=True).clamp(min=1e-12) for each in (maps, against)]
-    return maps * (maps / totals[0] - against / totals[1]).sign()
+def another_class(clf: Classifier, method: str, images: Tensor, labels: Numbers) -> dict[str, Any]:
+    """Faithfulness of the maps for a class that is not in the image, and of their magnitudes: each image's is drawn
+    from the others of the patterns. below_mean: of how many its logit is less than the mean of all logits."""
+    others = (labels + np.random.default_rng(0).integers(1, NOTHING, len(labels))) % NOTHING
+    with torch.inference_mode():
+        logits = clf.model(images)
+    below = logits.gather(1, torch.from_numpy(others)[:, None])[:, 0] < logits.mean(dim=1)
+    maps = maps_of(clf.model, images, others, method)
+    found: dict[str, Any] = {"below_mean": percent(below.numpy()), **faithfulness(clf, images, others, maps)}
+    if METHODS[method].signed:
+        found["magnitude"] = faithfulness(clf, images, others, maps.abs())
+    return found
+
+
+def unsigned(request: Request, products: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    return gradient_weighted_attention(request, products)[0]
 
 
 def other_formulas(clf: Classifier, one: Planted) -> dict[str, Any]:
-    """Why the map of a network with a new head is like its own: `relevance` with other products than
-    relu(gradient * weights), or with a sign; and what the others lose."""
+    """Why the magnitudes of the map of a network with a new head are like its own: those of `relevance` with other
+    products than relu(gradient * weights), and what the others lose."""
     images, labels, some = model_input(clf, one.images), one.labels[:, 0], slice(REDRAWN)
-    formulas = {name: partial(relevance, products=products) for name, products in PRODUCTS.items()}
     found = {}
-    for name, compute in {**formulas, OPPOSITE: signed_by_opposite}.items():
-        method = replace(METHODS["relevance"], compute=compute)
+    for name, products in PRODUCTS.items():
+        method = replace(METHODS["relevance"], compute=partial(unsigned, products=products))
         maps = maps_of(clf.model, images, labels, method)
         new = maps_of(redrawn(clf.model, 0, all_weights=False), images[some], labels[some], method)
         found[name] = {
@@ -298,16 +244,19 @@ def confirmation(clf: Classifier) -> dict[str, Any]:
             "peak_inside": percent(peaks_inside(maps, inside_input(one)[:, 0])),
             "positive_share_inside": percent(share_inside(maps, inside_input(one)[:, 0])),
             "peak_moves": percent(moved_peaks(clf, method, two)),
+            "peak_of_magnitude_moves": percent(moved_peaks(clf, method, two, magnitude=True)),
             "likeness_of_classes": round(mean_likeness(*of_each), 3),
         }
     return found
 
 
-def moved_peaks(clf: Classifier, method: str, two: Planted) -> Masks:
-    """Whether the peak lies in the object whose class is explained: bool objects N."""
-    images, inside = model_input(clf, two.images), np.moveaxis(inside_input(two), 1, 0)
-    pairs = zip(two.labels.T, inside, strict=True)
-    return np.stack([peaks_inside(maps_of(clf.model, images, labels, method), masks) for labels, masks in pairs])
+def moved_peaks(clf: Classifier, method: str, two: Planted, *, magnitude: bool = False) -> Masks:
+    """Whether the peak, of the map or of its magnitude, lies in the object whose class is explained: bool objects N."""
+    images, found = model_input(clf, two.images), []
+    for labels, inside in zip(two.labels.T, np.moveaxis(inside_input(two), 1, 0), strict=True):
+        maps = maps_of(clf.model, images, labels, method)
+        found.append(peaks_inside(maps.abs() if magnitude else maps, inside))
+    return np.stack(found)
 
 
 def percent(values: Masks | npt.NDArray[np.float64]) -> float:

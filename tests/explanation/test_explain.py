@@ -243,6 +243,16 @@ def test_targets(clf: Classifier, photos: Path) -> None:
         explain(clf, photos / "1.png", target="bird")
 
 
+def test_relevance_has_a_sign_only_where_the_target_is_ruled_out(clf: Classifier, photos: Path) -> None:
+    predicted = explain(clf, photos / "1.png", "relevance")
+    least = explain(clf, photos / "1.png", "relevance", target=min(predicted.top, key=lambda each: each.score).label)
+    assert not predicted.signed
+    assert predicted.values.min() >= 0
+    assert least.signed
+    assert least.is_against
+    assert least.values.max() <= 0
+
+
 def test_options_are_checked_before_an_image_is_read(clf: Classifier) -> None:
     with pytest.raises(ModelError, match="relevence"):
         explain_stream(clf, "missing.png", "relevence")

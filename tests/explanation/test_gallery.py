@@ -144,3 +144,19 @@ def test_the_page_in_a_browser(width: int, tmp_path: Path) -> None:
         browser.close()
     assert [url for url in requests if not url.startswith(("data:", path.as_uri()))] == []
     assert errors == []
+
+
+def test_a_map_of_evidence_against_the_target_says_so() -> None:
+    usual = explanation()
+    against = replace(usual, values=-usual.values, signed=True)
+    assert not usual.is_against
+    assert against.is_against
+    assert not replace(against, values=against.values + 0.5).is_against
+    assert any("against cat" in line for line in against.caption())
+    assert not any("against" in line for line in usual.caption())
+    page = make_gallery([usual, against], "vit")
+    assert "why “cat”" in page
+    assert "why not “cat”" in page
+    assert page.count("Method: <b>relevance</b>") == 1
+    assert page.count('class="scale"') == 2  # weak to strong, and against to for the target
+    assert make_gallery([usual], "vit").count('class="scale"') == 1

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from benchmarks import explain
+from benchmarks import explain, planted_models
 from benchmarks.planted_evidence import CENTRE, NOTHING, OBJECT, PATTERNS, planted_dataset, planted_images
 
 
@@ -44,9 +44,9 @@ def test_position_and_colour_say_nothing_of_the_class() -> None:
 
 @pytest.mark.slow
 def test_the_peak_of_a_trained_models_map_lies_in_the_object(tmp_path, monkeypatch) -> None:
-    monkeypatch.setitem(explain.TRAIN_IMAGES, "cnn", 6_000)
-    monkeypatch.setitem(explain.EPOCHS, "cnn", 4)
-    clf = explain.train("cnn", 0, tmp_path)
+    monkeypatch.setitem(planted_models.TRAIN_IMAGES, "cnn", 6_000)
+    monkeypatch.setitem(planted_models.EPOCHS, "cnn", 4)
+    clf = planted_models.train("cnn", 0, tmp_path)
     one, two = planted_images(100, seed=11), planted_images(100, seed=12, objects=2)
     found = explain.method_figures(
         clf, "gradcam", one.take(explain.correct(clf, one)), two.take(explain.correct(clf, two))

@@ -229,7 +229,7 @@ def _explain_batch(clf: Classifier, pictures: list[ReadImage], options: _Options
             picture=picture.reduced,
             faithfulness=scores[number],
             class_specific=options.method.class_specific,
-            signed=options.method.signed,
+            signed=options.method.signed and bool((maps[number] < 0).any()),
             reference=options.method.reference,
             parts=None if parts is None else parts[number],
         )

@@ -36,7 +36,9 @@ def make_gallery(found: Sequence[Explanation | Unreadable], model: str, left_out
     scores = [each.faithfulness for each in shown if each.faithfulness is not None]
     values = {
         "model": model,
-        "methods": [_method(each) for each in methods.values()],
+        "methods": [
+            _method(each, {other.signed for other in shown if other.method == name}) for name, each in methods.items()
+        ],
         "images": len(explanations) + left_out,
         "left_out": len(explanations) - len(shown) + left_out,
         "scored": bool(scores),
@@ -48,14 +50,20 @@ def make_gallery(found: Sequence[Explanation | Unreadable], model: str, left_out
     return render_page("vitrail.explanation", "gallery.html", values)
 
 
-def _method(explanation: Explanation) -> dict[str, Any]:
-    colors = DIVERGING if explanation.signed else SEQUENTIAL
+def _method(explanation: Explanation, signed: set[bool]) -> dict[str, Any]:
+    """signed: of the maps of this method."""
     return {
         "name": explanation.method,
         "reference": explanation.reference,
         "class_specific": explanation.class_specific,
-        "gradient": ", ".join("#{:02x}{:02x}{:02x}".format(*color) for color in colors),
-        "ends": ("against the target", "for the target") if explanation.signed else ("weak", "strong"),
+        "scales": [_scale(each) for each in sorted(signed)],
+    }
+
+
+def _scale(signed: bool) -> dict[str, Any]:
+    return {
+        "gradient": ", ".join("#{:02x}{:02x}{:02x}".format(*color) for color in (DIVERGING if signed else SEQUENTIAL)),
+        "ends": ("against the target", "for the target") if signed else ("weak", "strong"),
     }
 
 
@@ -78,6 +86,7 @@ def _card(explanation: Explanation, side: int, heat_side: int) -> dict[str, Any]
         "class_specific": explanation.class_specific,
         "target": explanation.target,
         "is_pair": explanation.is_pair,
+        "is_against": explanation.is_against,
         "score": explanation.score,
         "top": [
             {

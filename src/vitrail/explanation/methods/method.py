@@ -45,8 +45,8 @@ class Method:
 
     compute: returns maps B h w, float32, without a gradient. A cell of the map is a square of ceil(H / h) pixels; the
     last row and column may reach over the edge of the image, where a model pads. families: keys of FAMILIES,
-    MERGED or EXTERNAL. class_specific: whether the map depends on the target. signed: whether values below 0 mean
-    evidence against the target. reference: paper or source.
+    MERGED or EXTERNAL. class_specific: whether the map depends on the target. signed: whether there may be
+    values below 0, evidence against the target. reference: paper or source.
     """
 
     name: str
