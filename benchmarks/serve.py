@@ -5,7 +5,8 @@ offline batches, and the same beside LitServe with the same ONNX model.
 
 LitServe runs twice: with Pillow and onnxruntime, as one writes it from LitServe's documentation and the export's README
 ("litserve"), and with vitrail's own engine, which compares the servers alone ("litserve, vitrail's engine"). Each
-service runs in a process of its own; rounds of all of them alternate, and those that are not measured are suspended.
+service runs in a process of its own; rounds of all of them alternate, requests of one client in an order that changes,
+and those that are not measured are suspended.
 LitServe (pip install litserve) is left out where it is not installed.
 """
 
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,9 +29,11 @@ import numpy as np
 
 from benchmarks.measure import write
 from vitrail.classifier import load
+from vitrail.inference.engine import Engine
 
 PORTS = {"vitrail": 8301, "litserve": 8302, "litserve, vitrail's engine": 8303}
 CONCURRENCY = 16
+REST = 0.02  # seconds before what is timed, in which threads of a process that is resumed go back to their waiting
 BOUNDARY = "2a1c6d9e0b"
 FORM = (  # a form with one file, which both services take
     f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\n'
@@ -112,6 +116,13 @@ def ask(port: int, data: bytes, connection: http.client.HTTPConnection | None = 
     return time.perf_counter() - start
 
 
+def call(engine: Engine, data: bytes) -> float:
+    """Seconds of a direct call."""
+    start = time.perf_counter()
+    list(engine.stream([data], 1))
+    return time.perf_counter() - start
+
+
 def throughput(port: int, images: list[bytes]) -> tuple[float, list[float]]:
     """Images a second at concurrency 16, and the seconds of each request."""
 
@@ -157,6 +168,7 @@ def only(services: dict[str, subprocess.Popen[bytes]], name: str | None = None) 
     """Let this service run and suspend the others, which take time of the CPU also when nobody asks them."""
     for each, process in services.items():
         os.killpg(process.pid, signal.SIGCONT if each == name else signal.SIGSTOP)
+    time.sleep(REST)
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -189,14 +201,15 @@ def main() -> None:
         offline: list[float] = []
         for _ in range(arguments.rounds):
             connections = {name: http.client.HTTPConnection("127.0.0.1", PORTS[name], timeout=60) for name in services}
+            order = deque([None, *services])  # None: a direct call
             for data in images[:50]:
-                only(services)
-                begin = time.perf_counter()
-                list(engine.stream([data], 1))
-                direct.append(time.perf_counter() - begin)
-                for name in services:
+                for name in order:
                     only(services, name)
-                    rows[name]["single"].append(ask(PORTS[name], data, connections[name]))
+                    if name is None:
+                        direct.append(call(engine, data))
+                    else:
+                        rows[name]["single"].append(ask(PORTS[name], data, connections[name]))
+                order.rotate()
             only(services)
             begin = time.perf_counter()
             for _ in engine.stream(images):
