@@ -37,8 +37,8 @@ from benchmarks.planted_models import EPOCHS, MODELS, MORE_SETTINGS, SETTINGS, T
 from vitrail.classifier import Classifier
 from vitrail.explanation import faithfulness as scores
 from vitrail.explanation.explain import compute_maps, compute_scores
-from vitrail.explanation.methods.attention import gradient_weighted_attention, positive_products
-from vitrail.explanation.methods.method import Method, Request
+from vitrail.explanation.methods.attention import positive_products, relevance
+from vitrail.explanation.methods.method import Method
 from vitrail.explanation.methods.table import METHODS, choose_method, default_method, methods_of
 from vitrail.explanation.targets import Target
 from vitrail.models.base import ImageModel
@@ -190,7 +190,7 @@ def sanity(clf: Classifier, method: str, images: Tensor, labels: Numbers, maps: 
             for number in range(REDRAWS if method == default_method(clf.model) else FEWER)
         ]
         found[name] = spread([mean_likeness(maps, other) for other in others])
-        if METHODS[method].signed:
+        if METHODS[method].signed or METHODS[method].negated_if_ruled_out:
             found[f"{name}_magnitude"] = spread([mean_likeness(maps.abs(), other.abs()) for other in others])
     return found
 
@@ -204,13 +204,9 @@ def another_class(clf: Classifier, method: str, images: Tensor, labels: Numbers)
     below = logits.gather(1, torch.from_numpy(others)[:, None])[:, 0] < logits.mean(dim=1)
     maps = maps_of(clf.model, images, others, method)
     found: dict[str, Any] = {"below_mean": percent(below.numpy()), **faithfulness(clf, images, others, maps)}
-    if METHODS[method].signed:
+    if METHODS[method].signed or METHODS[method].negated_if_ruled_out:
         found["magnitude"] = faithfulness(clf, images, others, maps.abs())
     return found
-
-
-def unsigned(request: Request, products: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    return gradient_weighted_attention(request, products)[0]
 
 
 def other_formulas(clf: Classifier, one: Planted) -> dict[str, Any]:
@@ -219,7 +215,8 @@ def other_formulas(clf: Classifier, one: Planted) -> dict[str, Any]:
     images, labels, some = model_input(clf, one.images), one.labels[:, 0], slice(REDRAWN)
     found = {}
     for name, products in PRODUCTS.items():
-        method = replace(METHODS["relevance"], compute=partial(unsigned, products=products))
+        compute = partial(relevance, products=products)
+        method = replace(METHODS["relevance"], compute=compute, negated_if_ruled_out=False)
         maps = maps_of(clf.model, images, labels, method)
         new = maps_of(redrawn(clf.model, 0, all_weights=False), images[some], labels[some], method)
         found[name] = {

@@ -13,13 +13,13 @@ LitServe (pip install litserve) is left out where it is not installed.
 import argparse
 import http.client
 import os
+import random
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -197,19 +197,20 @@ def main() -> None:
             ready[name] = wait_ready(name, images[0])
             only(services)
         rows: dict[str, dict[str, list[float]]] = {name: {"rate": [], "single": [], "many": []} for name in services}
+        shuffle = random.Random(0).shuffle
         direct: list[float] = []
         offline: list[float] = []
         for _ in range(arguments.rounds):
             connections = {name: http.client.HTTPConnection("127.0.0.1", PORTS[name], timeout=60) for name in services}
-            order = deque([None, *services])  # None: a direct call
+            order: list[str | None] = [None, *services]  # None: a direct call
             for data in images[:50]:
+                shuffle(order)
                 for name in order:
                     only(services, name)
                     if name is None:
                         direct.append(call(engine, data))
                     else:
                         rows[name]["single"].append(ask(PORTS[name], data, connections[name]))
-                order.rotate()
             only(services)
             begin = time.perf_counter()
             for _ in engine.stream(images):

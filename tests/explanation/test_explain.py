@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from vitrail.classifier import Classifier
 from vitrail.errors import ConfigError, DataError, ModelError, RunError
 from vitrail.explanation.explain import explain, explain_stream, open_classifier
 from vitrail.explanation.methods.method import Method, Request
+from vitrail.explanation.methods.table import METHODS
 from vitrail.explanation.result import Explanation, Unreadable, file_name
 from vitrail.images import limits
 from vitrail.images.preprocess import Preprocess
@@ -243,14 +245,30 @@ def test_targets(clf: Classifier, photos: Path) -> None:
         explain(clf, photos / "1.png", target="bird")
 
 
-def test_relevance_has_a_sign_only_where_the_target_is_ruled_out(clf: Classifier, photos: Path) -> None:
+def test_relevance_is_negative_for_a_class_that_is_ruled_out(clf: Classifier, photos: Path) -> None:
     predicted = explain(clf, photos / "1.png", "relevance")
-    least = explain(clf, photos / "1.png", "relevance", target=min(predicted.top, key=lambda each: each.score).label)
     assert not predicted.signed
     assert predicted.values.min() >= 0
+    worst = min(predicted.top, key=lambda each: each.score).label
+    least = explain(clf, photos / "1.png", "relevance", target=worst)
     assert least.signed
     assert least.is_against
     assert least.values.max() <= 0
+    pair = explain(clf, photos / "1.png", "relevance", target=f"{worst}:{predicted.target}")
+    assert pair.score is not None
+    assert pair.score < 0
+    assert not pair.signed
+    assert pair.values.min() >= 0  # what favours the first all the same
+
+
+def test_a_method_with_signs_keeps_its_colours_without_negative_values(
+    clf: Classifier, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    positive = replace(METHODS["occlusion"], compute=lambda request: METHODS["occlusion"].compute(request).abs())
+    monkeypatch.setattr("vitrail.explanation.explain.choose_method", lambda name, model: positive)
+    found = explain(clf, photos / "1.png")
+    assert found.signed
+    assert not found.is_against
 
 
 def test_options_are_checked_before_an_image_is_read(clf: Classifier) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vitrail.errors import ConfigError
-from vitrail.explanation.targets import parse_target
+from vitrail.explanation.targets import Target, parse_target
 
 NAMES = ("cat", "dog", "7", "ratio 1:2", "time: noon", "cat:fish", "fish")
 LOGITS = torch.tensor([[1.0, 5, 2, 0, 0, 3, -1], [4.0, 1, 2, 0, 0, 9, -2]])
@@ -72,3 +72,13 @@ def test_the_class_is_kept_for_changed_copies_of_an_image() -> None:
     assert target.fixed(LOGITS).of(-LOGITS).tolist() == [-5.0, -9.0]
     assert target.fixed(LOGITS).names(-LOGITS) == ["dog", "cat:fish"]
     assert target.fixed(LOGITS[:1]).of(LOGITS).tolist() == [5.0, 1.0]  # copies of one image
+
+
+def test_a_class_is_ruled_out_by_a_logit_below_the_mean() -> None:
+    logits = torch.tensor([[1.0, 2, 6], [-3, -3, -9]])
+    assert Target(("a", "b", "c"), 0).ruled_out(logits).tolist() == [True, False]
+    assert Target(("a", "b", "c"), (2, 2)).ruled_out(logits + 100).tolist() == [False, True]
+    assert Target(("a", "b", "c"), 0, 2).ruled_out(logits).tolist() == [False, False]  # a pair
+    assert Target(("a",), 0).ruled_out(logits[:, :1]).tolist() == [False, False]
+    equal = torch.full((1, 1000), 1.7)  # the mean in float32 is another number
+    assert not Target(tuple(map(str, range(1000)))).ruled_out(equal).any()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 from sklearn.datasets import load_digits
 
@@ -241,6 +242,9 @@ def test_calls_at_once_are_computed_by_one_core_each(
 
 def test_threads_sleep_between_calls(tmp_path: Path) -> None:
     """onnxruntime's own wait for work for 30 ms and more, and take the cores from others meanwhile."""
+    options = onnx_runtime._options(onnxruntime, 2)
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+    assert int(options.get_session_config_entry("session.intra_op.spin_duration_us")) > 0  # within a call
     runtime, took = open_runtime(make_export(tmp_path / "e", threads=2)), []
     images = np.zeros((4096, 8, 8, 1), np.uint8)  # so many that both threads compute
     for _ in range(5):

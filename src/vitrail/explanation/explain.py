@@ -229,7 +229,7 @@ def _explain_batch(clf: Classifier, pictures: list[ReadImage], options: _Options
             picture=picture.reduced,
             faithfulness=scores[number],
             class_specific=options.method.class_specific,
-            signed=options.method.signed and bool((maps[number] < 0).any()),
+            signed=options.method.signed or bool((maps[number] < 0).any()),
             reference=options.method.reference,
             parts=None if parts is None else parts[number],
         )
@@ -264,6 +264,8 @@ def compute_maps(
         view, images = eval_view(model), _for_model(model, images)
         logits = view(images).float()
         maps = method.compute(Request(view, images, target.fixed(logits).of, block, head))
+        if method.negated_if_ruled_out:
+            maps = torch.where(target.ruled_out(logits)[:, None, None], -maps, maps)
     return maps, logits
 
 

@@ -56,7 +56,7 @@ class Explanation:
     the model has no classes. score: the probability of the target, 0 to 1, or for a pair the difference of the two
     logits. top: the most probable classes. values: the map on the model's input, float32 h w. box: what the input shows
     of the original. size: H W. picture: the upright original, reduced to at most 1,024 pixels. faithfulness: None
-    unless it was measured. class_specific, reference: of the method, see `Method`. signed: whether some values are
+    unless it was measured. class_specific, reference: of the method, see `Method`. signed: whether values may be
     below 0, evidence against the target. parts: a map for each attention head, heads h w, if all were asked for.
     """
 
@@ -121,7 +121,7 @@ class Explanation:
     @property
     def is_against(self) -> bool:
         """Whether the map is of evidence against the target alone."""
-        return self.signed and self.target is not None and bool(self.values.max() <= 0)
+        return self.signed and not self.is_pair and self.target is not None and bool(self.values.max() <= 0)
 
     def score_text(self) -> str:
         """Target and score: "cat, probability 97.3 %" or "cat:dog, logit difference +2.10"."""

@@ -41,6 +41,14 @@ class Target:
         predict another. Of one image, it applies to any number of its copies."""
         return Target(self.class_names, tuple(self.indices(logits).tolist()), self.against)
 
+    def ruled_out(self, logits: Tensor) -> Tensor:
+        """Whether the model rules the class of each image out, by a logit below the mean of all: bool B. Of a pair it
+        never does: the question is what favours the first, however probable it is."""
+        if self.against is not None:
+            return torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+        logits = logits.double()  # of logits that are equal, the mean is one of them
+        return self.of(logits) < logits.mean(dim=1)
+
     def names(self, logits: Tensor) -> list[str]:
         """For each image "cat", or for two classes "cat:dog"."""
         suffix = "" if self.against is None else f":{self.class_names[self.against]}"

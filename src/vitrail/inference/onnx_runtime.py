@@ -32,6 +32,7 @@ _TWO_SESSIONS = 400 << 20  # bytes of a model at most, of which there may be two
 _ERRORS = 3  # the lowest severity of messages that onnxruntime prints
 # Threads wait for the next operation of a call without sleeping, because waking takes as long as a short operation; but
 # not for the next call, as they would by default: that takes the cores from the decoder and from other processes.
+# onnxruntime before 1.26 does not know the first option, and waits for some milliseconds within a call.
 _WAITING = {"intra_op.spin_duration_us": "500", "force_spinning_stop": "1"}
 
 

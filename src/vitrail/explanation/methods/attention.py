@@ -33,27 +33,8 @@ def positive_products(gradient: Tensor, weights: Tensor) -> Tensor:
     return (gradient * weights).relu()
 
 
-def relevance(request: Request) -> Tensor:
-    """Gradient-weighted attention with the sign of the target's logit: B h w, of one sign in each image. For ViT and
-    Swin; specific to the target.
-
-    `gradient_weighted_attention`, at least 0, also marks pixels because of which the model rules the target out. It is
-    multiplied by what the target has above the mean logit: the map of such a class is negative.
-    """
-    maps, logits = gradient_weighted_attention(request)
-    return maps * above_mean(request.target, logits)[:, None, None]
-
-
-def above_mean(target: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
-    """The target less the mean logit, or for a pair of classes their difference: logits B K to B. A constant that is
-    added to all logits does not change it. The only logit of a model with one class is taken as it is."""
-    return target(logits - logits.mean(dim=1, keepdim=True) if logits.shape[1] > 1 else logits)
-
-
-def gradient_weighted_attention(
-    request: Request, products: Callable[[Tensor, Tensor], Tensor] = positive_products
-) -> tuple[Tensor, Tensor]:
-    """Maps B h w, at least 0, and the logits B K, float32.
+def relevance(request: Request, products: Callable[[Tensor, Tensor], Tensor] = positive_products) -> Tensor:
+    """Gradient-weighted attention: B h w, at least 0. For ViT and Swin; specific to the target.
 
     Chefer et al., "Generic Attention-model Explainability for Interpreting Bi-Modal and Encoder-Decoder Transformers",
     2021 (https://arxiv.org/abs/2103.15679): from the last block to the first, r <- r + r mean over heads of
@@ -71,8 +52,8 @@ def gradient_weighted_attention(
         steps = list(attention_steps(model, images))
         blocks = [step for step in steps if isinstance(step, AttentionStep)]
         output = blocks[-1].output
-        logits = model.forward_head(model.norm(output))
-        gradients = torch.autograd.grad(request.target(logits).sum(), [block.weights for block in blocks])
+        score = request.target(model.forward_head(model.norm(output))).sum()
+        gradients = torch.autograd.grad(score, [block.weights for block in blocks])
     with torch.no_grad():
         gradient_of = dict(zip(blocks, gradients, strict=True))
         start = _read_by_head(model, output)
@@ -83,7 +64,7 @@ def gradient_weighted_attention(
             else:
                 weighted = products(gradient_of[step].float(), step.weights.float())
                 added = added + _to_keys(start + added, weighted, step.windows).mean(dim=1)
-        return _patches(model, images, added), logits.detach().float()
+        return _patches(model, images, added)
 
 
 def rollout(request: Request) -> Tensor:

@@ -46,7 +46,8 @@ class Method:
     compute: returns maps B h w, float32, without a gradient. A cell of the map is a square of ceil(H / h) pixels; the
     last row and column may reach over the edge of the image, where a model pads. families: keys of FAMILIES,
     MERGED or EXTERNAL. class_specific: whether the map depends on the target. signed: whether there may be
-    values below 0, evidence against the target. reference: paper or source.
+    values below 0, evidence against the target. reference: paper or source. negated_if_ruled_out: whether maps, which
+    have no sign of their own, are multiplied by -1 for a class that the model rules out (see `Target.ruled_out`).
     """
 
     name: str
@@ -57,6 +58,7 @@ class Method:
     reference: str
     selects_block: bool = False  # reads `block`
     selects_head: bool = False  # reads `head`
+    negated_if_ruled_out: bool = False
 
 
 def family_of(model: nn.Module) -> str:

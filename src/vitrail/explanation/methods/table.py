@@ -23,7 +23,7 @@ DOSOVITSKIY = "Dosovitskiy et al., 2020, https://arxiv.org/abs/2010.11929"
 DARCET = "Darcet et al., 2023, https://arxiv.org/abs/2309.16588"
 
 _ROWS = (  # name, function, families, class-specific, signed, reference
-    Method("relevance", relevance, ATTENTION, True, True, CHEFER),
+    Method("relevance", relevance, ATTENTION, True, False, CHEFER, negated_if_ruled_out=True),
     Method("gradcam", gradcam, UNMERGED, True, False, SELVARAJU),
     Method("legrad", legrad, ("vit",), True, False, BOUSSELHAM),
     Method("integrated_gradients", integrated_gradients, UNMERGED, True, True, SUNDARARAJAN),
