@@ -202,11 +202,10 @@ def another_class(clf: Classifier, method: str, images: Tensor, labels: Numbers)
     from the others of the patterns. below_mean: of how many its logit is less than the mean of all logits."""
     others = (labels + np.random.default_rng(0).integers(1, NOTHING, len(labels))) % NOTHING
     with torch.inference_mode():
-        logits = clf.model(images)
-    below = logits.gather(1, torch.from_numpy(others)[:, None])[:, 0] < logits.mean(dim=1)
+        below = Target(CLASSES, tuple(others.tolist())).ruled_out(clf.model(images))
     maps = maps_of(clf.model, images, others, method)
     found: dict[str, Any] = {"below_mean": percent(below.numpy()), **faithfulness(clf, images, others, maps)}
-    if METHODS[method].signed or METHODS[method].negated_if_ruled_out:
+    if METHODS[method].negated_if_ruled_out:
         found["magnitude"] = faithfulness(clf, images, others, maps.abs())
     return found
 

@@ -152,6 +152,8 @@ def test_a_map_of_evidence_against_the_target_says_so() -> None:
     assert not usual.is_against
     assert against.is_against
     assert not replace(against, values=against.values + 0.5).is_against
+    assert not replace(against, values=0 * against.values).is_against
+    assert not replace(against, is_pair=True).is_against
     assert any("against cat" in line for line in against.caption())
     assert not any("against" in line for line in usual.caption())
     page = make_gallery([usual, against], "vit")

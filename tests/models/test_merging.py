@@ -172,10 +172,9 @@ def test_a_model_folder_keeps_what_is_merged_and_timm_refuses_it(tmp_path: Path)
     assert again.model.config == clf.model.config
     assert again.model.config.merge == (40, 0)
     image = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
-    (ours,), (theirs,) = clf.predict([image]), again.predict([image])
-    assert [each.label for each in ours.top] == [each.label for each in theirs.top]
-    # not bit for bit: weights that are read from a file lie elsewhere in memory, which changes the rounding with AVX2
-    assert [each.score for each in ours.top] == pytest.approx([each.score for each in theirs.top], abs=1e-6)
+    for parameter in again.model.parameters():  # to the alignment of others: with AVX2, it changes the rounding
+        parameter.data = parameter.data.clone()
+    assert again.predict(image) == clf.predict(image)
     assert "timm cannot merge tokens" in (tmp_path / "model" / "README.md").read_text()
     with pytest.raises(RuntimeError, match="Unknown model"):
         timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)

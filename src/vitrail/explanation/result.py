@@ -120,8 +120,8 @@ class Explanation:
 
     @property
     def is_against(self) -> bool:
-        """Whether the map is of evidence against the target alone."""
-        return self.signed and not self.is_pair and self.target is not None and bool(self.values.max() <= 0)
+        """Whether the map is of evidence against the target alone. A map of zeros is not, nor is that of a pair."""
+        return self.target is not None and not self.is_pair and bool(self.values.min() < 0 >= self.values.max())
 
     def score_text(self) -> str:
         """Target and score: "cat, probability 97.3 %" or "cat:dog, logit difference +2.10"."""
