@@ -4,7 +4,8 @@ An image is a crop of a photograph with rectangles, ellipses and lines on it, tw
 to no class (plain, shaded or noise), and the object: a tile with one of eight patterns in two random colours. Place,
 colours, period and phase say nothing about the class. A ninth class of training images has no object; without it, a
 model may tell one pattern by the absence of the other seven, and then no pixel is evidence of it. Training and test
-images have different photographs. An image depends on (seed, index) alone.
+images have different photographs. An image depends on (seed, index) alone. With decoys, the two other tiles have
+patterns too, which belong to no class and are in no training image.
 
 Shapes: N images, S side of an image (the model sees its central INPUT pixels).
 """
@@ -32,7 +33,8 @@ CENTRE = slice(_LEFT, _LEFT + INPUT)
 
 Pixels = npt.NDArray[np.uint8]
 Grid = npt.NDArray[np.float64]
-PATTERNS: dict[str, Callable[[Grid, Grid, float], npt.NDArray[np.bool_]]] = {  # of x, y from the centre, and the period
+Pattern = Callable[[Grid, Grid, float], npt.NDArray[np.bool_]]
+PATTERNS: dict[str, Pattern] = {  # of x, y from the centre, and the period
     "horizontal": lambda x, y, p: y % p < p / 2,
     "vertical": lambda x, y, p: x % p < p / 2,
     "rising": lambda x, y, p: (x + y) / 2**0.5 % p < p / 2,
@@ -41,6 +43,14 @@ PATTERNS: dict[str, Callable[[Grid, Grid, float], npt.NDArray[np.bool_]]] = {  #
     "dots": lambda x, y, p: (x % p - p / 2) ** 2 + (y % p - p / 2) ** 2 < p**2 / 7,
     "rings": lambda x, y, p: np.hypot(x, y) % p < p / 2,
     "chevrons": lambda x, y, p: (y + np.abs(x)) / 2**0.5 % p < p / 2,
+}
+DECOYS: dict[str, Pattern] = {
+    "squares": lambda x, y, p: np.maximum(np.abs(x), np.abs(y)) % p < p / 2,
+    "grid": lambda x, y, p: (np.abs(x % p - p / 2) < p / 8) | (np.abs(y % p - p / 2) < p / 8),
+    "diamonds": lambda x, y, p: np.abs(x % p - p / 2) + np.abs(y % p - p / 2) < p / 2.6,
+    "waves": lambda x, y, p: (y + 1.5 * np.sin(2 * np.pi * x / p)) % p < p / 2,
+    "bricks": lambda x, y, p: (y % p >= 1.5) & ((x + y // p % 2 * p / 2) % p >= 1.5),
+    "rays": lambda x, y, p: np.arctan2(y, x) % (np.pi / 4) < np.pi / 8,
 }
 NOTHING = len(PATTERNS)  # the class of images without an object
 CLASSES = (*PATTERNS, "nothing")
@@ -71,7 +81,7 @@ class Planted:
 
 
 def planted_images(
-    count: int, *, seed: int, photographs: str = "test", objects: int = 1, empty: float = 0.0
+    count: int, *, seed: int, photographs: str = "test", objects: int = 1, empty: float = 0.0, decoys: bool = False
 ) -> Planted:
     """`count` images with `objects` objects of different classes, which do not touch; a share `empty` has none."""
     images = np.empty((count, SIDE, SIDE, 3), np.uint8)
@@ -81,13 +91,13 @@ def planted_images(
         image = _clutter(rng, _photographs(photographs))
         places = _places(rng, objects + 2)
         for place in places[objects:]:
-            image.paste(Image.fromarray(_other_tile(rng)), tuple(place))
+            image.paste(Image.fromarray(_decoy(rng) if decoys else _other_tile(rng)), tuple(place))
         labels[index], boxes[index] = NOTHING, 0
         if rng.random() >= empty:
             labels[index] = rng.permutation(len(PATTERNS))[:objects]
             boxes[index] = np.hstack([places[:objects], places[:objects] + OBJECT])
             for label, place in zip(labels[index], places, strict=False):
-                image.paste(Image.fromarray(_object(rng, CLASSES[label])), tuple(place))
+                image.paste(Image.fromarray(_object(rng, PATTERNS[CLASSES[label]])), tuple(place))
         noisy = np.asarray(image) + rng.normal(0, 6, (SIDE, SIDE, 3))
         images[index] = noisy.clip(0, 255).astype(np.uint8)
     return Planted(images, labels, boxes)
@@ -158,12 +168,16 @@ def _colors(rng: np.random.Generator) -> npt.NDArray[np.float64]:
             return colors
 
 
-def _object(rng: np.random.Generator, name: str) -> Pixels:
-    """A tile with the pattern of a class; 32 32 3."""
+def _object(rng: np.random.Generator, pattern: Pattern) -> Pixels:
+    """A tile with a pattern; 32 32 3."""
     centre = OBJECT / 2 + rng.uniform(-4, 4, 2)
     y, x = np.mgrid[:OBJECT, :OBJECT] - centre[:, None, None]
-    mask = PATTERNS[name](x, y, rng.uniform(7, 11))
+    mask = pattern(x, y, rng.uniform(7, 11))
     return _colors(rng)[mask.astype(int)].astype(np.uint8)
+
+
+def _decoy(rng: np.random.Generator) -> Pixels:
+    return _object(rng, list(DECOYS.values())[rng.integers(len(DECOYS))])
 
 
 def _other_tile(rng: np.random.Generator) -> Pixels:
@@ -187,9 +201,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=8)
     parser.add_argument("--objects", type=int, default=1, help="objects of different classes in an image")
     parser.add_argument("--seed", type=int, default=1_000)
+    parser.add_argument("--decoys", action="store_true", help="the other tiles have patterns of no class")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    found = planted_images(arguments.count, seed=arguments.seed, objects=arguments.objects)
+    found = planted_images(arguments.count, seed=arguments.seed, objects=arguments.objects, decoys=arguments.decoys)
     for number, (image, labels) in enumerate(zip(found.images, found.labels, strict=True)):
         names = "-".join(CLASSES[label] for label in labels)
         Image.fromarray(image).save(arguments.folder / f"{number:03d}-{names}.png")

@@ -30,6 +30,17 @@ def test_a_share_of_the_images_has_no_object() -> None:
     assert np.array_equal(planted.inside().any(axis=(1, 2, 3)), ~without)
 
 
+def test_decoys_have_a_pattern_where_other_tiles_have_none() -> None:
+    """Outside of the object, sharp edges: two colours that differ by 80 of 255 at least."""
+    seed, count = 6, 30
+    plain, decoys = planted_images(count, seed=seed), planted_images(count, seed=seed, decoys=True)
+    edges = [
+        np.mean(np.abs(np.diff(each.images.mean(axis=3), axis=2))[~each.inside()[:, 0, :, 1:]] > 60)
+        for each in (plain, decoys)
+    ]
+    assert edges[1] > 1.5 * edges[0]
+
+
 def test_position_and_colour_say_nothing_of_the_class() -> None:
     """A linear model of the box and of the object's mean colour, fitted to half of the images, guesses the other half
     no better than chance."""
