@@ -82,7 +82,9 @@ def test_json(run: Run, model: Path, photos: Path, tmp_path: Path) -> None:
     done = run(model, photos / "0.png", tmp_path / "broken.png", "--json", "--out", "new", "--score")
     first, second = map(json.loads, done.out.splitlines())
     assert done.status == 0
-    assert list(first) == ["path", "method", "target", "score", "grid", "heatmap", "picture", "faithfulness"]
+    assert list(first) == [
+        *("path", "method", "target", "score", "is_against", "grid", "heatmap", "picture", "faithfulness")
+    ]
     assert (first["method"], first["grid"]) == ("relevance", [4, 4])
     assert first["target"] in NAMES
     assert Path(first["heatmap"]).parent == Path("new")

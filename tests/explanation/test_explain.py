@@ -359,7 +359,9 @@ def test_json_and_files(clf: Classifier, photos: Path, tmp_path: Path) -> None:
     found = explain(clf, photos / "1.png", score=True)
     saved = found.save(tmp_path / "new" / "folder")
     record = json.loads(json.dumps(found.to_dict(saved)))
-    assert list(record) == ["path", "method", "target", "score", "grid", "heatmap", "picture", "faithfulness"]
+    assert list(record) == [
+        *("path", "method", "target", "score", "is_against", "grid", "heatmap", "picture", "faithfulness")
+    ]
     assert {"score", "deletion", "insertion", "random_mean", "random_std", "percentile"} <= set(record["faithfulness"])
     assert 0 <= record["faithfulness"]["percentile"] <= 100
     assert np.array_equal(np.load(record["heatmap"]), found.heatmap)

@@ -154,6 +154,7 @@ def test_a_map_of_evidence_against_the_target_says_so() -> None:
     assert not replace(against, values=against.values + 0.5).is_against
     assert not replace(against, values=0 * against.values).is_against
     assert not replace(against, is_pair=True).is_against
+    assert [each.to_dict()["is_against"] for each in (usual, against)] == [False, True]
     assert any("against cat" in line for line in against.caption())
     assert not any("against" in line for line in usual.caption())
     page = make_gallery([usual, against], "vit")

@@ -163,6 +163,7 @@ class Explanation:
             "method": self.method,
             "target": self.target,
             "score": self.score,
+            "is_against": self.is_against,
             "grid": list(self.grid),
             "heatmap": saved and str(saved.heatmap),
             "picture": saved and str(saved.picture),
