@@ -47,8 +47,8 @@ Numbers = npt.NDArray[np.int64]
 Masks = npt.NDArray[np.bool_]
 SEEDS = range(1)
 TEST_SEED, TWO_SEED = 1_000, 2_000  # of the images; never those of training
-DECOY_SEED = 80
 FRESH_SEED, FRESH = 78, 800  # images that were looked at only after all settings had been chosen
+DECOY_SEED = 80  # of as many images with decoys
 PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu(gradient * weights)": positive_products,
     "gradient * weights": lambda gradient, weights: gradient * weights,
@@ -233,8 +233,10 @@ def confirmation(clf: Classifier) -> dict[str, Any]:
     """Peaks on more images, which no setting was chosen by; on images with decoys (see planted_evidence.py); and on
     every image with two objects, whether or not the model ranks their classes first. likeness_of_classes: Spearman's
     correlation of the maps for the two classes."""
-    one, decoys = planted_images(FRESH, seed=FRESH_SEED), planted_images(FRESH, seed=DECOY_SEED, decoys=True)
-    one, decoys = (planted.take(correct(clf, planted)) for planted in (one, decoys))
+    one = planted_images(FRESH, seed=FRESH_SEED)
+    one = one.take(correct(clf, one))
+    decoys = planted_images(FRESH, seed=DECOY_SEED, decoys=True)
+    decoys = decoys.take(correct(clf, decoys))
     two = planted_images(2 * COUNT, seed=TWO_SEED, objects=2)
     found: dict[str, Any] = {
         "images": len(one.images),
@@ -244,8 +246,8 @@ def confirmation(clf: Classifier) -> dict[str, Any]:
     for method in {default_method(clf.model), "rollout"} & set(methods_of(clf.model)):
         of_each = [maps_of(clf.model, model_input(clf, two.images), labels, method) for labels in two.labels.T]
         found[method] = {
-            **_inside(clf, one, method),
-            "decoys": _inside(clf, decoys, method),
+            **shares_inside(clf, one, method),
+            "decoys": shares_inside(clf, decoys, method),
             "peak_moves": percent(moved_peaks(clf, method, two)),
             "peak_of_magnitude_moves": percent(moved_peaks(clf, method, two, magnitude=True)),
             "likeness_of_classes": round(mean_likeness(*of_each), 3),
@@ -253,7 +255,7 @@ def confirmation(clf: Classifier) -> dict[str, Any]:
     return found
 
 
-def _inside(clf: Classifier, planted: Planted, method: str) -> dict[str, float]:
+def shares_inside(clf: Classifier, planted: Planted, method: str) -> dict[str, float]:
     """How much lies in the only object of each image."""
     maps, inside = (
         maps_of(clf.model, model_input(clf, planted.images), planted.labels[:, 0], method),

@@ -209,10 +209,13 @@ def main() -> None:
     parser.add_argument("--architectures", nargs="*", default=list(ARCHITECTURES), choices=list(ARCHITECTURES))
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--name", default="export", help="of the file in benchmarks/results")
     given = parser.parse_args()
     found = accuracy(given.runs, given.data_dir, given.architectures, given.rounds)
     times = [row for name in given.networks for row in speed(name, given.rounds)]
-    write("export", accuracy=found, speed=times)
+    lists = f"--architectures {' '.join(given.architectures)} --networks {' '.join(given.networks)}"
+    shown = f"python -m benchmarks.export {lists} --rounds {given.rounds} --name {given.name}"
+    write(given.name, shown, accuracy=found, speed=times)
 
 
 if __name__ == "__main__":

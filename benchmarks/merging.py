@@ -4,10 +4,10 @@
     python -m benchmarks.merging --model runs/photos --data photos/ --name merging_photos
 
 Without --model, the classifier is trained on Fashion-MNIST, enlarged: two epochs of 6,000 images at 96 px, then one of
-1,500 at 224. Exports: OpenVINO in int8, without and with merged tokens (at most 0.5 % of the calibration images change
-class). timm: eager, and its ONNX export quantised by NNCF and computed by OpenVINO, for any batch size or for one
-image, with the same weights and calibration images.
-Accuracy is on the test images; times are of one image, in turn, each after a rest.
+1,500 at 224. Exports: OpenVINO and ONNX Runtime in int8, without and with merged tokens (at most 0.5 % of the
+calibration images change class). timm: eager, and its ONNX export quantised by NNCF and computed by OpenVINO, for any
+batch size or for one image, with the same weights and calibration images.
+Accuracy is on the test images; times are of one image and of 16, in turn, each after a rest.
 """
 
 import argparse
@@ -81,11 +81,12 @@ def exports(classifier: Classifier, calibration: Calibration, folder: Path) -> t
     merging = choose_merging(classifier, list(calibration.images), MAX_LOSS)
     merged = merged_classifier(classifier, merging.schedule)
     found = {}
-    for label, each in {"vitrail int8": classifier, "vitrail int8, merged": merged}.items():
-        work = folder / label.replace(", ", "-").replace(" ", "-")
+    for suffix, each in {"": classifier, ", merged": merged}.items():
+        work = folder / f"work{suffix[2:]}"
         work.mkdir()
         builder = Builder(each, work, calibration, {"name": NAME, "fingerprint": ""})
-        found[label] = open_runtime(builder.build(Candidate("openvino", "int8")))
+        for target in ("openvino", "onnx"):
+            found[f"vitrail {target} int8{suffix}"] = open_runtime(builder.build(Candidate(target, "int8")))
     return found, merging.schedule
 
 
@@ -131,13 +132,22 @@ def main() -> None:
         ours, schedule = exports(classifier, calibration, Path(folder))
         peers = timm_runtimes(twin, Path(folder), list(calibration.images), classifier)
         calls: dict[str, Any] = {label: lambda x, call=peers[label]: call(normal(x)) for label in _PEERS}
-        # What is timed of timm begins with normalised tensors.
-        timed = {label: partial(peers[label], normal(pixels[:1])) for label in _PEERS}
-        for label, runtime in ours.items():
-            calls[label], timed[label] = runtime.logits, partial(runtime.logits, pixels[:1])
+        calls |= {label: runtime.logits for label, runtime in ours.items()}
         for label in _PEERS[1:]:
             calls[label] = lambda x, call=peers[label]: next(iter(call(normal(x)).values()))
-        seconds = interleaved(timed, given.rounds, rest=REST)
+        # What is timed of timm begins with normalised tensors.
+        timed = {
+            count: {
+                label: partial(peers[label], normal(pixels[:count]))
+                if label in peers
+                else partial(call, pixels[:count])
+                for label, call in calls.items()
+                if count == 1 or not label.endswith(ONE)
+            }
+            for count in (1, 16)
+        }
+        seconds = interleaved(timed[1], given.rounds, rest=REST)
+        of_16 = interleaved(timed[16], max(5, given.rounds // 4), rest=REST)
         found = {label: torch.inference_mode()(classes)(call, pixels) for label, call in calls.items()}
         rows = [
             {
@@ -148,13 +158,19 @@ def main() -> None:
                 "speedup": _ratio(seconds["timm eager"], seconds[label]),
                 "over_nncf": _ratio(seconds[_NNCF], seconds[label]),
             }
+            | (
+                {"ms_of_16": 1e3 * median(of_16[label]), "speedup_of_16": _ratio(of_16["timm eager"], of_16[label])}
+                if label in of_16
+                else {}
+            )
             for label in calls
         ]
     for row in rows:
         times = f"{row['ms']:8.2f} ms, {row['speedup']:.2f}x eager, {row['over_nncf']:.2f}x NNCF"
-        print(f"{row['what']:22} {row['top1']:6.2f} %, {row['agreement']:6.2f} % {times}")
+        times += f"; 16: {row['ms_of_16']:.1f} ms, {row['speedup_of_16']:.2f}x eager" if "ms_of_16" in row else ""
+        print(f"{row['what']:29} {row['top1']:6.2f} %, {row['agreement']:6.2f} % {times}")
     print("merged by block:", *schedule)
-    command = f"python -m benchmarks.merging --model ... --data ... --name {given.name}" if given.model else ""
+    command = f"python -m benchmarks.merging {'--model ... --data ... ' if given.model else ''}--name {given.name}"
     sizes = {"images": len(labels), "calibration": len(calibration.paths)}
     write(given.name, command, **sizes, schedule=list(schedule), results=rows)
 

@@ -28,6 +28,7 @@ from vitrail.deploy.quantize.static import operation_of
 from vitrail.deploy.targets.openvino import read_openvino
 from vitrail.deploy.trials import ExportRefused
 from vitrail.errors import ConfigError, DeviceError, RunError
+from vitrail.inference.openvino_runtime import OpenVINOSession
 
 ANY_SPEED = {"min_speedup": 0}
 ROW_KEYS = {
@@ -241,6 +242,11 @@ def test_layers_are_found_in_openvino(exact: dict[str, Path]) -> None:
     kinds = {each.friendly_name: each.get_type_name() for each in model.get_ops()}
     assert {kinds[name] for name in names} == {"MatMul", "Convolution"}
     assert len(set(names)) == len(nodes)
+
+
+def test_gelu_is_found_in_openvino(exact: dict[str, Path]) -> None:
+    """So that a ViT is compiled for single images, with GELU apart."""
+    assert OpenVINOSession(exact["digits"] / "model.onnx", 1, "fp32")._splits
 
 
 @pytest.mark.slow

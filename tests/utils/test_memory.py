@@ -4,13 +4,23 @@ import mmap
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from vitrail.utils import memory
-from vitrail.utils.memory import available_memory, is_out_of_memory, peak_memory, release_pages, resident_memory
+from vitrail.utils.memory import (
+    available_memory,
+    is_out_of_memory,
+    mapped_spans,
+    peak_memory,
+    release_pages,
+    releasing_pages,
+    resident_memory,
+)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
@@ -21,9 +31,37 @@ def test_pages_are_released_and_read_again(tmp_path: Path) -> None:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         assert mapped[:] == content
         before = resident_memory()
-        release_pages(path)
+        release_pages(mapped_spans(path))
         assert before - resident_memory() > 30 << 20
         assert mapped[:] == content
+
+
+def test_pages_are_released_again_and_again_until_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    spans, calls = {(1, 2)}, list[object]()
+    monkeypatch.setattr(memory, "release_pages", calls.append)
+    with releasing_pages(spans, interval=0.001):
+        end = time.monotonic() + 60
+        while len(calls) < 3:
+            assert time.monotonic() < end
+            time.sleep(0.001)
+    assert all(call == spans for call in calls)
+    calls.clear()
+    with pytest.raises(ZeroDivisionError), releasing_pages(spans, interval=1000):
+        _ = 1 / 0
+    assert calls == [spans]
+    assert "release pages" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_without_memory_for_a_thread_pages_are_released_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    calls = list[object]()
+    monkeypatch.setattr(memory, "release_pages", calls.append)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with releasing_pages({(1, 2)}):
+        assert calls == []
+    assert calls == [{(1, 2)}]
 
 
 def test_changes_that_only_the_process_has_stay(tmp_path: Path) -> None:
@@ -31,12 +69,14 @@ def test_changes_that_only_the_process_has_stay(tmp_path: Path) -> None:
     path.write_bytes(bytes(1 << 16))
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
         mapped[:4] = b"mine"
-        release_pages(path)
+        assert mapped_spans(path) == set()
+        release_pages(mapped_spans(path))
         assert mapped[:4] == b"mine"
 
 
 def test_a_file_that_is_not_mapped(tmp_path: Path) -> None:
-    release_pages(tmp_path / "none")
+    assert mapped_spans(tmp_path / "none") == set()
+    release_pages([])
 
 
 def test_memory_of_this_process() -> None:

@@ -8,7 +8,9 @@ import gc
 import os
 import re
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -161,17 +163,47 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-def release_pages(path: Path) -> None:
-    """Take the pages of a file that this process has mapped read-only out of its memory.
-
-    They are read from the file again when they are touched, so only memory is saved. Linux only; elsewhere nothing is
-    done.
-    """
-    name = str(path.resolve())
-    with suppress(OSError, AttributeError, TypeError):
-        advise = ctypes.CDLL(None).madvise
+def mapped_spans(path: Path) -> set[tuple[int, int]]:
+    """First and last address of each part of this process's memory in which a file is mapped read-only. Linux only;
+    elsewhere there are none."""
+    found = set()
+    with suppress(OSError):
+        name = str(path.resolve())
         for line in _MAPS.read_text(errors="surrogateescape").splitlines():
             span, mode, *_, mapped = line.split(maxsplit=5)  # "7f00-7f80 r--s 00000000 fe:00 5964456   /path"
             if mapped == name and "w" not in mode:
                 start, end = (int(address, 16) for address in span.split("-"))
-                advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONT_NEED)
+                found.add((start, end))
+    return found
+
+
+def release_pages(spans: Iterable[tuple[int, int]]) -> None:
+    """Take the pages of a mapped file out of this process's memory: those of `mapped_spans`, of mappings that the
+    caller keeps. They are read from the file again when they are touched, so only memory is saved."""
+    with suppress(OSError, AttributeError, TypeError):
+        advise = ctypes.CDLL(None).madvise
+        for start, end in spans:
+            advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONT_NEED)
+
+
+@contextmanager
+def releasing_pages(spans: Collection[tuple[int, int]], interval: float = 0.03) -> Iterator[None]:
+    """`release_pages` every `interval` seconds and at the end, so that pages that are read once, and copied, do not all
+    count at the same time."""
+    done = threading.Event()
+
+    def repeat() -> None:
+        while not done.wait(interval):
+            release_pages(spans)
+
+    thread = threading.Thread(target=repeat, name="release pages", daemon=True)
+    if spans:
+        with suppress(RuntimeError):  # no memory for a thread: then at the end only
+            thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if thread.is_alive():
+            thread.join()
+        release_pages(spans)
