@@ -328,6 +328,7 @@ def test_an_alternative_is_named(use: Any, tmp_path: Path, monkeypatch: pytest.M
     assert "The best alternative is --target" in message
 
 
+@pytest.mark.slow
 def test_merged_tokens(tmp_path: Path) -> None:
     """The numbers that were chosen are in export.json, and the loss that was allowed is the gate's."""
     result = vitrail.export(

@@ -106,7 +106,7 @@ def photographs(count: int) -> list[Image.Image]:
 
 
 @pytest.mark.parametrize("kind", list(CONFIGS))
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_the_graphs_give_the_classifier_s_answer(archive: Path, tmp_path: Path, kind: str, channels: int) -> None:
     clf = classifier(kind, channels)
     folder = web_folder(clf, tmp_path)
@@ -130,6 +130,7 @@ def test_the_graphs_give_the_classifier_s_answer(archive: Path, tmp_path: Path, 
     )
 
 
+@pytest.mark.slow
 def test_the_configs_are_those_of_transformers(archive: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     for kind, expected in (

@@ -106,7 +106,9 @@ def test_two_threads_explain_at_once(family: str) -> None:
             torch.testing.assert_close(other, one, rtol=0, atol=1e-5 * float(one.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["deit, mixed", "swin, erased", "resnet, cropped"])
+@pytest.mark.parametrize(
+    "name", ["deit, mixed", pytest.param("swin, erased", marks=pytest.mark.slow), "resnet, cropped"]
+)
 def test_losses_are_the_golden_ones_when_the_model_is_explained_between_steps(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,6 +112,7 @@ def test_agrees_with_train_on_digits_and_arrays() -> None:
     assert agree(fashion()) == "vit_micro_patch8_32"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("costs")
 def test_agrees_with_train_on_photographs(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without weights on the machine, and with; a smaller model stands for the one of the table."""

@@ -159,6 +159,7 @@ def few_of(rare: int, images: int, others: int) -> Dataset:
     return Dataset("uneven", tuple(map(str, kinds)), splits, digits.sizes, 1, digits.mean, digits.std)
 
 
+@pytest.mark.slow
 def test_each_way_raises_the_recall_of_a_rare_class(tmp_path: Path) -> None:
     recall, mean = {}, {}
     keys = {"epochs": 12, "eval_every": 3, "batch_size": 32, "lr": 3e-3, "ema": 0.9, "progress": False}

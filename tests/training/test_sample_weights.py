@@ -157,6 +157,7 @@ def test_a_step_with_weights_0_1_and_2_is_one_on_repeated_images() -> None:
     assert (plain - expected).abs().max() > 0.01 * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_wrong_labels_of_weight_0_do_no_harm(tmp_path: Path) -> None:
     """Of 60 training images 30 have the wrong label: the classifier learns from the others, and only with weights."""
     train_images, test = tiny.images(60, 0), tiny.images(30, 2)
