@@ -164,14 +164,12 @@ def method_figures(
     images, labels, begin = model_input(clf, one.images), one.labels[:, 0], time.perf_counter()
     maps = maps_of(clf.model, images, labels, method)
     seconds = (time.perf_counter() - begin) / len(images)
-    inside = inside_input(one)[:, 0]
     figures: dict[str, Any] = {
-        "peak_inside": percent(peaks_inside(maps, inside)),
-        "positive_share_inside": percent(share_inside(maps, inside)),
+        **shares_inside(maps, one),
         "ms_per_image": round(1e3 * seconds, 1),
+        "images_with_two": len(two.images),
+        "peak_moves": percent(moved_peaks(clf, method, two)),
     }
-    figures["images_with_two"] = len(two.images)
-    figures["peak_moves"] = percent(moved_peaks(clf, method, two))
     if METHODS[method].class_specific:
         some = slice(redrawn_images)
         figures["sanity"] = sanity(clf, method, images[some], labels[some], maps[some])
@@ -244,10 +242,14 @@ def confirmation(clf: Classifier) -> dict[str, Any]:
         "images_with_two": len(two.images),
     }
     for method in {default_method(clf.model), "rollout"} & set(methods_of(clf.model)):
+        of_one, of_decoys = (
+            maps_of(clf.model, model_input(clf, planted.images), planted.labels[:, 0], method)
+            for planted in (one, decoys)
+        )
         of_each = [maps_of(clf.model, model_input(clf, two.images), labels, method) for labels in two.labels.T]
         found[method] = {
-            **shares_inside(clf, one, method),
-            "decoys": shares_inside(clf, decoys, method),
+            **shares_inside(of_one, one),
+            "decoys": shares_inside(of_decoys, decoys),
             "peak_moves": percent(moved_peaks(clf, method, two)),
             "peak_of_magnitude_moves": percent(moved_peaks(clf, method, two, magnitude=True)),
             "likeness_of_classes": round(mean_likeness(*of_each), 3),
@@ -255,15 +257,12 @@ def confirmation(clf: Classifier) -> dict[str, Any]:
     return found
 
 
-def shares_inside(clf: Classifier, planted: Planted, method: str) -> dict[str, float]:
-    """How much lies in the only object of each image."""
-    maps, inside = (
-        maps_of(clf.model, model_input(clf, planted.images), planted.labels[:, 0], method),
-        inside_input(planted),
-    )
+def shares_inside(maps: Tensor, planted: Planted) -> dict[str, float]:
+    """How often the peak lies in the only object of an image, and how much of the positive part, in %."""
+    inside = inside_input(planted)[:, 0]
     return {
-        "peak_inside": percent(peaks_inside(maps, inside[:, 0])),
-        "positive_share_inside": percent(share_inside(maps, inside[:, 0])),
+        "peak_inside": percent(peaks_inside(maps, inside)),
+        "positive_share_inside": percent(share_inside(maps, inside)),
     }
 
 

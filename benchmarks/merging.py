@@ -135,19 +135,15 @@ def main() -> None:
         calls |= {label: runtime.logits for label, runtime in ours.items()}
         for label in _PEERS[1:]:
             calls[label] = lambda x, call=peers[label]: next(iter(call(normal(x)).values()))
+
         # What is timed of timm begins with normalised tensors.
-        timed = {
-            count: {
-                label: partial(peers[label], normal(pixels[:count]))
-                if label in peers
-                else partial(call, pixels[:count])
-                for label, call in calls.items()
-                if count == 1 or not label.endswith(ONE)
-            }
-            for count in (1, 16)
-        }
-        seconds = interleaved(timed[1], given.rounds, rest=REST)
-        of_16 = interleaved(timed[16], max(5, given.rounds // 4), rest=REST)
+        def timed(count: int) -> dict[str, Any]:
+            ready = {label: partial(peers[label], normal(pixels[:count])) for label in _PEERS}
+            return ready | {label: partial(runtime.logits, pixels[:count]) for label, runtime in ours.items()}
+
+        seconds = interleaved(timed(1), given.rounds, rest=REST)
+        many = {label: call for label, call in timed(16).items() if not label.endswith(ONE)}
+        of_16 = interleaved(many, max(5, given.rounds // 4), rest=REST)
         found = {label: torch.inference_mode()(classes)(call, pixels) for label, call in calls.items()}
         rows = [
             {
@@ -158,14 +154,11 @@ def main() -> None:
                 "speedup": _ratio(seconds["timm eager"], seconds[label]),
                 "over_nncf": _ratio(seconds[_NNCF], seconds[label]),
             }
-            | (
-                {"ms_of_16": 1e3 * median(of_16[label]), "speedup_of_16": _ratio(of_16["timm eager"], of_16[label])}
-                if label in of_16
-                else {}
-            )
             for label in calls
         ]
     for row in rows:
+        if (took := of_16.get(row["what"])) is not None:
+            row |= {"ms_of_16": 1e3 * median(took), "speedup_of_16": _ratio(of_16["timm eager"], took)}
         times = f"{row['ms']:8.2f} ms, {row['speedup']:.2f}x eager, {row['over_nncf']:.2f}x NNCF"
         times += f"; 16: {row['ms_of_16']:.1f} ms, {row['speedup_of_16']:.2f}x eager" if "ms_of_16" in row else ""
         print(f"{row['what']:29} {row['top1']:6.2f} %, {row['agreement']:6.2f} % {times}")

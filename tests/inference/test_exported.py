@@ -23,6 +23,7 @@ from vitrail.inference.export_folder import ExportRecord
 from vitrail.inference.exported import SESSIONS, ExportRuntime, open_runtime
 from vitrail.inference.onnx_runtime import OnnxSession
 from vitrail.inference.runtime import Runtime
+from vitrail.utils.memory import mapped_spans
 
 DIGITS = (load_digits().images[:23] * 15).astype(np.uint8)
 FEATURES = expected_features(DIGITS)
@@ -125,6 +126,15 @@ def test_openvino_has_a_model_of_its_own_for_single_images(precision: str, compi
     np.testing.assert_allclose(runtime.features(images[:1]), expected_features(images[:1, :, :, 0]), atol=1e-5)
     session: Any = runtime.session
     assert list(session._programs) == compiled
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_openvino_releases_the_pages_of_its_own_weights_alone(tmp_path: Path) -> None:
+    folder = make_export(tmp_path / "a", "openvino")
+    sessions: list[Any] = [open_runtime(folder).session for _ in range(2)]
+    assert all(session._weights for session in sessions)
+    assert sessions[0]._weights.isdisjoint(sessions[1]._weights)
+    assert sessions[0]._weights | sessions[1]._weights <= mapped_spans(folder / "model.bin")
 
 
 def test_a_signal_after_openvino_is_handled(tmp_path: Path) -> None:

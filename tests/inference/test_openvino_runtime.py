@@ -24,11 +24,7 @@ def write_model(path: Path, approximate: str = "none") -> Path:
         helper.make_node("Flatten", ["float"], ["pixels"]),
         helper.make_node("MatMul", ["pixels", "first"], ["hidden"], name="product_1"),
         helper.make_node("Gelu", ["hidden"], ["active"], approximate=approximate),
-        helper.make_node(
-            "MatMul",
-            ["active", "second"],
-            ["logits"],
-        ),
+        helper.make_node("MatMul", ["active", "second"], ["logits"]),
     ]
     graph = helper.make_graph(
         nodes,

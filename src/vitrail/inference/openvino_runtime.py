@@ -79,7 +79,7 @@ class OpenVINOSession:
         }
         weights = path.with_suffix(".bin")
         try:
-            with _LOCK:  # so that what is mapped meanwhile is this model, which holds it
+            with _LOCK:  # no other session maps this file meanwhile: what is new is held by this graph
                 others = mapped_spans(weights)
                 self._graph: Any = core.read_model(str(path))
                 self._weights = mapped_spans(weights) - others

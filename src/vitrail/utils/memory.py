@@ -164,8 +164,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def mapped_spans(path: Path) -> set[tuple[int, int]]:
-    """First and last address of each part of this process's memory in which a file is mapped read-only. Linux only;
-    elsewhere there are none."""
+    """Start and end (exclusive) of each range of this process's addresses to which a file is mapped read-only. Linux
+    only; elsewhere there are none."""
     found = set()
     with suppress(OSError):
         name = str(path.resolve())
@@ -178,8 +178,8 @@ def mapped_spans(path: Path) -> set[tuple[int, int]]:
 
 
 def release_pages(spans: Iterable[tuple[int, int]]) -> None:
-    """Take the pages of a mapped file out of this process's memory: those of `mapped_spans`, of mappings that the
-    caller keeps. They are read from the file again when they are touched, so only memory is saved."""
+    """Take the pages of a mapped file out of this process's memory. They are read from the file again when they are
+    touched. spans: of `mapped_spans`, of mappings that the caller keeps: what else came to be there would be lost."""
     with suppress(OSError, AttributeError, TypeError):
         advise = ctypes.CDLL(None).madvise
         for start, end in spans:
